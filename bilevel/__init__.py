@@ -1,0 +1,27 @@
+"""Implicit differentiation and bilevel optimisation in PyTorch."""
+
+from bilevel import curvature, linsys, solvers
+from bilevel.curvature import GaussNewton, Hessian
+from bilevel.implicit import argmin, hypergradient, implicit_gradient, solve
+from bilevel.problem import BilevelProblem, ProximalProblem
+from bilevel.result import Hypergradient, Result, SolverError, Status
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BilevelProblem",
+    "GaussNewton",
+    "Hessian",
+    "Hypergradient",
+    "ProximalProblem",
+    "Result",
+    "SolverError",
+    "Status",
+    "argmin",
+    "curvature",
+    "hypergradient",
+    "implicit_gradient",
+    "linsys",
+    "solve",
+    "solvers",
+]

@@ -1,0 +1,422 @@
+"""The one file that calls autograd.
+
+A *call* of the library is made flat here: phi is one vector ``(*batch, d)``, theta and data are a list of tensors, and the user's
+functions of one task are mapped over the batch with ``torch.func.vmap``. Two faces over the same flat functions:
+
+* :class:`Objective` and :class:`Linearisation`: numbers at base level, with eager autograd and one retained graph (fast);
+* :func:`gradient`, :func:`hessian_product`, ...: compositions of ``torch.func``, differentiable again (for the rules of ``argmin``).
+
+Axes. ``levels`` has one entry for each batch axis, outermost first; an entry says for each argument whether it has that axis. An
+argument without the axis is shared by the problems along it, and is never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Curvature, GaussNewton
+from bilevel.problem import BilevelProblem
+from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
+
+Levels = tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """G and L of *one* task as functions of ``(phi, *tensors)``: phi ``(d,)``, tensors the leaves of theta, then those of data."""
+
+    problem: BilevelProblem
+    phi: Layout
+    theta: Structure
+    data: Structure
+    data_static: tuple[Any, ...]  # the leaves of data, TENSOR in the place of each tensor
+
+    @property
+    def num_theta(self) -> int:
+        """The number of leaves of theta."""
+        return len(self.theta.paths())
+
+    def trees(self, tensors: Sequence[Tensor]) -> tuple[Tree, Any]:
+        """theta and data as the user knows them."""
+        rest = iter(tensors[self.num_theta :])
+        data = [next(rest) if leaf is TENSOR else leaf for leaf in self.data_static]
+        return unflatten(self.theta, tensors[: self.num_theta]), unflatten(self.data, data)
+
+    def inner(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """G, 0-d."""
+        value = self.problem.inner_objective(self.phi.unravel(phi), *self.trees(tensors))
+        return _scalar(value, "inner_objective", phi)
+
+    def outer(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """L, 0-d."""
+        value = self.problem.outer_loss(self.phi.unravel(phi), *self.trees(tensors))
+        return _scalar(value, "outer_loss", phi)
+
+    def predict(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """The model's outputs, any shape."""
+        assert self.problem.model is not None
+        outputs = self.problem.model[0](self.phi.unravel(phi), self.trees(tensors)[1])
+        if not isinstance(outputs, Tensor):
+            raise TypeError(f"predict: expected one tensor, got {type(outputs).__name__}. GaussNewton() needs a single tensor of outputs.")
+        return outputs
+
+    def output_loss(self, outputs: Tensor, *tensors: Tensor) -> Tensor:
+        """The training loss as a function of the outputs, 0-d."""
+        assert self.problem.model is not None
+        return _scalar(self.problem.model[1](outputs, self.trees(tensors)[1]), "output_loss", outputs)
+
+    def curvature_product(self, v: Tensor) -> Tensor:
+        """(known part of the Hessian) v, for one vector ``(d,)``."""
+        return self._known(self.problem.curvature_product, v)
+
+    def curvature_inverse(self, v: Tensor, damping: float) -> Tensor:
+        """(known part of the Hessian + damping I)^{-1} v, for one vector ``(d,)``."""
+        return self._known(lambda tree: self.problem.curvature_inverse(tree, damping), v)
+
+    def _known(self, fn: Callable[[Tree], Tree], v: Tensor) -> Tensor:
+        return self.phi.ravel(flatten(fn(self.phi.unravel(v)))[0])
+
+
+class _TensorLeaf:
+    """Marks where a tensor goes among the static leaves of data."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+TENSOR = _TensorLeaf()
+
+
+def _scalar(value: Any, name: str, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a 0-d tensor, got {got}. Reduce it, for example with .sum() or .mean().")
+    if value.dtype != like.dtype:
+        raise ValueError(f"{name}: expected {like.dtype} like phi, got {value.dtype}. Convert the data to the dtype of theta.")
+    return value
+
+
+def over_levels(fn: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
+    """``fn`` of one problem -> the same over the batch axes, by nested ``vmap``."""
+    for flags in reversed(levels):  # the innermost axis first
+        fn = torch.func.vmap(fn, in_dims=tuple(0 if flag else None for flag in flags))
+    return fn
+
+
+def with_axis(levels: Levels, count: int = 1) -> Levels:
+    """The levels of ``(x_1, .., x_count, *tensors)`` where the x have every axis and the tensors those of ``levels``."""
+    return tuple((True,) * count + flags for flags in levels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Numbers at base level.
+
+
+class Objective:
+    """G over a batch at base level: what an inner solver sees, and the implicit gradient after it.
+
+    Args:
+        flat: the functions of one task.
+        levels: for each batch axis, which of ``tensors`` have it.
+        tensors: theta and data, detached.
+        sizes: the batch shape.
+    """
+
+    def __init__(self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
+        self.flat, self.levels, self.sizes = flat, levels, sizes
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.num_grads = 0
+        self.num_matvecs = 0
+        self._inner = over_levels(flat.inner, with_axis(levels))
+        self._checked = False
+
+    def value(self, phi: Tensor) -> Tensor:
+        """G ``(*batch,)`` at phi ``(*batch, d)``."""
+        with torch.no_grad():
+            return self._inner(phi, *self.tensors)
+
+    def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
+        with torch.enable_grad():
+            phi = phi.detach().requires_grad_()
+            value = self._inner(phi, *self.tensors)
+            self._check(value, [phi])
+            (grad,) = torch.autograd.grad(value.sum(), phi)
+        self.num_grads += 1
+        return value.detach(), grad
+
+    def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Linearisation:
+        """Gradient, products with the curvature and (``with_theta``) with the cross derivative, on one graph."""
+        self.num_grads += 1
+        return Linearisation(self, phi, curvature, damping, with_theta)
+
+    def outer_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """L ``(*batch,)``, dL/dphi ``(*batch, d)`` and dL/dtheta: a leaf ``(*batch, *shape)``, or None where L does not depend on it."""
+        n = self.flat.num_theta
+        with torch.enable_grad():
+            phi = phi.detach().requires_grad_()
+            theta = self.theta_per_task()
+            levels = tuple((True,) * (1 + n) + flags[n:] for flags in self.levels)
+            value = over_levels(self.flat.outer, levels)(phi, *theta, *self.tensors[n:])
+            if not value.requires_grad:
+                return value.detach(), torch.zeros_like(phi), [None] * n
+            _refuse_captured(value, [phi, *theta], "outer_loss")
+            grad, *direct = torch.autograd.grad(value.sum(), [phi, *theta], allow_unused=True)
+        return value.detach(), torch.zeros_like(phi) if grad is None else grad, list(direct)
+
+    def theta_per_task(self) -> list[Tensor]:
+        """The leaves of theta with every batch axis, as fresh leaves of autograd (views where shared)."""
+        theta = []
+        for i, leaf in enumerate(self.tensors[: self.flat.num_theta]):
+            own = [axis for axis, flags in enumerate(self.levels) if flags[i]]
+            shape = [size if axis in own else 1 for axis, size in enumerate(self.sizes)]
+            event = leaf.shape[len(own) :]
+            theta.append(leaf.reshape(*shape, *event).expand(*self.sizes, *event).detach().requires_grad_())
+        return theta
+
+    def curvature_inverse(self, damping: float) -> Callable[[Tensor], Tensor] | None:
+        """The inverse of the known part of the Hessian over ``(*batch, d)``; None if the problem knows none."""
+        if not self.flat.problem.knows_curvature:
+            return None
+
+        def apply(v: Tensor) -> Tensor:
+            fn = over_levels(lambda x: self.flat.curvature_inverse(x, damping), ((True,),) * (v.ndim - 1))
+            return fn(v)
+
+        return apply
+
+    def tasks(self, phi: Tensor) -> Iterator[tuple[Tree, Any, Tree]]:
+        """(theta, data, phi) of each task, in the order of the flattened batch: for procedures that take one task at a time."""
+        for index in torch.cartesian_prod(*[torch.arange(size) for size in self.sizes]).reshape(-1, len(self.sizes)).tolist() or [[]]:
+            own = []
+            for i, tensor in enumerate(self.tensors):
+                own.append(tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])])
+            theta, data = self.flat.trees(own)
+            yield theta, data, self.flat.phi.unravel(phi[tuple(index)])
+
+    def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Once per call, on a graph that is there anyway."""
+        if self._checked:
+            return
+        if not value.requires_grad:
+            raise ValueError("inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached?")
+        _refuse_captured(value, inputs, "inner_objective")
+        self._checked = True
+
+
+class Linearisation:
+    """G to second order at one point, from one forward and one first backward pass.
+
+    The graph lives as long as this object.
+
+    Attributes:
+        value: G ``(*batch,)``.
+        grad: dG/dphi ``(*batch, d)``.
+    """
+
+    def __init__(self, objective: Objective, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool) -> None:
+        self._objective, self._damping = objective, damping
+        flat, n = objective.flat, objective.flat.num_theta
+        tensors, levels = objective.tensors, objective.levels
+        with torch.enable_grad():
+            self._phi = phi.detach().requires_grad_()
+            self._theta: list[Tensor] = []
+            if with_theta:
+                self._theta = objective.theta_per_task()
+                tensors = [*self._theta, *tensors[n:]]
+                levels = tuple((True,) * n + flags[n:] for flags in levels)
+            value = over_levels(flat.inner, with_axis(levels))(self._phi, *tensors)
+            objective._check(value, [self._phi, *self._theta])
+            (self._grad,) = torch.autograd.grad(value.sum(), self._phi, create_graph=True)
+            self._gauss_newton = _GaussNewtonProduct(objective, self._phi) if isinstance(curvature, GaussNewton) else None
+        self.value, self.grad = value.detach(), self._grad.detach()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(curvature + damping I) v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
+        self._objective.num_matvecs += 1
+        product = _backward(self._grad, self._phi, v) if self._gauss_newton is None else self._gauss_newton(v)
+        return product if self._damping == 0 else product + self._damping * v
+
+    def cross(self, u: Tensor) -> list[Tensor | None]:
+        """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf. Frees the graph."""
+        if not self._grad.requires_grad:
+            return [None] * len(self._theta)
+        return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True))
+
+
+class _GaussNewtonProduct:
+    """v -> J^T H_out J v + (known part) v, with J the Jacobian of predict and H_out the Hessian of output_loss."""
+
+    def __init__(self, objective: Objective, phi: Tensor) -> None:
+        flat = objective.flat
+        if flat.problem.model is None:
+            raise ValueError(
+                "GaussNewton() needs a problem of the form output_loss(predict(phi, data), data): build it with "
+                "ProximalProblem.from_model, or use Hessian()."
+            )
+        levels = with_axis(objective.levels)
+        self._phi, self._flat = phi, flat
+        self._outputs = over_levels(flat.predict, levels)(phi, *objective.tensors)
+        self._z = self._outputs.detach().requires_grad_()
+        loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
+        (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
+        # J v is the derivative of w -> J^T w: two backward passes over a graph that is there, for every operator that has a gradient
+        self._w = torch.zeros_like(self._outputs, requires_grad=True)
+        (self._jt_w,) = torch.autograd.grad(self._outputs, phi, self._w, create_graph=True)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        jv = _backward(self._jt_w, self._w, v)
+        product = _backward(self._outputs, self._phi, _backward(self._dz, self._z, jv))
+        known = over_levels(self._flat.curvature_product, ((True,),) * (v.ndim - 1))
+        return product + known(v)
+
+
+def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
+    """v^T d(outputs)/d(inputs) on a retained graph; v may have one leading axis more: several vectors at once."""
+    if not outputs.requires_grad:
+        return torch.zeros_like(inputs).expand(v.shape[: v.ndim - outputs.ndim] + inputs.shape)
+    batched = v.ndim > outputs.ndim
+    flat = v.reshape(-1, *outputs.shape) if batched else v
+    (product,) = torch.autograd.grad(outputs, inputs, flat, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+    if product is None:
+        return torch.zeros_like(inputs).expand(v.shape[: v.ndim - outputs.ndim] + inputs.shape)
+    return product.reshape(v.shape[: v.ndim - outputs.ndim] + inputs.shape) if batched else product
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Compositions of torch.func, differentiable again in every mode.
+
+
+def gradient(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
+    """``(phi, *tensors) -> dG/dphi``; ``levels`` over (phi, *tensors)."""
+    return over_levels(torch.func.grad(flat.inner), levels)
+
+
+def hessian_product(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
+    """``(u, phi, *tensors) -> (d2G/dphi2) u``; ``levels`` over (u, phi, *tensors)."""
+
+    def product(u: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
+        return torch.func.vjp(lambda p: torch.func.grad(flat.inner)(p, *tensors), phi)[1](u)[0]
+
+    return over_levels(product, levels)
+
+
+def pullback(fn: Callable[..., Tensor], arguments: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The vector-Jacobian product of ``fn`` with respect to the wanted arguments; None for the others."""
+    chosen = [i for i, want in enumerate(wanted) if want]
+    if not chosen:
+        return [None] * len(arguments)
+
+    def of_chosen(*values: Tensor) -> Tensor:
+        full = list(arguments)
+        for i, value in zip(chosen, values, strict=True):
+            full[i] = value
+        return fn(*full)
+
+    products = torch.func.vjp(of_chosen, *[arguments[i] for i in chosen])[1](cotangent)
+    result: list[Tensor | None] = [None] * len(arguments)
+    for i, product in zip(chosen, products, strict=True):
+        result[i] = product
+    return result
+
+
+def pushforward(fn: Callable[..., Tensor], arguments: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The Jacobian-vector product of ``fn``; None if every tangent is None."""
+    chosen = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    if not chosen:
+        return None
+
+    def of_chosen(*values: Tensor) -> Tensor:
+        full = list(arguments)
+        for i, value in zip(chosen, values, strict=True):
+            full[i] = value
+        return fn(*full)
+
+    return torch.func.jvp(of_chosen, tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# What must not go unseen: tensors that the objective captured instead of receiving them.
+
+_CAPTURED = (
+    "{name} uses a tensor that carries {what} but is no part of theta or data, so no derivative would reach it. "
+    "Pass it through theta or data, or detach it."
+)
+
+
+def _refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
+    """Walk the graph of ``value``: every leaf must be one of ``inputs``."""
+    known = {id(tensor) for tensor in inputs}
+    seen, stack = set(), [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise ValueError(_CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)"))
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def transforms_active() -> bool:
+    """Whether the caller runs under a ``torch.func`` transform."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a ``torch.func`` transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def refuse_captured_under_transforms(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]) -> None:
+    """The same check where a transform may hide the tensor: G of plain tensors must be plain.
+
+    Every level of every input is stripped (one slice of a batch, the primal of a dual), so that whatever the value still carries
+    came in through the side door.
+    """
+    with torch.enable_grad():
+        value = flat.inner(_strip(phi), *[_strip(tensor) for tensor in tensors])
+    while is_transformed(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            raise ValueError(_CAPTURED.format(name="inner_objective", what="a batch axis of torch.func.vmap"))
+        if value.requires_grad or torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise ValueError(_CAPTURED.format(name="inner_objective", what="a gradient of a torch.func transform"))
+        value = torch._C._functorch.get_unwrapped(value)
+    if value.requires_grad:
+        raise ValueError(_CAPTURED.format(name="inner_objective", what="a gradient"))
+
+
+def _strip(tensor: Tensor) -> Tensor:
+    while is_transformed(tensor):
+        inner = torch._C._functorch.get_unwrapped(tensor)
+        if torch._C._functorch.is_batchedtensor(tensor):
+            inner = inner.select(torch._C._functorch.maybe_get_bdim(tensor), 0)
+        tensor = inner
+    return tensor.detach()
+
+
+def refuse_nested_forward_mode(tensors: Sequence[Tensor]) -> None:
+    """PyTorch hands a Function's ``jvp`` no tangent of an outer forward mode: the second derivative would be 0 without a word."""
+    forward_levels = {
+        interpreter.level()
+        for interpreter in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
+        if interpreter.key() == torch._C._functorch.TransformType.Jvp
+    }
+    if len(forward_levels) < 2:
+        return
+    levels = set()
+    for tensor in tensors:
+        while is_transformed(tensor):
+            levels.add(torch._C._functorch.maybe_get_level(tensor))
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    if len(levels & forward_levels) >= 2:
+        raise NotImplementedError(
+            "argmin: forward mode over forward mode (jacfwd of jacfwd, jvp of jvp) cannot be right here. Use torch.func.hessian, "
+            "which is jacfwd(jacrev(f)), or jacrev(jacfwd(f))."
+        )

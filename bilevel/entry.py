@@ -1,0 +1,166 @@
+"""The border: the user's trees are checked here once, and made flat. Inside the library there is one format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.derivatives import TENSOR, Flat, Levels, is_transformed, over_levels
+from bilevel.problem import BilevelProblem
+from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
+
+_STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the library, flat.
+
+    Attributes:
+        flat: the functions of one task.
+        tensors: the leaves of theta, then the tensor leaves of data.
+        levels: one entry for the task axis if there is one: which tensors have it.
+        sizes: the batch shape, ``()`` or ``(tasks,)``.
+        phi: the start of the inner solve, or the point that was handed in, ``(*sizes, d)``.
+    """
+
+    flat: Flat
+    tensors: list[Tensor]
+    levels: Levels
+    sizes: tuple[int, ...]
+    phi: Tensor
+
+    def chunks(self, chunk_size: int | None) -> list[Call]:
+        """The call cut along the task axis into pieces of at most ``chunk_size`` tasks."""
+        if chunk_size is None or not self.sizes or self.sizes[0] <= chunk_size:
+            return [self]
+        (flags,) = self.levels
+        pieces = []
+        for start in range(0, self.sizes[0], chunk_size):
+            cut = slice(start, start + chunk_size)
+            tensors = [tensor[cut] if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)]
+            phi = self.phi[cut]
+            pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi))
+        return pieces
+
+
+def prepare(
+    problem: BilevelProblem,
+    theta: Tree,
+    data: Any,
+    phi: Tree | None,
+    *,
+    batched: bool = False,
+    theta_batched: bool = False,
+    phi_name: str = "init",
+) -> Call:
+    """Check the arguments of a call and make them flat. ``phi`` None: the problem's own start.
+
+    Raises:
+        TypeError, ValueError: what was expected, what came, what to do.
+    """
+    if not isinstance(problem, BilevelProblem):
+        raise TypeError(f"problem: expected a BilevelProblem, got {type(problem).__name__}. BilevelProblem.from_functions makes one from two functions.")
+    if theta_batched and not batched:
+        raise ValueError("theta_batched=True needs batched=True: it says that theta has the task axis of the batch.")
+    theta_leaves, theta_structure = flatten(theta)
+    _check_variable("theta", theta_leaves, theta_structure.paths())
+    data_leaves, data_structure = flatten(data)
+    data_tensors = _check_data(data_leaves, data_structure.paths(), theta_leaves[0].device)
+    tensors = [*theta_leaves, *data_tensors]
+    flags = (theta_batched,) * len(theta_leaves) + (True,) * len(data_tensors)
+    sizes: tuple[int, ...] = ()
+    if batched:
+        names = [f"theta{path}" for path in theta_structure.paths()]
+        names += [f"data{path}" for path, leaf in zip(data_structure.paths(), data_leaves, strict=True) if isinstance(leaf, Tensor)]
+        sizes = (_task_count([(name, t) for name, t, flag in zip(names, tensors, flags, strict=True) if flag]),)
+    levels = (flags,) if batched else ()
+    static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
+    flat = Flat(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
+    if phi is None:
+        layout, phi_leaves = _initial(flat, tensors, levels)
+        phi_name = "initial_phi"
+    else:
+        layout, phi_leaves = _given(phi, sizes, phi_name)
+    _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
+    return Call(Flat(problem, layout, theta_structure, data_structure, static), tensors, levels, sizes, layout.ravel(phi_leaves))
+
+
+def refuse_transforms(call: Call, name: str) -> None:
+    """The functions that return numbers cannot be differentiated or mapped from outside."""
+    if any(is_transformed(tensor) for tensor in [*call.tensors, call.phi]):
+        raise TypeError(f"{name} returns plain numbers and cannot run under a torch.func transform. Use bilevel.argmin there, or batched=True instead of vmap.")
+
+
+def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[Tensor]]:
+    leaves, structure = flatten(phi)
+    for path, leaf in zip(structure.paths(), leaves, strict=True):
+        if isinstance(leaf, Tensor) and leaf.shape[: len(sizes)] != sizes:
+            raise ValueError(f"{name}{path}: expected a leading task axis of {sizes[0]}, got shape {tuple(leaf.shape)}.")
+    _check_variable(name, leaves, structure.paths())
+    return layout_of(phi, len(sizes))
+
+
+def _initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> tuple[Layout, list[Tensor]]:
+    """``initial_phi`` of every task."""
+    structure: list[Any] = []
+
+    def start(*own: Tensor) -> list[Tensor]:
+        leaves, spec = flatten(flat.problem.initial_phi(*flat.trees(own)))
+        _check_variable("initial_phi", leaves, spec.paths())
+        structure[:] = [spec]
+        return [leaf.clone() for leaf in leaves]
+
+    batch_ndim = len(levels)
+    leaves = over_levels(start, levels)(*tensors)
+    return layout_of(unflatten(structure[0], leaves), batch_ndim)
+
+
+def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like: Tensor | None = None) -> None:
+    if not leaves:
+        raise ValueError(f"{name}: expected at least one tensor, got an empty tree.")
+    first = like
+    for path, leaf in zip(paths, leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name}{path}: expected a tensor, got {type(leaf).__name__}. A tree is a tensor or nested dicts, lists and tuples of tensors.")
+        if leaf.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}{path}: expected float32 or float64, got {leaf.dtype}.")
+        first = leaf if first is None else first
+        if leaf.dtype != first.dtype:
+            raise TypeError(f"{name}{path}: expected one dtype for theta and phi, got {leaf.dtype} beside {first.dtype}.")
+        if leaf.device != first.device:
+            raise ValueError(f"{name}{path}: expected one device, got {leaf.device} beside {first.device}. Move everything with .to(device).")
+
+
+def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.device) -> list[Tensor]:
+    tensors = []
+    for path, leaf in zip(paths, leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            if leaf.device != device:
+                raise ValueError(f"data{path}: expected one device, got {leaf.device} beside theta on {device}. Move everything with .to(device).")
+            tensors.append(leaf)
+        elif not isinstance(leaf, _STATIC):
+            raise TypeError(
+                f"data{path}: expected tensors, None, numbers or strings, got {type(leaf).__name__}. Convert arrays with torch.as_tensor; "
+                "keep other objects in the problem itself."
+            )
+    return tensors
+
+
+def _task_count(named: list[tuple[str, Tensor]]) -> int:
+    if not named:
+        raise ValueError("batched=True: expected at least one tensor with a leading task axis in data (or theta_batched=True), got none.")
+    count = None
+    for name, tensor in named:
+        if tensor.ndim == 0:
+            raise ValueError(f"{name}: expected a leading task axis (batched=True), got a 0-d tensor. Expand it, or make it a Python number.")
+        count = len(tensor) if count is None else count
+        if len(tensor) != count:
+            raise ValueError(f"{name}: expected {count} tasks along the first axis like {named[0][0]}, got {len(tensor)}.")
+    if not count:
+        raise ValueError(f"{named[0][0]}: expected at least one task, got an empty task axis.")
+    return count

@@ -1,0 +1,497 @@
+"""The theorem, and the four functions that apply it.
+
+Let phi*(theta) solve dG/dphi(phi, theta) = 0 and let H = d2G/dphi2 be invertible there. Differentiating the condition,
+
+    H dphi*/dtheta + d2G/dphi dtheta = 0,        so        dphi*/dtheta = -H^{-1} d2G/dphi dtheta
+
+and the hypergradient of F(theta) = L(phi*(theta), theta) is
+
+    dF/dtheta = dL/dtheta - (d2G/dphi dtheta)^T u,        H u = dL/dphi.
+
+For the proximal problem, G = train_loss(phi) + lam/2 |phi - theta|^2, the cross derivative is -lam I and H = lam I + H_train, so this is
+(I + H_train / lam)^{-1} dL/dphi: Lemma 1 and Eq. 6 of the paper. No rule here knows that.
+
+How phi was found does not enter: this file knows no inner solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Curvature, GaussNewton, Hessian
+from bilevel.derivatives import (
+    Flat,
+    Levels,
+    Objective,
+    gradient,
+    hessian_product,
+    pullback,
+    pushforward,
+    refuse_captured_under_transforms,
+    refuse_nested_forward_mode,
+    transforms_active,
+    with_axis,
+)
+from bilevel.entry import Call, prepare, refuse_transforms
+from bilevel.linsys.base import LinearSolver, check_count, check_number
+from bilevel.problem import BilevelProblem
+from bilevel.result import Hypergradient, Result, SolverError, Status, failed
+from bilevel.trees import Tree, unflatten
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def solve(
+    problem: BilevelProblem,
+    theta: Tree,
+    data: Any = None,
+    *,
+    solver: Any,
+    init: Tree | None = None,
+    batched: bool = False,
+    theta_batched: bool = False,
+    chunk_size: int | None = None,
+) -> Result:
+    """Solve the inner problem.
+
+    Args:
+        problem: the bilevel problem.
+        theta: outer variable, a tree of float32 or float64 tensors.
+        data: any tree; with ``batched`` each of its tensors has a leading task axis.
+        solver: an inner solver of :mod:`bilevel.solvers`.
+        init: start, a tree like phi (with the task axis if ``batched``); None: ``problem.initial_phi``.
+        batched: solve a batch of tasks at once.
+        theta_batched: theta has the task axis too: one theta for each task.
+        chunk_size: at most this many tasks at once; bounds memory and changes nothing else.
+
+    Returns:
+        A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph: see :func:`argmin`.
+    """
+    _check_solver(solver)
+    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
+    refuse_transforms(call, "solve")
+    parts = []
+    for piece in _chunks(call, chunk_size):
+        objective = Objective(piece.flat, piece.levels, piece.tensors, piece.sizes)
+        parts.append(_solve(objective, piece.phi, solver))
+    return _as_tree(_concatenate(parts), call)
+
+
+def implicit_gradient(
+    problem: BilevelProblem,
+    phi: Tree,
+    theta: Tree,
+    data: Any = None,
+    *,
+    linsys: LinearSolver,
+    curvature: Curvature = Hessian(),  # noqa: B008 - frozen
+    damping: float = 0.0,
+    batched: bool = False,
+    theta_batched: bool = False,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    allow_unused: bool = False,
+) -> Hypergradient:
+    """The hypergradient at a point phi that you bring, however it was found (the formula at the top of this module).
+
+    Args:
+        problem: the bilevel problem.
+        phi: the point, a tree (with the task axis if ``batched``).
+        theta: outer variable, a tree of float32 or float64 tensors.
+        data: any tree; with ``batched`` each of its tensors has a leading task axis.
+        linsys: a linear solver of :mod:`bilevel.linsys`.
+        curvature: what stands for H: ``Hessian()`` or ``GaussNewton()``.
+        damping: added to the diagonal of H. Like Gauss-Newton it biases the gradient.
+        batched, theta_batched, chunk_size: as in :func:`solve`.
+        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the gradient keeps its
+            task axis and is that of the reduced outer loss.
+        allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
+
+    Returns:
+        A :class:`~bilevel.Hypergradient`; ``inner`` is None.
+    """
+    call = prepare(problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi")
+    options = _Options(linsys, curvature, damping, allow_unused)
+    return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
+
+
+def hypergradient(
+    problem: BilevelProblem,
+    theta: Tree,
+    data: Any = None,
+    *,
+    solver: Any,
+    linsys: LinearSolver,
+    init: Tree | None = None,
+    curvature: Curvature = Hessian(),  # noqa: B008 - frozen
+    damping: float = 0.0,
+    batched: bool = False,
+    theta_batched: bool = False,
+    reduction: Reduction = "mean",
+    chunk_size: int | None = None,
+    allow_unused: bool = False,
+) -> Hypergradient:
+    """Solve the inner problem and take the hypergradient there: Algorithm 2 of the paper for a whole meta-batch. The fast path.
+
+    Arguments as in :func:`solve` and :func:`implicit_gradient`.
+    """
+    _check_solver(solver)
+    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
+    options = _Options(linsys, curvature, damping, allow_unused)
+    return _hypergradient(call, solver, options, theta_batched, reduction, chunk_size, "hypergradient")
+
+
+@dataclass(frozen=True)
+class _Options:
+    linsys: LinearSolver
+    curvature: Curvature
+    damping: float
+    allow_unused: bool
+
+    def __post_init__(self) -> None:
+        _check_linsys(self.linsys)
+        if not isinstance(self.curvature, Hessian | GaussNewton):
+            raise TypeError(f"curvature: expected Hessian() or GaussNewton(), got {self.curvature!r}.")
+        check_number("damping", self.damping)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one chunk of tasks gives: everything per task."""
+
+    phi: Tensor
+    outer: Tensor
+    grads: list[Tensor]
+    inner: Result | None
+    linear: Result
+    ok: Tensor
+
+
+def _hypergradient(
+    call: Call, solver: Any, options: _Options, theta_batched: bool, reduction: Reduction, chunk_size: int | None, name: str
+) -> Hypergradient:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}.')
+    refuse_transforms(call, name)
+    keep = theta_batched or reduction == "none" or not call.sizes
+    parts = []
+    for piece in _chunks(call, chunk_size):
+        part = _implicit(piece, solver, options)
+        # one gradient of the size of theta for each chunk, not for each task
+        parts.append(part if keep else replace(part, grads=[_sum_ok(grad, part.ok) for grad in part.grads]))
+    ok = torch.cat([part.ok for part in parts]) if call.sizes else parts[0].ok
+    outer = torch.cat([part.outer for part in parts]) if call.sizes else parts[0].outer
+    grads = []
+    for leaf in zip(*[part.grads for part in parts], strict=True):
+        grads.append(leaf[0] if not call.sizes else torch.cat(leaf) if keep else torch.stack(leaf).sum(0))
+    scale = torch.ones((), dtype=outer.dtype, device=outer.device)
+    reduced = torch.where(ok, outer, torch.nan)
+    if call.sizes and reduction != "none":
+        count = ok.sum()
+        # no task is ok: NaN, never zero
+        scale = torch.where(count > 0, 1 / count if reduction == "mean" else scale, torch.nan).to(outer.dtype)
+        grads = [grad * scale for grad in grads]
+        reduced = _sum_ok(outer, ok) * scale
+    inner = None if parts[0].inner is None else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
+    return Hypergradient(
+        grad=unflatten(call.flat.theta, grads),
+        outer=reduced,
+        outer_per_task=outer,
+        phi=call.flat.phi.unravel(torch.cat([part.phi for part in parts]) if call.sizes else parts[0].phi),
+        inner=inner,
+        linear=_as_tree(_concatenate([part.linear for part in parts]), call),
+        curvature=options.curvature,
+        damping=options.damping,
+        ok_per_task=ok,
+        reduction=reduction,
+    )
+
+
+def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
+    """The formula at the top of this module, for the tasks of one chunk."""
+    objective = Objective(call.flat, call.levels, call.tensors, call.sizes)
+    run = None if solver is None else solver.run(objective, call.phi)
+    phi = call.phi.detach() if run is None else run.phi
+    inner_grads = objective.num_grads
+    outer, b, direct = objective.outer_gradient(phi)
+    local = objective.linearise(phi, options.curvature, options.damping, with_theta=True)
+    inner = None if run is None else run.result(local.grad, phi, inner_grads + 1, objective.num_matvecs)
+    linear = options.linsys.solve(local.matvec, b, preconditioner=objective.curvature_inverse(options.damping))
+    cross = local.cross(linear.value)
+    unused = [i for i, (a, c) in enumerate(zip(direct, cross, strict=True)) if a is None and c is None]
+    if unused and not options.allow_unused:
+        paths = [f"theta{call.flat.theta.paths()[i]}" for i in unused]
+        raise ValueError(
+            f"{', '.join(paths)}: expected every leaf of theta to enter the inner objective or the outer loss, but the graph shows no use. "
+            "Remove it from theta, or pass allow_unused=True for a zero gradient."
+        )
+    ok = ~linear.failed if inner is None else ~(inner.failed | linear.failed)
+    grads = []
+    for leaf, a, c in zip(objective.theta_per_task(), direct, cross, strict=True):
+        grad = torch.zeros_like(leaf) if a is None else a
+        grads.append(grad.detach() if c is None else grad - c)
+    finite = outer.isfinite()
+    for grad in grads:
+        finite = finite & grad.reshape(*ok.shape, -1).isfinite().all(-1)
+    linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
+    ok = ok & finite
+    return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
+
+
+def _solve(objective: Objective, phi: Tensor, solver: Any) -> Result:
+    run = solver.run(objective, phi.detach())
+    _, grad = objective.value_and_grad(run.phi)
+    return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
+
+
+def _like(mask: Tensor, x: Tensor) -> Tensor:
+    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+
+
+def _sum_ok(x: Tensor, ok: Tensor) -> Tensor:
+    return torch.where(_like(ok, x), x, 0).sum(0)
+
+
+def _chunks(call: Call, chunk_size: int | None) -> list[Call]:
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    return call.chunks(chunk_size)
+
+
+def _concatenate(parts: Sequence[Result]) -> Result:
+    if len(parts) == 1:
+        return parts[0]
+    counts = [part.negative_curvature for part in parts]
+    return Result(
+        value=torch.cat([part.value for part in parts]),
+        codes=torch.cat([part.codes for part in parts]),
+        steps=torch.cat([part.steps for part in parts]),
+        residual=torch.cat([part.residual for part in parts]),
+        num_grads=sum(part.num_grads for part in parts),
+        num_matvecs=sum(part.num_matvecs for part in parts),
+        negative_curvature=None if counts[0] is None else torch.cat([count for count in counts if count is not None]),
+    )
+
+
+def _as_tree(result: Result, call: Call) -> Result:
+    return replace(result, value=call.flat.phi.unravel(result.value))
+
+
+def _check_solver(solver: Any) -> None:
+    if isinstance(solver, type) or not hasattr(solver, "run"):
+        hint = f" Did you mean {solver.__name__}(...)?" if isinstance(solver, type) else ""
+        raise TypeError(f"solver: expected an inner solver such as GradientDescent(step_size=0.1, max_steps=100), got {solver!r}.{hint}")
+
+
+def _check_linsys(linsys: Any) -> None:
+    if not isinstance(linsys, LinearSolver):
+        hint = f" Did you mean {linsys.__name__}(...)?" if isinstance(linsys, type) else ""
+        raise TypeError(f"linsys: expected a linear solver such as CG(max_steps=20), got {linsys!r}.{hint}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# phi* as a differentiable function of theta and data.
+
+
+def argmin(
+    problem: BilevelProblem,
+    theta: Tree,
+    data: Any = None,
+    *,
+    solver: Any,
+    linsys: LinearSolver,
+    init: Tree | None = None,
+    check: bool = False,
+    report: Callable[[Result], None] | None = None,
+) -> Tree:
+    """phi*(theta, data), differentiable with respect to theta and every floating tensor of data, to second order.
+
+    Works under eager ``backward`` (also double) and under ``torch.func`` grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and their
+    nestings; tasks are batched with ``torch.func.vmap``. The derivative is the implicit one: the path of the solver does not enter, nor
+    does ``init``, and a point that is not solved well gives a derivative that is not right well.
+
+    A failed inner solve gives NaN for that entry, a failed linear solve NaN derivatives.
+
+    Args:
+        problem, theta, data, solver, init: as in :func:`solve`.
+        linsys: linear solver for every derivative.
+        check: raise on failure (eager mode; transforms cannot raise on values).
+        report: called with the :class:`Result` of every solve, inner and linear, in eager mode.
+
+    Raises:
+        SolverError: with ``check``, a solve failed.
+        ValueError: the objective uses a tensor that carries a gradient and is no part of theta or data.
+        NotImplementedError: forward mode over forward mode, which could not be right.
+    """
+    _check_solver(solver)
+    _check_linsys(linsys)
+    if linsys.needs_known_inverse:
+        raise ValueError(f"argmin: {linsys!r} is no solve, so the derivative would not be that of phi*. Use CG, Neumann or Exact.")
+    call = prepare(problem, theta, data, init)
+    tensors = [call.phi.detach(), *call.tensors]
+    if transforms_active():
+        refuse_captured_under_transforms(call.flat, tensors[0], tensors[1:])
+    rule = _Rule(call.flat, solver, linsys, check, report)
+    return call.flat.phi.unravel(_ArgMin.apply(_Mapped(rule), *_guarded(tensors)))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What the differentiation rules of one ``argmin`` share."""
+
+    flat: Flat
+    solver: Any
+    linsys: LinearSolver
+    check: bool
+    report: Callable[[Result], None] | None
+
+    def tell(self, result: Result, value: Any, what: str) -> None:
+        """Report and check, where there is somebody to hear it."""
+        if transforms_active():
+            return
+        if self.report is not None:
+            self.report(replace(result, value=value))
+        if self.check and bool(result.failed.any()):
+            raise SolverError(result.describe(what))
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A rule under ``vmap``: the batch axes that its arguments have, outermost first, and their sizes."""
+
+    rule: _Rule
+    levels: Levels = ()
+    sizes: tuple[int, ...] = ()
+
+    def mapped(self, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> tuple[_Mapped, list[Tensor]]:
+        """The same with one more axis outside."""
+        moved = [tensor if axis is None else tensor.movedim(axis, 0) for tensor, axis in zip(tensors, in_dims, strict=True)]
+        flags = tuple(axis is not None for axis in in_dims)
+        return _Mapped(self.rule, (flags, *self.levels), (size, *self.sizes)), moved
+
+
+def _guarded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    refuse_nested_forward_mode(tensors)
+    return list(tensors)
+
+
+class _ArgMin(torch.autograd.Function):
+    """(phi0, *tensors) -> phi*. Its rules solve with :class:`_LinearSolve`, and so have derivatives themselves."""
+
+    @staticmethod
+    def forward(mapped: _Mapped, phi: Tensor, *tensors: Tensor) -> Tensor:
+        rule = mapped.rule
+        phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
+        objective = Objective(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
+        result = _solve(objective, phi.clone(), rule.solver)
+        rule.tell(result, rule.flat.phi.unravel(result.value), "argmin, inner solve")
+        return torch.where(result.failed.unsqueeze(-1), torch.nan, result.value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mapped = inputs[0]
+        ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        phi, *tensors = ctx.saved_tensors
+        mapped = ctx.mapped
+        levels = tuple((True, *flags[1:]) for flags in mapped.levels)  # of (phi, *tensors): the solution has every axis
+        u = _LinearSolve.apply(_Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([cotangent, phi, *tensors]))
+        wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
+        products = pullback(gradient(mapped.rule.flat, levels), [phi, *tensors], -u, [False, *wanted])
+        return (None, None, *products[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _mapped: None, _phi: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        phi, *tensors = ctx.saved_tensors
+        mapped = ctx.mapped
+        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
+        change = pushforward(gradient(mapped.rule.flat, levels), [phi, *tensors], [None, *_floating(tangents, tensors)])
+        if change is None:
+            return torch.zeros_like(phi)
+        return _LinearSolve.apply(_Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([-change, phi, *tensors]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
+        more, moved = mapped.mapped(info.batch_size, in_dims[1:], tensors)
+        return _ArgMin.apply(more, *moved), 0
+
+
+class _LinearSolve(torch.autograd.Function):
+    """(b, phi, *tensors) -> u with H(phi, tensors) u = b."""
+
+    @staticmethod
+    def forward(mapped: _Mapped, b: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
+        rule, levels, sizes = mapped.rule, mapped.levels, mapped.sizes
+        b = _expand(b, [flags[0] for flags in levels], sizes)
+        # axes that only b has are several right-hand sides of one matrix: they go in front, and the matrix is linearised once
+        only_b = [axis for axis, flags in enumerate(levels) if not any(flags[1:])]
+        shared = [axis for axis, flags in enumerate(levels) if any(flags[1:])]
+        b = b.permute(*only_b, *shared, b.ndim - 1)
+        point_levels = tuple(levels[axis] for axis in shared)
+        point_sizes = tuple(sizes[axis] for axis in shared)
+        phi = _expand(phi, [flags[1] for flags in point_levels], point_sizes)
+        objective = Objective(rule.flat, tuple(flags[2:] for flags in point_levels), tensors, point_sizes)
+        local = objective.linearise(phi, Hessian(), 0.0)
+        result = rule.linsys.solve(local.matvec, b, preconditioner=objective.curvature_inverse(0.0))
+        rule.tell(result, rule.flat.phi.unravel(result.value), "argmin, linear solve")
+        u = torch.where(failed(result.codes).unsqueeze(-1), torch.nan, result.value)
+        back = sorted(range(len(levels)), key=lambda axis: [*only_b, *shared][axis])
+        return u.permute(*back, u.ndim - 1).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mapped = inputs[0]
+        ctx.save_for_backward(output, *inputs[2:])
+        ctx.save_for_forward(output, *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        u, phi, *tensors = ctx.saved_tensors
+        mapped = ctx.mapped
+        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
+        w = _LinearSolve.apply(_Mapped(mapped.rule, levels, mapped.sizes), *_guarded([cotangent, phi, *tensors]))
+        wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)]
+        products = pullback(hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], -w, [False, *wanted])
+        return (None, _sum_to(w, mapped.levels), *products[1:])
+
+    @staticmethod
+    def jvp(ctx: Any, _mapped: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:
+        u, phi, *tensors = ctx.saved_tensors
+        mapped = ctx.mapped
+        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
+        change = pushforward(hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], [None, *_floating(tangents, [phi, *tensors])])
+        rhs = None if b is None else _expand(b, [flags[0] for flags in mapped.levels], mapped.sizes)
+        if change is not None:
+            rhs = -change if rhs is None else rhs - change
+        if rhs is None:
+            return torch.zeros_like(u)
+        return _LinearSolve.apply(_Mapped(mapped.rule, levels, mapped.sizes), *_guarded([rhs, phi, *tensors]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
+        more, moved = mapped.mapped(info.batch_size, in_dims[1:], tensors)
+        return _LinearSolve.apply(more, *moved), 0
+
+
+def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:
+    """Give x every batch axis, as a view."""
+    own = x.shape[sum(has_axis) :]
+    return x.reshape(*[size if has else 1 for size, has in zip(sizes, has_axis, strict=True)], *own).expand(*sizes, *own)
+
+
+def _sum_to(x: Tensor, levels: Levels) -> Tensor:
+    """The cotangent of a first argument that was expanded by :func:`_expand`."""
+    axes = [axis for axis, flags in enumerate(levels) if not flags[0]]
+    return x.sum(axes) if axes else x
+
+
+def _floating(tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [tangent if tensor.is_floating_point() else None for tangent, tensor in zip(tangents, tensors, strict=True)]

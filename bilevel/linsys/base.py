@@ -1,0 +1,88 @@
+"""What a linear solver is: a method that turns ``v -> A v`` and ``b`` into ``u`` with ``A u = b``. It knows no bilevel problem.
+
+One shape for everything: vectors are ``(*batch, d)``, every per-problem scalar is ``(*batch,)``, a single problem has batch shape
+``()``. Each algorithm is written once over that shape, with masks instead of branches on tensor values, so that one problem of a
+batch cannot disturb another.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.result import Result, Status
+
+Matvec = Callable[[Tensor], Tensor]
+"""``v -> A v`` over ``(*batch, d)``; also over ``(k, *batch, d)``: several vectors for each problem at once."""
+
+
+class LinearSolver(ABC):
+    """A method for A u = b. Subclasses are frozen keyword-only dataclasses; their fields are the options."""
+
+    requires_symmetric: ClassVar[bool] = True
+    """Whether the method is right for symmetric A only."""
+
+    needs_known_inverse: ClassVar[bool] = False
+    """Whether the method only works with the inverse of a known part of A, and so is no solve."""
+
+    @abstractmethod
+    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+        """Solve A u = b for every problem of the batch.
+
+        Args:
+            matvec: ``v -> A v`` over ``(*batch, d)``, and over ``(k, *batch, d)`` if the method needs it.
+            b: right-hand side ``(*batch, d)``.
+            init: start ``(*batch, d)``; zero if None.
+            preconditioner: ``v -> M v`` with M an approximate inverse of A, symmetric positive definite.
+
+        Returns:
+            A :class:`~bilevel.Result` with ``value`` u ``(*batch, d)`` and ``residual`` ``|b - A u|`` ``(*batch,)``.
+        """
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """Inner products ``(*batch,)`` of vectors ``(*batch, d)``."""
+    return torch.linalg.vecdot(x, y)
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norms ``(*batch,)`` of vectors ``(*batch, d)``."""
+    return torch.linalg.vector_norm(x, dim=-1)
+
+
+def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch,)`` or ``(*batch, d)``. Never mixes in a NaN of the other side."""
+    return torch.where(mask.unsqueeze(-1) if yes.ndim > mask.ndim else mask, yes, no)
+
+
+def mark(codes: Tensor, mask: Tensor, status: Status) -> Tensor:
+    """Status codes with ``status`` where the mask is set."""
+    return torch.where(mask, int(status), codes)
+
+
+def check_system(b: Tensor, init: Tensor | None) -> None:
+    """Refuse a right-hand side or a start that is no ``(*batch, d)`` floating tensor."""
+    if not b.is_floating_point() or b.ndim == 0:
+        raise ValueError(f"b: expected a real floating tensor of shape (*batch, d), got {b.dtype} of shape {tuple(b.shape)}.")
+    if init is not None and (init.shape != b.shape or init.dtype != b.dtype):
+        raise ValueError(f"init: expected shape {tuple(b.shape)} and {b.dtype} like b, got {tuple(init.shape)} and {init.dtype}.")
+
+
+def check_number(name: str, value: float, *, at_least: float = 0.0, positive: bool = False) -> None:
+    """Refuse an option that is no number, or not in its range (NaN is in no range)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
+    if not (value > 0 if positive else value >= at_least) or value == float("inf"):
+        raise ValueError(f"{name}: expected a finite number {'> 0' if positive else f'>= {at_least:g}'}, got {value!r}.")
+
+
+def check_count(name: str, value: int, *, at_least: int = 1) -> None:
+    """Refuse an option that is no integer, or too small."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name}: expected at least {at_least}, got {value}.")

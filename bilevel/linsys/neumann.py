@@ -1,0 +1,88 @@
+"""The Neumann series: u = a sum_k (I - a A)^k b."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.linsys.base import LinearSolver, Matvec, check_count, check_number, check_system, mark, norm, select
+from bilevel.result import Result, Status
+
+POWER_STEPS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neumann(LinearSolver):
+    """Sum the Neumann series of A^{-1} b (Lorraine, Vicol and Duvenaud 2020), which is Richardson's iteration from zero.
+
+    It converges if and only if every eigenvalue of A lies in (0, 2 / step_size). For symmetric A the residual norms of the series are
+    log-convex in the number of terms, so a residual that grows once grows for ever: this is how ``Status.DIVERGED`` is found.
+
+    Args:
+        num_terms: terms of the series after the first, one product each, >= 1.
+        step_size: the factor a; None: 1 / (estimate of the largest eigenvalue of A), which costs 12 products more.
+        rtol: stop where ``|b - A u| <= rtol |b|``; 0 takes all terms without reading a number back to the host.
+    """
+
+    num_terms: int
+    step_size: float | None = None
+    rtol: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("num_terms", self.num_terms)
+        check_number("rtol", self.rtol)
+        if self.step_size is not None:
+            check_number("step_size", self.step_size, positive=True)
+
+    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+        """As the base class says. A preconditioner is not used."""
+        check_system(b, init)
+        x = torch.zeros_like(b) if init is None else init
+        r = b if init is None else b - matvec(x)
+        num_matvecs = 0 if init is None else 1
+        if self.step_size is None:
+            a = 1 / largest_eigenvalue(matvec, b)
+            num_matvecs += POWER_STEPS
+        else:
+            a = torch.full_like(b[..., 0], self.step_size)
+        threshold = self.rtol * norm(b)
+        residual = norm(r)
+        active = residual > threshold
+        growing = torch.zeros_like(active)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        # below this a growing residual is rounding
+        floor = 100 * torch.finfo(b.dtype).eps * norm(b)
+        for _ in range(self.num_terms):
+            if self.rtol > 0 and not bool(active.any()):
+                break
+            x = select(active, x + a.unsqueeze(-1) * r, x)
+            r = select(active, r - a.unsqueeze(-1) * matvec(r), r)
+            num_matvecs += 1
+            steps = steps + active
+            new = norm(r)
+            growing = growing | (active & (new > residual) & (new > floor))
+            residual = new
+            active = active & ~(residual <= threshold)
+        codes = torch.full_like(steps, int(Status.MAX_STEPS))
+        codes = mark(codes, residual <= threshold, Status.CONVERGED)
+        codes = mark(codes, growing, Status.DIVERGED)
+        codes = mark(codes, ~(residual.isfinite() & x.isfinite().all(-1)), Status.NON_FINITE)
+        # a finite b and a finite first product: the infinity came from the series
+        codes = mark(codes, (codes == int(Status.NON_FINITE)) & growing, Status.DIVERGED)
+        return Result(value=x, codes=codes, steps=steps, residual=residual, num_matvecs=num_matvecs)
+
+
+def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
+    """An estimate ``(*batch,)`` of max |eigenvalue| of a symmetric A by the power method from one fixed pseudo-random start."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64).to(b)
+    v = start.expand_as(b)
+    for _ in range(POWER_STEPS):
+        v = v / norm(v).unsqueeze(-1)
+        av = matvec(v)
+        estimate = norm(av)
+        v = av
+    # one for A = 0, where any step is as good
+    return torch.where(estimate > 0, estimate, 1.0)

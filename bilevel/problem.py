@@ -1,0 +1,255 @@
+"""The vocabulary of the user: what a bilevel problem is.
+
+    theta* = argmin_theta  L(phi*(theta), theta, data)        outer problem
+    phi*(theta) = argmin_phi  G(phi, theta, data)             inner problem
+
+Everything here is written for *one* task; the library applies it to a batch of tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.trees import Tree, flatten, layout_of, tree_map, unflatten
+
+Loss = Callable[[Tree, Any], Tensor]
+
+
+class BilevelProblem(ABC):
+    """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner solve."""
+
+    @abstractmethod
+    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        """G(phi, theta, data), a 0-d tensor, twice differentiable."""
+
+    @abstractmethod
+    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        """L(phi, theta, data), a 0-d tensor. May depend on theta directly, or not at all."""
+
+    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
+        """Where the inner solve starts. It also fixes the structure, shapes and dtype of phi."""
+        raise ValueError(
+            f"{type(self).__name__} has no initial_phi, so the library does not know the shape of phi: pass init=, or define initial_phi(theta, data)."
+        )
+
+    # What a problem may know about its inner Hessian in closed form. Optional: `Identity()`, `GaussNewton()` and the
+    # preconditioner of the linear solve need it.
+
+    knows_curvature: bool = False
+    """Whether part of the inner Hessian is known in closed form: the next two methods."""
+
+    def curvature_product(self, v: Tree) -> Tree:
+        """(known part of the inner Hessian) v, for a tree like phi."""
+        raise NotImplementedError
+
+    def curvature_inverse(self, v: Tree, damping: float = 0.0) -> Tree:
+        """(known part + damping I)^{-1} v, for a tree like phi."""
+        raise NotImplementedError
+
+    @property
+    def model(self) -> tuple[Loss, Loss] | None:
+        """``(predict, output_loss)`` where G = output_loss(predict(phi, data), data) + known part; else None."""
+        return None
+
+    @staticmethod
+    def from_functions(
+        inner_objective: Callable[..., Tensor],
+        outer_loss: Callable[..., Tensor],
+        initial_phi: Callable[..., Tree] | None = None,
+    ) -> BilevelProblem:
+        """A problem from functions of (phi, theta, data) and, for the start, of (theta, data).
+
+        Without ``initial_phi`` every call needs ``init=``.
+        """
+        return _FunctionProblem(inner_objective, outer_loss, initial_phi)
+
+
+class _FunctionProblem(BilevelProblem):
+    def __init__(self, inner: Callable[..., Tensor], outer: Callable[..., Tensor], initial: Callable[..., Tree] | None) -> None:
+        _require_callables(inner_objective=inner, outer_loss=outer)
+        if initial is not None:
+            _require_callables(initial_phi=initial)
+        self._inner, self._outer, self._initial = inner, outer, initial
+
+    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        return self._inner(phi, theta, data)
+
+    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        return self._outer(phi, theta, data)
+
+    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
+        return super().initial_phi(theta, data) if self._initial is None else self._initial(theta, data)
+
+
+class ProximalProblem(BilevelProblem):
+    """The problem of iMAML (Eqs. 3 and 4): G = train_loss(phi) + 1/2 (phi - theta)^T Lambda (phi - theta), L = test_loss(phi).
+
+    theta is the proximal centre and the start of the inner solve; phi has the structure and shapes of theta.
+
+    Args:
+        lam: Lambda. A positive number or 0-d tensor; a tree of these like theta (one per leaf); a tree of tensors like theta
+            (diagonal); or a symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key).
+
+    Raises:
+        TypeError: lam is no number or floating tensor, or requires grad.
+        ValueError: lam is not positive (definite), or (at use) does not match theta.
+    """
+
+    knows_curvature = True
+
+    def __init__(self, lam: Any) -> None:
+        self.lam = tree_map(_as_weight, lam)
+        # A square matrix may be Lambda in full or, for a theta of that shape, its diagonal: theta decides, at use.
+        self._square = isinstance(self.lam, Tensor) and self.lam.ndim == 2 and self.lam.shape[0] == self.lam.shape[1]
+        self._checked_matrix = False
+        self._inverses: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        positive = all(bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all()) for leaf in flatten(self.lam)[0])
+        if not positive and not (self._square and _is_positive_definite(self.lam)):
+            raise ValueError(f"lam: expected positive numbers or a symmetric positive definite matrix, got {lam!r}.")
+
+    def train_loss(self, phi: Tree, data: Any) -> Tensor:
+        """The training loss of one task, a 0-d tensor."""
+        predict, output_loss = self._require_model()
+        return output_loss(predict(phi, data), data)
+
+    @abstractmethod
+    def test_loss(self, phi: Tree, data: Any) -> Tensor:
+        """The test loss of one task, a 0-d tensor."""
+
+    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        return self.train_loss(phi, data) + self.regulariser(phi, theta)
+
+    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        return self.test_loss(phi, data)
+
+    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
+        return tree_map(torch.clone, theta)
+
+    def regulariser(self, phi: Tree, theta: Tree) -> Tensor:
+        """1/2 (phi - theta)^T Lambda (phi - theta)."""
+        step = tree_map(torch.sub, phi, theta)
+        terms = [torch.sum(a * b) for a, b in zip(flatten(self.curvature_product(step))[0], flatten(step)[0], strict=True)]
+        return 0.5 * (terms[0] if len(terms) == 1 else torch.stack(terms).sum())
+
+    def curvature_product(self, v: Tree) -> Tree:
+        if self._is_matrix_for(v):
+            return self._through_vector(lambda x: _like(x, self.lam) @ x, v)
+        return tree_map(lambda x, lam: _like(x, lam) * x, v, self._per_leaf(v))
+
+    def curvature_inverse(self, v: Tree, damping: float = 0.0) -> Tree:
+        if self._is_matrix_for(v):
+            return self._through_vector(lambda x: self._inverse(x, damping) @ x, v)
+        return tree_map(lambda x, lam: x / (_like(x, lam) + damping), v, self._per_leaf(v))
+
+    def _inverse(self, x: Tensor, damping: float) -> Tensor:
+        key = (damping, x.dtype, x.device)
+        if key not in self._inverses:
+            eye = torch.eye(len(self.lam), dtype=self.lam.dtype, device=self.lam.device)
+            self._inverses[key] = _like(x, torch.cholesky_inverse(torch.linalg.cholesky(self.lam + damping * eye)))
+        return self._inverses[key]
+
+    def _is_matrix_for(self, v: Tree) -> bool:
+        return self._square and not (isinstance(v, Tensor) and v.shape == self.lam.shape)
+
+    def _through_vector(self, fn: Callable[[Tensor], Tensor], v: Tree) -> Tree:
+        layout, leaves = layout_of(v)
+        d = sum(layout.sizes)
+        if d != len(self.lam):
+            raise ValueError(f"lam: expected a ({d}, {d}) matrix for this theta, got {tuple(self.lam.shape)}.")
+        if not self._checked_matrix:
+            if not _is_positive_definite(self.lam):
+                raise ValueError("lam: expected a symmetric positive definite matrix, got one that is not.")
+            self._checked_matrix = True
+        return layout.unravel(fn(layout.ravel(leaves)))
+
+    def _per_leaf(self, v: Tree) -> Tree:
+        leaves, structure = flatten(v)
+        if isinstance(self.lam, float):
+            return unflatten(structure, [self.lam] * len(leaves))
+        lams, lam_structure = flatten(self.lam)
+        if lam_structure != structure:
+            raise ValueError(f"lam: expected a tree like theta with leaves {structure.paths()}, got leaves {lam_structure.paths()}.")
+        for path, leaf, lam in zip(structure.paths(), leaves, lams, strict=True):
+            if isinstance(lam, Tensor) and lam.shape != leaf.shape:
+                raise ValueError(f"lam{path}: expected a number or shape {tuple(leaf.shape)} like theta, got {tuple(lam.shape)}.")
+        return self.lam
+
+    def _require_model(self) -> tuple[Loss, Loss]:
+        if self.model is None:
+            raise NotImplementedError(f"{type(self).__name__} must define train_loss(phi, data).")
+        return self.model
+
+    @staticmethod
+    def from_losses(train_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
+        """A proximal problem from two functions of (phi, data)."""
+        _require_callables(train_loss=train_loss, test_loss=test_loss)
+        return _LossesProblem(train_loss, test_loss, lam)
+
+    @staticmethod
+    def from_model(predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
+        """A proximal problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
+
+        This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
+        """
+        _require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
+        return _ModelProblem(predict, output_loss, test_loss, lam)
+
+
+class _LossesProblem(ProximalProblem):
+    def __init__(self, train_loss: Loss, test_loss: Loss, lam: Any) -> None:
+        super().__init__(lam)
+        self._train_loss, self._test_loss = train_loss, test_loss
+
+    def train_loss(self, phi: Tree, data: Any) -> Tensor:
+        return self._train_loss(phi, data)
+
+    def test_loss(self, phi: Tree, data: Any) -> Tensor:
+        return self._test_loss(phi, data)
+
+
+class _ModelProblem(ProximalProblem):
+    def __init__(self, predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any) -> None:
+        super().__init__(lam)
+        self._model, self._test_loss = (predict, output_loss), test_loss
+
+    @property
+    def model(self) -> tuple[Loss, Loss]:
+        return self._model
+
+    def test_loss(self, phi: Tree, data: Any) -> Tensor:
+        return self._test_loss(phi, data)
+
+
+def _as_weight(lam: Any) -> float | Tensor:
+    """A number as a Python float, so that it takes the dtype and device of what it multiplies; a tensor as a copy."""
+    if isinstance(lam, Tensor):
+        if lam.requires_grad:
+            raise TypeError(
+                "lam: got a tensor that requires grad, and no gradient would reach it. To learn lam, make it a part of theta in a "
+                "BilevelProblem of your own; to keep it fixed, pass lam.detach()."
+            )
+        if lam.is_floating_point():
+            return float(lam) if lam.ndim == 0 else lam.clone()
+    elif isinstance(lam, Real) and not isinstance(lam, bool):
+        return float(lam)
+    raise TypeError(f"lam: expected positive numbers or real floating tensors, got {type(lam).__name__} {lam!r}.")
+
+
+def _is_positive_definite(matrix: Tensor) -> bool:
+    return torch.allclose(matrix, matrix.mT) and int(torch.linalg.cholesky_ex(matrix).info) == 0
+
+
+def _like(x: Tensor, lam: float | Tensor) -> Any:
+    return lam.to(dtype=x.dtype, device=x.device) if isinstance(lam, Tensor) else lam
+
+
+def _require_callables(**functions: Any) -> None:
+    for name, fn in functions.items():
+        if not callable(fn):
+            raise TypeError(f"{name}: expected a function, got {type(fn).__name__}.")

@@ -1,0 +1,211 @@
+"""What a solve gives back: the value, what happened, and how close it came. Failure is never silent and never zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel.trees import Tree
+
+
+class Status(IntEnum):
+    """What a solve ended with. Each member carries the sentence that the user reads, with cause and remedy.
+
+    A batch of problems has an integer tensor of these codes; ``Status(int(code))`` is the member of one of them.
+    """
+
+    message: str
+    failed: bool
+
+    def __new__(cls, code: int, failed: bool, message: str) -> Status:
+        """A member with its sentence; ``failed`` says whether the value may be used."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.failed = failed
+        member.message = message
+        return member
+
+    CONVERGED = 0, False, "converged to the requested tolerance."
+    MAX_STEPS = (
+        1,
+        False,
+        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or the tolerance if "
+        "the residual is too large for you.",
+    )
+    LINE_SEARCH_FAILED = (
+        2,
+        False,
+        "no step along the search direction lowers the objective any more; the best point found is returned. Usual causes: the "
+        "rounding floor (loosen tol or use float64), or an objective that is not a deterministic smooth function.",
+    )
+    STOPPED_AT_NEGATIVE_CURVATURE = (
+        3,
+        False,
+        "met negative curvature and kept the answer found until then, as asked for (Steihaug); the answer is truncated there.",
+    )
+    SOLVED_INDEFINITE = (
+        4,
+        False,
+        "solved to rounding, but the matrix is indefinite: the point is a saddle of the inner objective, not a minimum. Solve the "
+        "inner problem further, or raise the regularisation.",
+    )
+    DIVERGED = (
+        5,
+        True,
+        "diverged: the residual grew instead of falling. Reduce step_size (or leave it None), or raise the regularisation.",
+    )
+    NON_FINITE = (
+        6,
+        True,
+        "met NaN or infinity. Look for bad data, a log or a division by zero in the objective, or overflow in float32.",
+    )
+    NEGATIVE_CURVATURE = (
+        7,
+        True,
+        "met negative curvature: the matrix is not positive definite, so the point is no strict minimum of the inner objective. "
+        "Solve the inner problem further, raise the regularisation or damping, use GaussNewton(), or CG(steihaug=True).",
+    )
+    SINGULAR = (
+        8,
+        True,
+        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping, or remove "
+        "variables that the inner objective does not depend on.",
+    )
+
+
+FAILED_CODES = tuple(int(status) for status in Status if status.failed)
+
+
+def failed(codes: Tensor) -> Tensor:
+    """Which entries of a tensor of status codes are failures, as booleans of the same shape (without a host read)."""
+    return codes >= min(FAILED_CODES)
+
+
+class SolverError(RuntimeError):
+    """A result that failed was asked for its value, or a solve failed under ``check=True``."""
+
+
+def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
+    """One sentence for one problem, or the counts per status for a batch."""
+    if codes.ndim == 0:
+        status = Status(int(codes))
+        return f"{what}: {status.name} after {int(steps)} steps, residual {float(residual):.3e}: {status.message}"
+    lines = [f"{what}: {int(failed(codes).sum())} of {codes.numel()} problems failed:"]
+    for status in Status:
+        hit = codes == int(status)
+        if hit.any():
+            worst = float(torch.nan_to_num(residual[hit], nan=float("inf")).max())
+            lines.append(f"  {int(hit.sum())} x {status.name} (at most {int(steps[hit].max())} steps, largest residual {worst:.3e}): {status.message}")
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The outcome of one solve, or of a batch of them at once.
+
+    Attributes:
+        value: the answer: a tree like phi (from :func:`bilevel.solve`) or a vector ``(*batch, d)`` (from a linear solver).
+        codes: status codes, integer tensor ``(*batch,)``.
+        steps: steps that each problem took, integer tensor ``(*batch,)``.
+        residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not measured.
+        num_grads: gradient evaluations, each over the whole batch.
+        num_matvecs: products with the matrix, each over the whole batch.
+        negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from methods that
+            cannot see it.
+    """
+
+    value: Any
+    codes: Tensor
+    steps: Tensor
+    residual: Tensor
+    num_grads: int = 0
+    num_matvecs: int = 0
+    negative_curvature: Tensor | None = None
+
+    @property
+    def status(self) -> Status | Tensor:
+        """The :class:`Status` of a single problem; the integer tensor ``(*batch,)`` of a batch."""
+        return Status(int(self.codes)) if self.codes.ndim == 0 else self.codes
+
+    @property
+    def num_steps(self) -> int | Tensor:
+        """Steps taken: a number for a single problem, an integer tensor ``(*batch,)`` for a batch."""
+        return int(self.steps) if self.steps.ndim == 0 else self.steps
+
+    @property
+    def failed(self) -> Tensor:
+        """Which problems failed, booleans ``(*batch,)``."""
+        return failed(self.codes)
+
+    def describe(self, what: str = "solve") -> str:
+        """What happened, in sentences."""
+        return describe(self.codes, self.steps, self.residual, what)
+
+    def unwrap(self) -> Any:
+        """The value.
+
+        Raises:
+            SolverError: the solve failed (in a batch: any of them), with status, steps, residual and remedy.
+        """
+        if bool(self.failed.any()):
+            raise SolverError(self.describe())
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient:
+    """The gradient of the outer loss with respect to theta, with everything that tells how good it is.
+
+    Attributes:
+        grad: tree like theta. Mean or sum over the tasks that are ok; one per task for ``reduction="none"``, NaN where failed.
+        outer: outer loss, reduced as ``grad``.
+        outer_per_task: outer loss of each task ``(*batch,)``, whatever the reduction.
+        phi: the point at which the gradient was taken, one per task.
+        inner: the :class:`Result` of the inner solve; None where the point was handed in.
+        linear: the :class:`Result` of the linear solve; its value is u, a tree like phi.
+        curvature: what stood for the Hessian.
+        damping: what was added to its diagonal. Either one makes the gradient biased.
+        ok: True where both solves succeeded and the gradient is finite: a bool, or a bool tensor ``(tasks,)``.
+        num_ok: the number of tasks in ``grad`` and ``outer``.
+    """
+
+    grad: Tree
+    outer: Tensor
+    outer_per_task: Tensor
+    phi: Tree
+    inner: Result | None
+    linear: Result
+    curvature: Any
+    damping: float
+    ok_per_task: Tensor
+    reduction: str
+
+    @property
+    def ok(self) -> bool | Tensor:
+        """True where the gradient may be used: a bool for a single problem, a bool tensor ``(tasks,)`` for a batch."""
+        return bool(self.ok_per_task) if self.ok_per_task.ndim == 0 else self.ok_per_task
+
+    @property
+    def num_ok(self) -> int:
+        """The number of tasks that entered ``grad`` and ``outer``."""
+        return int(self.ok_per_task.sum())
+
+    def describe(self) -> str:
+        """What happened in both solves, in sentences."""
+        parts = [] if self.inner is None else [self.inner.describe("inner solve")]
+        return "\n".join([*parts, self.linear.describe("linear solve")])
+
+    def unwrap(self) -> Tree:
+        """``grad``.
+
+        Raises:
+            SolverError: no task is ok; with ``reduction="none"``, any task is not ok.
+        """
+        ok = self.ok_per_task
+        if not bool(ok.all() if self.reduction == "none" else ok.any()):
+            raise SolverError(self.describe())
+        return self.grad

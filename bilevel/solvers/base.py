@@ -1,0 +1,168 @@
+"""The loop of every iterative inner solver, written once. A method is a step.
+
+The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which answers with
+the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem that is done keeps its state;
+what another problem of the batch does never changes it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bilevel.derivatives import Objective
+from bilevel.linsys.base import norm, select
+from bilevel.result import Result, Status
+from bilevel.trees import Tree
+
+GROWTH = 1e6
+"""A gradient norm that has grown by more than this factor counts as divergence even while it is finite."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a method carries from step to step; methods add fields of their own, each ``(*batch,)`` or ``(*batch, d)``.
+
+    Attributes:
+        phi: the best answer so far.
+        point: where the next gradient is wanted.
+        stalled: problems with which the method cannot go on.
+        negative_curvature: how often the method met negative curvature and went on.
+    """
+
+    phi: Tensor
+    point: Tensor
+    stalled: Tensor
+    negative_curvature: Tensor
+
+    @classmethod
+    def start(cls, phi: Tensor) -> State:
+        """The state that every method starts from."""
+        count = torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)
+        return State(phi, phi, count.bool(), count)
+
+
+S = TypeVar("S", bound=State)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a solver found, before the gradient at phi is known: the caller has that gradient anyway, so nobody pays for it twice.
+
+    ``steps`` is ``(*batch,)``; ``start`` is |dG/dphi| at the start, NaN where nobody measured it.
+    """
+
+    phi: Tensor
+    converged: Tensor
+    stalled: Tensor
+    steps: Tensor
+    start: Tensor
+    negative_curvature: Tensor
+    tol: float
+
+    def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
+        """The result with its status, from the gradient ``(*batch, d)`` at phi."""
+        residual = norm(grad)
+        finite = residual.isfinite() & self.phi.isfinite().all(-1)
+        floor = torch.finfo(residual.dtype).eps ** 0.5
+        codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
+        for mask, status in (
+            (self.stalled, Status.LINE_SEARCH_FAILED),
+            (self.converged | (residual <= self.tol), Status.CONVERGED),
+            (residual > GROWTH * self.start.clamp_min(floor), Status.DIVERGED),
+            (~finite & ~self.start.isfinite(), Status.NON_FINITE),
+            (~finite & self.start.isfinite(), Status.DIVERGED),
+        ):
+            codes = torch.where(mask, int(status), codes)
+        return Result(value=value, codes=codes, steps=self.steps, residual=residual, 
+            negative_curvature=self.negative_curvature, num_grads=num_grads, num_matvecs=num_matvecs)
+
+
+class InnerSolver(ABC):
+    """A procedure that finds a point phi. Subclasses are frozen keyword-only dataclasses; their fields are the options."""
+
+    @abstractmethod
+    def run(self, objective: Objective, phi: Tensor) -> Run:
+        """From the start phi ``(*batch, d)`` to an answer."""
+
+
+class IterativeSolver(InnerSolver):
+    """A method given by :meth:`init` and :meth:`step`, and the fields ``max_steps``, ``tol`` and ``check_every``."""
+
+    max_steps: int
+    tol: float
+    check_every: int = 1
+    """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
+
+    @abstractmethod
+    def init(self, objective: Objective, phi: Tensor) -> Any:
+        """The state at the start."""
+
+    @abstractmethod
+    def step(self, objective: Objective, state: Any, local: Any) -> Any:
+        """The next state; ``local`` has ``.value`` ``(*batch,)`` and ``.grad`` ``(*batch, d)`` at ``state.point``."""
+
+    def evaluate(self, objective: Objective, point: Tensor) -> Any:
+        """What :meth:`step` is told of ``point``."""
+        return Local(*objective.value_and_grad(point))
+
+    def run(self, objective: Objective, phi: Tensor) -> Run:
+        state = self.init(objective, phi)
+        active = ~state.stalled
+        converged = torch.zeros_like(active)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        start = None
+        for k in range(self.max_steps):
+            local = self.evaluate(objective, state.point)
+            residual = norm(local.grad)
+            if start is None:
+                start = residual
+            if self.tol > 0:
+                done = active & (residual <= self.tol)
+                converged = converged | done
+                state = replace(state, phi=select(done, state.point, state.phi))
+                active = active & ~done
+                active = active & ~state.stalled
+                if k % self.check_every == 0 and not bool(active.any()):
+                    break
+                state = choose(active, self.step(objective, state, local), state)
+            else:
+                active = active & ~state.stalled
+                state = self.step(objective, state, local)
+            steps = steps + active
+        if start is None:
+            start = torch.full_like(phi[..., 0], torch.nan)
+        return Run(state.phi, converged, state.stalled, steps, start, state.negative_curvature, self.tol)
+
+
+@dataclass(frozen=True)
+class Local:
+    """G ``(*batch,)`` and its gradient ``(*batch, d)`` at a point."""
+
+    value: Tensor
+    grad: Tensor
+
+
+def choose(mask: Tensor, new: S, old: S) -> S:
+    """The new state where the mask is set, field by field."""
+    return replace(old, **{field.name: select(mask, getattr(new, field.name), getattr(old, field.name)) for field in fields(old)})
+
+
+def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
+    """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a line search."""
+    _, grad = objective.value_and_grad(phi)
+    size = norm(grad)
+    eps = torch.finfo(phi.dtype).eps ** 0.5 * (1 + norm(phi)) / size
+    _, ahead = objective.value_and_grad(phi - eps.unsqueeze(-1) * grad)
+    curvature = norm(ahead - grad) / (eps * size)
+    step = 1 / curvature
+    return torch.where(step.isfinite() & (step > 0), step, 1.0)
+
+
+def tree_value(objective: Objective, phi: Tensor) -> Tree:
+    """The answer as the user knows it."""
+    return objective.flat.phi.unravel(phi)

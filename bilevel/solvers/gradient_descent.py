@@ -1,0 +1,80 @@
+"""Gradient descent on G, with a fixed step size or with backtracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bilevel.derivatives import Objective
+from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size
+
+GROW, SHRINK = 1.25, 0.5
+SUFFICIENT_DECREASE = 1e-4
+
+
+@dataclass(frozen=True)
+class _State(State):
+    step_size: Tensor
+    value: Tensor  # G at phi; infinite before the first evaluation
+    grad: Tensor  # dG/dphi at phi
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientDescent(IterativeSolver):
+    """phi <- phi - step_size dG/dphi; with a fixed step size the inner solver of iMAML-GD (paper, section 4).
+
+    Args:
+        step_size: fixed, > 0; stable below 2 / (largest eigenvalue of the Hessian of G). None: backtracking. Then each problem has a
+            step size of its own; a trial that does not lower G enough is a step that halves it, an accepted one lets it grow.
+        max_steps: gradient evaluations, >= 1.
+        tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
+        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+    """
+
+    step_size: float | None
+    max_steps: int
+    tol: float = 0.0
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.step_size is not None:
+            check_number("step_size", self.step_size, positive=True)
+        check_count("max_steps", self.max_steps)
+        check_number("tol", self.tol)
+        check_count("check_every", self.check_every)
+
+    def init(self, objective: Objective, phi: Tensor) -> State:
+        start = State.start(phi)
+        if self.step_size is not None:
+            return start
+        infinite = torch.full_like(phi[..., 0], torch.inf)
+        return _State(*vars(start).values(), initial_step_size(objective, phi), infinite, torch.full_like(phi, torch.inf))
+
+    def step(self, objective: Objective, state: State, local: Local) -> State:
+        if isinstance(state, _State):
+            return self._backtrack(state, local)
+        phi = state.point - self.step_size * local.grad  # type: ignore[operator]
+        return replace(state, phi=phi, point=phi, stalled=state.stalled | ~local.value.isfinite())
+
+    @staticmethod
+    def _backtrack(state: _State, trial: Local) -> _State:
+        """Take the trial if it lowers G enough, and choose the next one."""
+        first = state.value.isposinf()
+        slope = state.step_size * dot(state.grad, state.grad)
+        # near the rounding floor of G, where the test on G says nothing, the gradient norm decides
+        at_floor = slope <= 10 * torch.finfo(slope.dtype).eps * state.value.abs()
+        falls = norm(trial.grad) < norm(state.grad)
+        enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
+        accept = first | (torch.where(at_floor, falls, enough) & trial.value.isfinite())
+        step_size = torch.where(first, state.step_size, state.step_size * torch.where(accept, GROW, SHRINK))
+        phi = select(accept, state.point, state.phi)
+        grad = select(accept, trial.grad, state.grad)
+        eps = torch.finfo(slope.dtype).eps
+        negligible = step_size * norm(state.grad) <= eps * norm(state.phi)
+        stalled = state.stalled | torch.where(first, ~trial.value.isfinite(), ~accept & negligible)
+        point = select(stalled, phi, phi - step_size.unsqueeze(-1) * grad)
+        value = torch.where(accept, trial.value, state.value)
+        return replace(state, phi=phi, point=point, stalled=stalled, step_size=step_size, value=value, grad=grad)

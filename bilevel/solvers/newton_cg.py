@@ -1,0 +1,116 @@
+"""Newton's method without Hessians: CG for the direction, a backtracking line search on G for the length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Curvature, Hessian
+from bilevel.derivatives import Linearisation, Objective
+from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.solvers.base import IterativeSolver, State
+
+SUFFICIENT_DECREASE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonCG(IterativeSolver):
+    """Newton-CG, the Hessian-free method of the paper (section 4 and Appendix F.2; Nocedal and Wright 2006, algorithm 7.1).
+
+    The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature it goes on
+    with the direction found so far, or with the negative gradient at the first. The step length 1, 1/2, 1/4, .. is the first that
+    lowers G enough (Armijo). Near the rounding floor of G, where that test says nothing, the full step is taken while it lowers the
+    gradient norm, and the method stops at the best point when it does not.
+
+    Args:
+        max_steps: Newton steps, >= 1.
+        cg_steps: CG steps for each direction, >= 1.
+        tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps.
+        cg_rtol: stop CG where its residual is below this fraction of the gradient norm.
+        max_backtracks: halvings of the step before the line search fails.
+        curvature: ``Hessian()`` or ``GaussNewton()``.
+        damping: added to the diagonal of the curvature.
+    """
+
+    max_steps: int = 3
+    cg_steps: int = 5
+    tol: float = 0.0
+    cg_rtol: float = 0.0
+    max_backtracks: int = 20
+    curvature: Curvature = Hessian()  # noqa: RUF009 - frozen
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps)
+        check_count("cg_steps", self.cg_steps)
+        check_number("tol", self.tol)
+        check_number("cg_rtol", self.cg_rtol)
+        check_count("max_backtracks", self.max_backtracks, at_least=0)
+        check_number("damping", self.damping)
+
+    def init(self, objective: Objective, phi: Tensor) -> State:
+        return State.start(phi)
+
+    def evaluate(self, objective: Objective, point: Tensor) -> Linearisation:
+        return objective.linearise(point, self.curvature, self.damping)
+
+    def step(self, objective: Objective, state: State, local: Linearisation) -> State:
+        direction, negative = self._direction(local)
+        slope = dot(local.grad, direction)
+        point, stalled = self._line_search(objective, state, local, direction, slope)
+        return State(point, point, stalled, state.negative_curvature + negative)
+
+    def _direction(self, local: Linearisation) -> tuple[Tensor, Tensor]:
+        """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
+        r = -local.grad
+        x, p, rr = torch.zeros_like(r), r, dot(r, r)
+        threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
+        active = rr > threshold
+        negative = torch.zeros_like(active)
+        for k in range(self.cg_steps):
+            if self.tol > 0 and not bool(active.any()):
+                break
+            ap = local.matvec(p)
+            curvature = dot(p, ap)
+            bad = active & ~(curvature > 0)
+            negative = negative | bad
+            if k == 0:
+                x = select(bad, p, x)
+            active = active & ~bad
+            alpha = rr / curvature
+            x = select(active, x + alpha.unsqueeze(-1) * p, x)
+            r = select(active, r - alpha.unsqueeze(-1) * ap, r)
+            rr_new = dot(r, r)
+            p = select(active, r + (rr_new / rr).unsqueeze(-1) * p, p)
+            rr = torch.where(active, rr_new, rr)
+            active = active & (rr > threshold)
+        return x, negative
+
+    def _line_search(
+        self, objective: Objective, state: State, local: Linearisation, direction: Tensor, slope: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The next point, and which problems can go no further."""
+        point = state.point
+        at_floor = slope.abs() <= 10 * torch.finfo(slope.dtype).eps * local.value.abs()
+        searching = ~(state.stalled | at_floor)
+        length = torch.ones_like(slope)
+        best = point
+        for _ in range(self.max_backtracks + 1):
+            trial = point + length.unsqueeze(-1) * direction
+            accept = searching & (objective.value(trial) <= local.value + SUFFICIENT_DECREASE * length * slope)
+            best = select(accept, trial, best)
+            searching = searching & ~accept
+            if not bool(searching.any()):
+                break
+            length = torch.where(searching, 0.5 * length, length)
+        # what the test on G could not decide, the gradient norm decides
+        undecided = ~state.stalled & (at_floor | searching)
+        if bool(undecided.any()):
+            trial = point + direction
+            _, grad = objective.value_and_grad(trial)
+            falls = norm(grad) < norm(local.grad)
+            best = select(undecided & falls, trial, best)
+            return best, state.stalled | (undecided & ~falls)
+        return best, state.stalled
