@@ -12,6 +12,7 @@ argument without the axis is shared by the problems along it, and is never copie
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,7 +177,7 @@ class Objective:
             own = [axis for axis, flags in enumerate(self.levels) if flags[i]]
             shape = [size if axis in own else 1 for axis, size in enumerate(self.sizes)]
             event = leaf.shape[len(own) :]
-            theta.append(leaf.reshape(*shape, *event).expand(*self.sizes, *event).detach().requires_grad_())
+            theta.append(leaf.reshape([*shape, *event]).expand([*self.sizes, *event]).detach().requires_grad_())
         return theta
 
     def curvature_inverse(self, damping: float) -> Callable[[Tensor], Tensor] | None:
@@ -192,12 +193,12 @@ class Objective:
 
     def tasks(self, phi: Tensor) -> Iterator[tuple[Tree, Any, Tree]]:
         """(theta, data, phi) of each task, in the order of the flattened batch: for procedures that take one task at a time."""
-        for index in torch.cartesian_prod(*[torch.arange(size) for size in self.sizes]).reshape(-1, len(self.sizes)).tolist() or [[]]:
+        for index in itertools.product(*map(range, self.sizes)):
             own = []
             for i, tensor in enumerate(self.tensors):
                 own.append(tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])])
             theta, data = self.flat.trees(own)
-            yield theta, data, self.flat.phi.unravel(phi[tuple(index)])
+            yield theta, data, self.flat.phi.unravel(phi[index])
 
     def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
         """Once per call, on a graph that is there anyway."""

@@ -192,9 +192,9 @@ def _hypergradient(
     scale = torch.ones((), dtype=outer.dtype, device=outer.device)
     reduced = torch.where(ok, outer, torch.nan)
     if call.sizes and reduction != "none":
-        count = ok.sum()
+        count = ok.sum().to(outer.dtype)
         # no task is ok: NaN, never zero
-        scale = torch.where(count > 0, 1 / count if reduction == "mean" else scale, torch.nan).to(outer.dtype)
+        scale = torch.where(count > 0, 1 / count if reduction == "mean" else scale, torch.nan)
         grads = [grad * scale for grad in grads]
         reduced = _sum_ok(outer, ok) * scale
     inner = None if parts[0].inner is None else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
@@ -237,7 +237,7 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
         grads.append(grad.detach() if c is None else grad - c)
     finite = outer.isfinite()
     for grad in grads:
-        finite = finite & grad.reshape(*ok.shape, -1).isfinite().all(-1)
+        finite = finite & grad.reshape([*ok.shape, -1]).isfinite().all(-1)
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
     return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
@@ -484,7 +484,7 @@ class _LinearSolve(torch.autograd.Function):
 def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:
     """Give x every batch axis, as a view."""
     own = x.shape[sum(has_axis) :]
-    return x.reshape(*[size if has else 1 for size, has in zip(sizes, has_axis, strict=True)], *own).expand(*sizes, *own)
+    return x.reshape([size if has else 1 for size, has in zip(sizes, has_axis, strict=True)] + list(own)).expand([*sizes, *own])
 
 
 def _sum_to(x: Tensor, levels: Levels) -> Tensor:
