@@ -21,3 +21,9 @@ class GaussNewton:
 
 
 Curvature = Hessian | GaussNewton
+
+
+def check_curvature(curvature: object) -> None:
+    """Refuse what is no instance of a curvature."""
+    if not isinstance(curvature, Hessian | GaussNewton):
+        raise TypeError(f"curvature: expected Hessian() or GaussNewton(), got {curvature!r}.")

@@ -13,6 +13,7 @@ argument without the axis is shared by the problems along it, and is never copie
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ from bilevel.problem import BilevelProblem
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
 Levels = tuple[tuple[bool, ...], ...]
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -261,20 +264,35 @@ class _GaussNewtonProduct:
                 "ProximalProblem.from_model, or use Hessian()."
             )
         levels = with_axis(objective.levels)
-        self._phi, self._flat = phi, flat
-        self._outputs = over_levels(flat.predict, levels)(phi, *objective.tensors)
+        predict = over_levels(flat.predict, levels)
+        self._phi, self._flat, self._forward_mode = phi, flat, True
+        self._predict = lambda point: predict(point, *objective.tensors)
+        self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
         loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
-        # J v is the derivative of w -> J^T w: two backward passes over a graph that is there, for every operator that has a gradient
-        self._w = torch.zeros_like(self._outputs, requires_grad=True)
-        (self._jt_w,) = torch.autograd.grad(self._outputs, phi, self._w, create_graph=True)
+        self._transposed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        jv = _backward(self._jt_w, self._w, v)
-        product = _backward(self._outputs, self._phi, _backward(self._dz, self._z, jv))
+        product = _backward(self._outputs, self._phi, _backward(self._dz, self._z, self._jacobian_product(v)))
         known = over_levels(self._flat.curvature_product, ((True,),) * (v.ndim - 1))
         return product + known(v)
+
+    def _jacobian_product(self, v: Tensor) -> Tensor:
+        """J v: by forward mode, which is cheaper, unless an operator of the model lacks it or there are several v for each problem."""
+        if self._forward_mode and v.ndim == self._phi.ndim:
+            try:
+                return torch.func.jvp(self._predict, (self._phi.detach(),), (v,))[1]
+            except NotImplementedError as error:
+                _logger.info("GaussNewton: no forward mode for this model, going on with two reverse passes (%s)", error)
+                self._forward_mode = False
+        if self._transposed is None:
+            # J v is the derivative of w -> J^T w
+            with torch.enable_grad():
+                w = torch.zeros_like(self._outputs, requires_grad=True)
+                (jt_w,) = torch.autograd.grad(self._outputs, self._phi, w, create_graph=True)
+            self._transposed = (jt_w, w)
+        return _backward(*self._transposed, v)
 
 
 def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bilevel.curvature import Curvature, GaussNewton, Hessian
+from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import (
     Flat,
     Levels,
@@ -155,8 +155,7 @@ class _Options:
 
     def __post_init__(self) -> None:
         _check_linsys(self.linsys)
-        if not isinstance(self.curvature, Hessian | GaussNewton):
-            raise TypeError(f"curvature: expected Hessian() or GaussNewton(), got {self.curvature!r}.")
+        check_curvature(self.curvature)
         check_number("damping", self.damping)
 
 

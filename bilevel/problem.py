@@ -109,8 +109,8 @@ class ProximalProblem(BilevelProblem):
         self._square = isinstance(self.lam, Tensor) and self.lam.ndim == 2 and self.lam.shape[0] == self.lam.shape[1]
         self._checked_matrix = False
         self._inverses: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-        positive = all(bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all()) for leaf in flatten(self.lam)[0])
-        if not positive and not (self._square and _is_positive_definite(self.lam)):
+        self._positive = all(bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all()) for leaf in flatten(self.lam)[0])
+        if not self._positive and not (self._square and _is_positive_definite(self.lam)):
             raise ValueError(f"lam: expected positive numbers or a symmetric positive definite matrix, got {lam!r}.")
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
@@ -172,6 +172,8 @@ class ProximalProblem(BilevelProblem):
         leaves, structure = flatten(v)
         if isinstance(self.lam, float):
             return unflatten(structure, [self.lam] * len(leaves))
+        if self._square and not self._positive:
+            raise ValueError(f"lam: expected positive numbers for a theta of the shape of lam (a diagonal), got {self.lam!r}.")
         lams, lam_structure = flatten(self.lam)
         if lam_structure != structure:
             raise ValueError(f"lam: expected a tree like theta with leaves {structure.paths()}, got leaves {lam_structure.paths()}.")

@@ -82,16 +82,11 @@ class CG(LinearSolver):
         residual = norm(r)
         codes = torch.full_like(steps, int(Status.MAX_STEPS))
         codes = mark(codes, residual <= threshold, Status.CONVERGED)
-        codes = mark(codes, stopped, self._status_at_negative_curvature(steps, preconditioner))
+        kept = stopped & ((steps > 0) | (preconditioner is not None)) if self.steihaug else torch.zeros_like(stopped)
+        codes = mark(codes, stopped, Status.NEGATIVE_CURVATURE)
         codes = mark(codes, singular, Status.SINGULAR)
+        codes = mark(codes, kept, Status.STOPPED_AT_NEGATIVE_CURVATURE)
         codes = mark(codes, ~(residual.isfinite() & x.isfinite().all(-1)), Status.NON_FINITE)
         return Result(
             value=x, codes=codes, steps=steps, residual=residual, num_matvecs=num_matvecs, negative_curvature=stopped.long()
         )
-
-    def _status_at_negative_curvature(self, steps: Tensor, preconditioner: Matvec | None) -> Tensor | Status:
-        if not self.steihaug:
-            return Status.NEGATIVE_CURVATURE
-        if preconditioner is not None:
-            return Status.STOPPED_AT_NEGATIVE_CURVATURE
-        return torch.where(steps > 0, int(Status.STOPPED_AT_NEGATIVE_CURVATURE), int(Status.NEGATIVE_CURVATURE))

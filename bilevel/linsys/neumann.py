@@ -49,28 +49,35 @@ class Neumann(LinearSolver):
             a = torch.full_like(b[..., 0], self.step_size)
         threshold = self.rtol * norm(b)
         residual = norm(r)
+        healthy = residual.isfinite()  # b and the first product are finite
         active = residual > threshold
         growing = torch.zeros_like(active)
         steps = torch.zeros_like(active, dtype=torch.int64)
         # below this a growing residual is rounding
         floor = 100 * torch.finfo(b.dtype).eps * norm(b)
-        for _ in range(self.num_terms):
+        for k in range(self.num_terms):
             if self.rtol > 0 and not bool(active.any()):
                 break
             x = select(active, x + a.unsqueeze(-1) * r, x)
-            r = select(active, r - a.unsqueeze(-1) * matvec(r), r)
+            product = matvec(r)
             num_matvecs += 1
+            if k == 0:
+                healthy = healthy & product.isfinite().all(-1)
+            r = select(active, r - a.unsqueeze(-1) * product, r)
             steps = steps + active
             new = norm(r)
             growing = growing | (active & (new > residual) & (new > floor))
             residual = new
             active = active & ~(residual <= threshold)
+        if self.rtol > 0:
+            residual = norm(b - matvec(x))
+            num_matvecs += 1
         codes = torch.full_like(steps, int(Status.MAX_STEPS))
         codes = mark(codes, residual <= threshold, Status.CONVERGED)
         codes = mark(codes, growing, Status.DIVERGED)
-        codes = mark(codes, ~(residual.isfinite() & x.isfinite().all(-1)), Status.NON_FINITE)
-        # a finite b and a finite first product: the infinity came from the series
-        codes = mark(codes, (codes == int(Status.NON_FINITE)) & growing, Status.DIVERGED)
+        finite = residual.isfinite() & x.isfinite().all(-1)
+        codes = mark(codes, ~finite, Status.DIVERGED)
+        codes = mark(codes, ~finite & ~healthy, Status.NON_FINITE)
         return Result(value=x, codes=codes, steps=steps, residual=residual, num_matvecs=num_matvecs)
 
 

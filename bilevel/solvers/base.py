@@ -31,19 +31,16 @@ class State:
         phi: the best answer so far.
         point: where the next gradient is wanted.
         stalled: problems with which the method cannot go on.
-        negative_curvature: how often the method met negative curvature and went on.
     """
 
     phi: Tensor
     point: Tensor
     stalled: Tensor
-    negative_curvature: Tensor
 
     @classmethod
     def start(cls, phi: Tensor) -> State:
         """The state that every method starts from."""
-        count = torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)
-        return State(phi, phi, count.bool(), count)
+        return State(phi, phi, torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device))
 
 
 S = TypeVar("S", bound=State)
@@ -61,7 +58,7 @@ class Run:
     stalled: Tensor
     steps: Tensor
     start: Tensor
-    negative_curvature: Tensor
+    negative_curvature: Tensor | None
     tol: float
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
@@ -110,6 +107,10 @@ class IterativeSolver(InnerSolver):
         """What :meth:`step` is told of ``point``."""
         return Local(*objective.value_and_grad(point))
 
+    def counted(self, state: Any) -> Tensor | None:
+        """How often each problem met negative curvature; None from a method that cannot see it."""
+        return None
+
     def run(self, objective: Objective, phi: Tensor) -> Run:
         state = self.init(objective, phi)
         active = ~state.stalled
@@ -136,7 +137,7 @@ class IterativeSolver(InnerSolver):
             steps = steps + active
         if start is None:
             start = torch.full_like(phi[..., 0], torch.nan)
-        return Run(state.phi, converged, state.stalled, steps, start, state.negative_curvature, self.tol)
+        return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol)
 
 
 @dataclass(frozen=True)

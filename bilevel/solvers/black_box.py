@@ -39,7 +39,7 @@ class BlackBox(InnerSolver):
     def run(self, objective: Objective, phi: Tensor) -> Run:
         layout = objective.flat.phi
         answers = []
-        for theta, data, init in objective.tasks(phi):
+        for theta, data, init in objective.tasks(phi.clone()):  # fn may optimise its start in place
             with torch.enable_grad():
                 answer = self.fn(objective.flat.problem, theta, data, init)
             leaves, structure = flatten(answer)
@@ -53,4 +53,4 @@ class BlackBox(InnerSolver):
         found = torch.stack(answers).reshape(phi.shape)
         zero = torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)
         no = zero.bool()
-        return Run(found, no, no, zero, torch.full_like(phi[..., 0], torch.nan), zero, self.tol)
+        return Run(found, no, no, zero, torch.full_like(phi[..., 0], torch.nan), None, self.tol)

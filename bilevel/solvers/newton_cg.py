@@ -7,12 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.curvature import Curvature, Hessian
+from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
 from bilevel.solvers.base import IterativeSolver, State
 
 SUFFICIENT_DECREASE = 1e-4
+
+
+@dataclass(frozen=True)
+class _State(State):
+    negative_curvature: Tensor  # steps at which CG met negative curvature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,19 +53,23 @@ class NewtonCG(IterativeSolver):
         check_number("tol", self.tol)
         check_number("cg_rtol", self.cg_rtol)
         check_count("max_backtracks", self.max_backtracks, at_least=0)
+        check_curvature(self.curvature)
         check_number("damping", self.damping)
 
-    def init(self, objective: Objective, phi: Tensor) -> State:
-        return State.start(phi)
+    def init(self, objective: Objective, phi: Tensor) -> _State:
+        return _State(*vars(State.start(phi)).values(), torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device))
+
+    def counted(self, state: _State) -> Tensor:
+        return state.negative_curvature
 
     def evaluate(self, objective: Objective, point: Tensor) -> Linearisation:
         return objective.linearise(point, self.curvature, self.damping)
 
-    def step(self, objective: Objective, state: State, local: Linearisation) -> State:
+    def step(self, objective: Objective, state: _State, local: Linearisation) -> _State:
         direction, negative = self._direction(local)
         slope = dot(local.grad, direction)
         point, stalled = self._line_search(objective, state, local, direction, slope)
-        return State(point, point, stalled, state.negative_curvature + negative)
+        return _State(point, point, stalled, state.negative_curvature + negative)
 
     def _direction(self, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
@@ -75,7 +84,7 @@ class NewtonCG(IterativeSolver):
             ap = local.matvec(p)
             curvature = dot(p, ap)
             bad = active & ~(curvature > 0)
-            negative = negative | bad
+            negative = negative | (bad & (curvature <= 0))
             if k == 0:
                 x = select(bad, p, x)
             active = active & ~bad

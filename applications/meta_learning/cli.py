@@ -1,0 +1,320 @@
+"""The program `imaml`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from applications.meta_learning.checkpoint import load_checkpoint
+from applications.meta_learning.config import Config, ConfigError, option_name
+from applications.meta_learning.demo import Plan, demo_config, run_demo
+from applications.meta_learning.display import Display
+from applications.meta_learning.evaluate import (
+    PAPER,
+    TIGHT,
+    Evaluation,
+    Protocol,
+)
+from applications.meta_learning.info import (
+    counts_table,
+    print_checkpoint,
+    print_environment,
+    print_presets,
+    two_columns,
+)
+from applications.meta_learning.logs import RunLog, read_log, to_json, write_json
+from applications.meta_learning.method import conditions
+from applications.meta_learning.options import (
+    START,
+    TEST_SETTINGS,
+    DataDir,
+    Download,
+    err,
+    out,
+    reported_errors,
+    with_settings,
+)
+from applications.meta_learning.presets import DEFAULT_PRESET, PRESETS, preset
+from applications.meta_learning.report import adaptation_figure, evaluation_table, training_figure
+from applications.meta_learning.run import (
+    Ending,
+    Run,
+    check_resumable,
+    clear_folder,
+    matching_source,
+    prepare_folder,
+    stop_on_signals,
+    use_threads,
+)
+from applications.meta_learning.tasks import load_source
+from applications.meta_learning.train import Trainer, TrainingFailed, load_theta
+
+app = typer.Typer(
+    name="imaml",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Few-shot learning with implicit gradients (iMAML, Rajeswaran et al. 2019).\n\n"
+    "Start with [bold]imaml demo[/bold]; it needs no file and ends within 5 minutes.",
+)
+
+
+@app.command()
+@with_settings([f.name for f in fields(Config)])
+def train(
+    settings: dict[str, Any],
+    preset_name: Annotated[
+        str | None,
+        typer.Option(
+            "--preset",
+            help="settings to start from (imaml info lists them); default: one for the data set",
+            rich_help_panel=START,
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="folder of the run; default: runs/<preset>", rich_help_panel=START),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the run in --out", rich_help_panel=START)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in --out", rich_help_panel=START)
+    ] = False,
+    final_test: Annotated[
+        bool, typer.Option(help="at the end, 600 test tasks as in the paper", rich_help_panel=START)
+    ] = True,
+    tensorboard: Annotated[bool, typer.Option(help="write events for TensorBoard", rich_help_panel=START)] = True,
+) -> None:
+    """Meta-train, with checkpoints, a log and figures in one folder.
+
+    Every option below overrides the preset. Ctrl-C saves and stops; --resume goes on exactly where it stopped.
+
+    \b
+    imaml train                                          generated characters
+    imaml train --dataset omniglot --download --out runs/mine
+    imaml train --preset omniglot-5w1s-hf --data-dir PATH
+    imaml train --resume --out runs/mine
+    """
+    with reported_errors():
+        if resume and overwrite:
+            raise ConfigError("expected one of --resume and --overwrite, got both")
+        name = preset_name or DEFAULT_PRESET[settings.get("dataset", "glyphs")]
+        folder = folder or Path("runs") / name
+        base = preset(name)
+        stored = prepare_folder(folder, resume=resume, overwrite=overwrite)
+        if stored is None:
+            config, changes = replace(base, **settings), []
+        else:
+            old = Config.from_dict(stored["config"])
+            config = replace(base if preset_name else old, **settings)
+            changes = [
+                {"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)
+            ]
+        use_threads(config)
+        with out.status("loading the data ..."):
+            source = (
+                load_source(config, data_dir=data_dir, download=download)
+                if stored is None
+                else matching_source(stored, config, data_dir=data_dir, download=download)
+            )
+        trainer = Trainer(config, source)
+        if stored is None:
+            clear_folder(folder)
+        else:
+            trainer.restore(stored)
+            data_dir = data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None)
+        _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)
+
+
+def _train(
+    trainer: Trainer,
+    folder: Path,
+    data_dir: Path | None,
+    changes: list[dict[str, Any]],
+    *,
+    final_test: bool,
+    tensorboard: bool,
+) -> None:
+    progress, config = trainer.progress, trainer.config
+    failure = None
+    with (
+        stop_on_signals() as stop,
+        RunLog(folder, at_step=progress.step, tensorboard=tensorboard) as log,
+        Display(out, config, start=progress.step) as display,
+    ):
+        run = Run(trainer, folder, data_dir=data_dir, log=log, display=display)
+        run.start()
+        for note in filter(
+            None, [log.note, *(f"{option_name(c['setting'])}: {c['from']} -> {c['to']}" for c in changes)]
+        ):
+            out.print(note, highlight=False)
+        if changes:
+            log.write("changed", progress.step, progress.seconds, {"settings": changes})
+        try:
+            ending = run.loop(stop)
+        except TrainingFailed as error:
+            failure = error
+    if failure is not None:
+        _draw(folder, config)
+        err.print("[bold red]Training ended:[/bold red] ", end="")
+        err.print(str(failure), markup=False, highlight=False, soft_wrap=True)
+        err.print(
+            f"The checkpoint is {folder / 'checkpoint.pt'} (step {progress.step}).", highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(1)
+    if ending is Ending.STOPPED:
+        err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
+        err.print(f"  imaml train --resume --out {folder}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130)
+    out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
+    _finish(trainer, folder, final_test)
+
+
+def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
+    """The last evaluation, the figures, and the table."""
+    config, progress = trainer.config, trainer.progress
+    if final_test:
+        with out.status(f"{PAPER.tasks} test tasks ..."):
+            result = _test(trainer, PAPER, seed=config.seed)
+        write_json(
+            folder / "results.json",
+            {"step": progress.step, "seconds": progress.seconds, "evaluations": {PAPER.name: asdict(result)}},
+        )
+        out.print(
+            evaluation_table([("held-out, paper's protocol", result)], title=f"{folder.name}, step {progress.step}")
+        )
+    if config.is_regression:
+        curve = trainer.test_over_inner_steps(tasks=100, query_shots=config.eval_query_shots, seed=config.seed)
+        adaptation_figure(
+            {f"step {progress.step}": curve}, folder / "adaptation.png", "error over inner steps, held-out tasks"
+        )
+    _draw(folder, config)
+    out.print(counts_table(trainer))
+    out.print(f"Figures, log and checkpoint: {folder}", highlight=False, soft_wrap=True)
+    out.print(f"Next: imaml evaluate {folder}", highlight=False, soft_wrap=True)
+
+
+def _draw(folder: Path, config: Config) -> None:
+    training_figure(read_log(folder / "log.jsonl"), folder / "curves.png", f"{config.dataset}: {_algorithm(config)}")
+
+
+def _algorithm(config: Config) -> str:
+    if config.linear == "identity":
+        return f"first-order MAML ({config.inner}, {config.inner_steps} steps)"
+    inner, linear = f"{config.inner}, {config.inner_steps} steps", f"{config.linear}, {config.linear_steps} steps"
+    return f"iMAML ({inner}; {linear}; {config.curvature})"
+
+
+def _test(trainer: Trainer, protocol: Protocol, seed: int) -> Evaluation:
+    return trainer.test(tasks=protocol.tasks, query_shots=protocol.query_shots or trainer.config.shots, seed=seed)
+
+
+@app.command("evaluate")
+@with_settings(TEST_SETTINGS)
+def evaluate_command(
+    settings: dict[str, Any],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint.pt, or the folder of a run", show_default=False)],
+    protocol: Annotated[
+        Literal["paper", "tight", "both"],
+        typer.Option(
+            help="paper: 600 tasks, K queries per class; tight: 1,000 tasks, 15 queries; or both",
+            metavar="CHOICE",
+        ),
+    ] = "both",
+    tasks: Annotated[int | None, typer.Option(help="another number of tasks", min=2, show_default=False)] = None,
+    query_shots: Annotated[
+        int | None, typer.Option(help="another number of queries per class", min=1, show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the test tasks", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    data_dir: DataDir = None,
+    download: Download = False,
+) -> None:
+    """Meta-test a checkpoint on its held-out classes.
+
+    The classes are those of the split that is stored in the checkpoint. The inner solver is the one of the training;
+    options of the inner problem replace it.
+    """
+    with reported_errors():
+        stored = load_checkpoint(checkpoint)
+        config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **settings})
+        use_threads(config)
+        source = matching_source(stored, config, data_dir=data_dir, download=download)
+        trainer = Trainer(config, source)
+        load_theta(trainer.theta, stored["theta"])
+        results = []
+        for each in {"paper": [PAPER], "tight": [TIGHT], "both": [PAPER, TIGHT]}[protocol]:
+            each = replace(each, tasks=tasks or each.tasks, query_shots=query_shots or each.query_shots)
+            with err.status(f"{each.tasks} test tasks ..."):
+                results.append((each, _test(trainer, each, seed)))
+        step = stored["progress"]["step"]
+    if as_json:
+        print(to_json(_evaluation_report(config, step, seed, results)))
+        return
+    rows = [(each.name, result) for each, result in results]
+    out.print(evaluation_table(rows, title=f"{config.dataset}, held-out ({config.split} split), step {step}"))
+    out.print(f"inner solver {trainer.method.solver}, lambda {config.lam}", highlight=False)
+
+
+def _evaluation_report(
+    config: Config, step: int, seed: int, results: list[tuple[Protocol, Evaluation]]
+) -> dict[str, Any]:
+    return {
+        "dataset": config.dataset,
+        "split": config.split,
+        "ways": config.ways,
+        "shots": config.shots,
+        "step": step,
+        "seed": seed,
+        "conditions": conditions(config),
+        "config": config.to_dict(),
+        "evaluations": {each.name: asdict(result) for each, result in results},
+    }
+
+
+@app.command()
+def info(
+    what: Annotated[
+        str | None, typer.Argument(help="a preset, a checkpoint.pt, or the folder of a run", show_default=False)
+    ] = None,
+) -> None:
+    """The settings of a preset, or what is in a checkpoint; without a name, the presets and this machine."""
+    with reported_errors():
+        if what is None:
+            print_presets()
+            print_environment()
+        elif what in PRESETS:
+            out.print(two_columns(what, list(preset(what).to_dict().items())))
+        else:
+            print_checkpoint(Path(what))
+
+
+@app.command("demo")
+def demo_command(
+    folder: Annotated[Path, typer.Option("--out", help="where figures and numbers go")] = Path("demo-results"),
+    seconds: Annotated[float, typer.Option(help="time for all of it", min=10)] = Plan.seconds,
+    seed: Annotated[int, typer.Option(help="of the characters, the network and the tasks", min=0)] = 0,
+) -> None:
+    """Train first-order MAML and iMAML on generated characters, and compare.
+
+    Needs no file and no network. Prints the accuracy of the untrained network, of first-order MAML and of iMAML at
+    equal outer steps and at equal time, whichever wins; draws curves and a task. Exit code 1: one of both did not get
+    above the untrained network.
+    """
+    with reported_errors():
+        first_order, imaml = (replace(config, seed=seed) for config in demo_config())
+        try:
+            above = run_demo(first_order, imaml, Plan(seconds=seconds), folder, out)
+        except TrainingFailed as error:
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+    if not above:
+        err.print("One of both is not above the untrained network.")
+        raise typer.Exit(1)

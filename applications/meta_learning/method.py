@@ -1,0 +1,113 @@
+"""From settings to the parts of the library: network, problem, inner solver, linear solver, curvature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from applications.meta_learning.config import Config, ConfigError
+from applications.meta_learning.models import MLP, ConvNet, count_parameters
+from applications.meta_learning.problem import cross_entropy, few_shot_problem, head_and_body, squared_error
+from bilevel import ProximalProblem
+from bilevel.curvature import GaussNewton, Hessian
+from bilevel.linsys import CG, Exact, Identity, Neumann
+from bilevel.solvers import GradientDescent, NesterovAGD, NewtonCG
+
+Solver = GradientDescent | NesterovAGD | NewtonCG
+LinearSolver = CG | Neumann | Identity | Exact
+
+REGIME = "statistics of the batch at hand (transductive)"
+EXACT_LIMIT = 5_000  # parameters: beyond, a dense Hessian for each task is out of reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What `bilevel.hypergradient` needs beside theta and data."""
+
+    problem: ProximalProblem
+    solver: Solver
+    linsys: LinearSolver
+    curvature: Hessian | GaussNewton
+    damping: float
+    chunk_size: int | None
+
+
+def build_network(config: Config) -> nn.Module:
+    """The network of the settings, initialised from their seed; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.is_regression:
+            return MLP(hidden=config.channels)
+        return ConvNet(config.ways, channels=config.channels, in_size=config.image_size, zero_head=config.zero_head)
+
+
+def conditions(config: Config) -> dict[str, str]:
+    """What an accuracy depends on beside the settings."""
+    if config.is_regression:
+        return {}
+    size = config.image_size
+    inputs = build_network(config).get_submodule("head").in_features
+    source = "Omniglot, 105x105 reduced by Lanczos" if config.dataset == "omniglot" else "generated strokes"
+    return {
+        "batch norm": REGIME,
+        "images": f"{size}x{size}, {source}, ink 1 on background 0; test images are not rotated",
+        "network": f"4 convolutions without bias (batch norm would subtract it), {inputs} inputs of the last layer",
+    }
+
+
+def build_method(config: Config, module: nn.Module) -> Method:
+    """The problem and the algorithms of the settings.
+
+    Raises:
+        ConfigError: the linear solver is too expensive for this network.
+    """
+    size = count_parameters(module)
+    if config.linear == "exact" and size > EXACT_LIMIT:
+        raise ConfigError(
+            f"linear: 'exact' builds a dense Hessian; expected at most {EXACT_LIMIT} parameters, the network has "
+            f"{size}; use cg, or a smaller network (--channels)"
+        )
+    lam = head_and_body(module, config.lam, config.lam_head) if config.lam_head else config.lam
+    return Method(
+        problem=few_shot_problem(module, squared_error if config.is_regression else cross_entropy, lam),
+        solver=build_solver(config),
+        linsys=_linear_solver(config),
+        curvature=_curvature(config.curvature),
+        damping=config.damping,
+        chunk_size=config.chunk_size or None,
+    )
+
+
+def build_solver(config: Config) -> Solver:
+    """The inner solver of the settings."""
+    if config.inner == "newton-cg":
+        return NewtonCG(
+            max_steps=config.inner_steps,
+            cg_steps=config.direction_steps,
+            tol=config.inner_tol,
+            curvature=_curvature(config.inner_curvature),
+            damping=config.inner_damping,
+        )
+    step_size = config.inner_step_size or None
+    if config.inner == "gd":
+        return GradientDescent(step_size=step_size, max_steps=config.inner_steps, tol=config.inner_tol)
+    return NesterovAGD(
+        step_size=step_size,
+        max_steps=config.inner_steps,
+        tol=config.inner_tol,
+        momentum=config.inner_momentum or None,
+    )
+
+
+def _linear_solver(config: Config) -> LinearSolver:
+    if config.linear == "cg":
+        return CG(max_steps=config.linear_steps, rtol=config.linear_rtol, steihaug=config.steihaug)
+    if config.linear == "neumann":
+        return Neumann(num_terms=config.linear_steps, rtol=config.linear_rtol)
+    return Identity() if config.linear == "identity" else Exact()
+
+
+def _curvature(name: str) -> Hessian | GaussNewton:
+    return GaussNewton() if name == "gauss-newton" else Hessian()

@@ -1,0 +1,85 @@
+"""How the settings become options of the command line, and how errors are reported on it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+
+from applications.meta_learning.checkpoint import CheckpointError
+from applications.meta_learning.config import INNER, Config, ConfigError
+from applications.meta_learning.data import DataError
+from applications.meta_learning.run import RunError
+
+START = "Start here"
+
+out, err = Console(), Console(stderr=True)
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="omniglot: folder with images_background.zip and images_evaluation.zip, or unpacked",
+        envvar="BILEVEL_OMNIGLOT",
+        rich_help_panel=START,
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="omniglot: fetch the archives (14 MB) if missing", rich_help_panel=START),
+]
+
+TEST_SETTINGS = [f.name for f in fields(Config) if f.metadata["panel"] == INNER] + ["device", "threads"]
+
+
+def with_settings(names: list[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option for each of these fields of `Config`; the command gets those that were given as `settings`."""
+    by_name, types = {f.name: f for f in fields(Config)}, get_type_hints(Config)
+
+    def option(name: str) -> inspect.Parameter:
+        meta = by_name[name].metadata
+        choices = "CHOICE" if get_origin(types[name]) is Literal else None  # the help text names them, in less space
+        info = typer.Option(help=meta["help"], rich_help_panel=meta["panel"], show_default=False, metavar=choices)
+        annotation = Annotated[types[name] | None, info]  # type: ignore[valid-type]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+
+        def call(**arguments: Any) -> None:  # typer passes by keyword what the signature below lists
+            given = {name: arguments.pop(name) for name in names}
+            command(**arguments, settings={name: value for name, value in given.items() if value is not None})
+
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != "settings"] + [
+            option(name) for name in names
+        ]
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        return call
+
+    return decorate
+
+
+class reported_errors:  # noqa: N801 - reads as what it does in a with statement
+    """Expected errors become one message and exit code 2; an interruption becomes 130."""
+
+    def __enter__(self) -> None:
+        """Nothing to set up."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Report and exit."""
+        if isinstance(error, torch.OutOfMemoryError):
+            error = ConfigError("the device is out of memory; --chunk-size N works on N tasks at a time")
+        if isinstance(error, ConfigError | CheckpointError | DataError | RunError | OSError):
+            err.print("[bold red]Error:[/bold red] ", end="")
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2)
+        if isinstance(error, KeyboardInterrupt):
+            err.print("Interrupted; a checkpoint that was written before is as it was.")
+            raise typer.Exit(130)

@@ -1,0 +1,64 @@
+"""Few-shot learning as a bilevel problem: adapt to the support set near theta, be judged on the query set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from applications.meta_learning.data import TaskBatch
+from applications.meta_learning.models import check_module
+from bilevel import ProximalProblem
+
+Theta = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (n, ways) for labels (n,)."""
+    return nn.functional.cross_entropy(logits, y)
+
+
+def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error of outputs (n, 1) for targets (n, 1)."""
+    return nn.functional.mse_loss(outputs, y)
+
+
+def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, float]) -> ProximalProblem:
+    """One task: G(phi) = support loss + lambda/2 |phi - theta|^2, L(phi) = query loss (paper, Eq. 3 and 4).
+
+    module: gives the architecture; phi and theta are dicts like `dict(module.named_parameters())`. Its own parameters
+        are not used.
+    loss: (outputs, targets) -> scalar, a mean over the examples, convex in the outputs if `GaussNewton()` is used.
+    lam: lambda of the paper, one for all parameters or one for each by name.
+
+    The data of a task are `{"support": {"x": ..., "y": ...}, "query": {"x": ..., "y": ...}}`.
+    """
+    check_module(module)
+    names = [name for name, _ in module.named_parameters()]
+    if isinstance(lam, Mapping) and set(lam) != set(names):
+        raise ValueError(f"lam: expected one entry for each of the parameters {sorted(names)}, got {sorted(lam)}")
+
+    def predict(phi: Theta, task: TaskBatch) -> Tensor:
+        return functional_call(module, phi, (task["support"]["x"],))
+
+    def output_loss(outputs: Tensor, task: TaskBatch) -> Tensor:
+        return loss(outputs, task["support"]["y"])
+
+    def test_loss(phi: Theta, task: TaskBatch) -> Tensor:
+        return loss(functional_call(module, phi, (task["query"]["x"],)), task["query"]["y"])
+
+    return ProximalProblem.from_model(predict, output_loss, test_loss, dict(lam) if isinstance(lam, Mapping) else lam)
+
+
+def head_and_body(module: nn.Module, lam: float, lam_head: float) -> dict[str, float]:
+    """lambda of each parameter: `lam_head` in the submodule `head`, `lam` in all others."""
+    return {name: lam_head if name.startswith("head.") else lam for name, _ in module.named_parameters()}
+
+
+def batched_outputs(module: nn.Module, phi: Theta, x: Tensor) -> Tensor:
+    """Outputs of each task's own network: phi has leaves (tasks, ...), x is (tasks, n, ...) -> (tasks, n, outputs)."""
+    with torch.no_grad():
+        return torch.func.vmap(lambda phi, x: functional_call(module, phi, (x,)))(phi, x)

@@ -1,0 +1,227 @@
+"""A training run on disk: its folder, its interruptions, and the loop that logs, evaluates and saves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from applications.meta_learning.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from applications.meta_learning.config import FIXED_FIELDS, Config, ConfigError, changed_fields, option_name
+from applications.meta_learning.data import Split
+from applications.meta_learning.display import Display
+from applications.meta_learning.evaluate import Stopped
+from applications.meta_learning.logs import RunLog, environment, write_json
+from applications.meta_learning.method import conditions
+from applications.meta_learning.tasks import TaskSource, load_source
+from applications.meta_learning.train import Trainer, TrainingFailed
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class RunError(RuntimeError):
+    """The folder of a run is not as it must be; the message says what to do."""
+
+
+class Ending(Enum):
+    """Why the loop ended."""
+
+    DONE = "all outer steps done"
+    TIME = "time limit reached"
+    STOPPED = "stopped by a signal"
+
+
+@dataclass
+class StopRequest:
+    """Whether SIGINT (Ctrl-C) or SIGTERM has come."""
+
+    requested: bool = False
+
+    def __call__(self) -> bool:
+        """Whether to stop."""
+        return self.requested
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """The first Ctrl-C or SIGTERM asks to stop; a second one ends the program at once."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield request
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.requested:
+            raise KeyboardInterrupt
+        request.requested = True
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a new run; the folder exists and can be written.
+
+    Raises:
+        RunError: there is a run already, or none to resume, or the folder cannot be written.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    path = folder / CHECKPOINT
+    if resume and not path.exists():
+        raise RunError(f"nothing to resume: expected {path}; leave --resume out to start a new run there")
+    if path.exists() and not (resume or overwrite):
+        raise RunError(
+            f"{folder} holds a run already; --resume goes on with it, --overwrite deletes its checkpoint and log, "
+            "--out names another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error}); name another folder with --out") from error
+    return load_checkpoint(path) if resume else None
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove checkpoint, log and TensorBoard events of an earlier run."""
+    for path in [folder / CHECKPOINT, folder / "log.jsonl", *(folder / "tensorboard").glob("events.*")]:
+        path.unlink(missing_ok=True)
+
+
+def check_resumable(old: Config, new: Config) -> list[str]:
+    """The settings that a resumed run changes.
+
+    Raises:
+        ConfigError: one of them decides what the tasks or the network are.
+    """
+    changed = changed_fields(old, new)
+    fixed = [name for name in changed if name in FIXED_FIELDS]
+    if fixed:
+        pairs = ", ".join(
+            f"{option_name(name)} is {getattr(old, name)!r}, got {getattr(new, name)!r}" for name in fixed
+        )
+        raise ConfigError(
+            f"a resumed run keeps its data, tasks and network: {pairs}; leave them out, or start a new run with --out"
+        )
+    return changed
+
+
+def matching_source(checkpoint: Checkpoint, config: Config, *, data_dir: Path | None, download: bool) -> TaskSource:
+    """The data of a checkpoint, with the split that is stored in it.
+
+    Raises:
+        CheckpointError: the data that were found are others.
+        DataError: they were not found.
+    """
+    try:
+        split = Split.from_dict(checkpoint["split"]) if checkpoint["split"] else None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the split in the checkpoint is damaged: {error}") from error
+    stored = checkpoint["data_dir"]
+    source = load_source(
+        config, data_dir=data_dir or (Path(stored) if stored else None), download=download, split=split
+    )
+    names = list(source.classes.names) if source.classes else None
+    if source.key != checkpoint["source_key"] or names != checkpoint["classes"]:
+        raise CheckpointError(
+            f"the {config.dataset} data found here are not those of the checkpoint (source key {source.key[:12]}, "
+            f"expected {str(checkpoint['source_key'])[:12]}), so its held-out classes would not be held out; "
+            "name the right ones with --data-dir"
+        )
+    return source
+
+
+class Run:
+    """One run in a folder: config.json, environment.json, log.jsonl, checkpoint.pt."""
+
+    def __init__(self, trainer: Trainer, folder: Path, *, data_dir: Path | None, log: RunLog, display: Display) -> None:
+        self.trainer, self.folder, self.log, self.display = trainer, folder, log, display
+        needs_files = trainer.config.dataset == "omniglot"
+        self.data_dir = str(data_dir.expanduser().resolve()) if data_dir and needs_files else None
+
+    def start(self) -> None:
+        """Write what is known before the first step, a first checkpoint included: the disk fails now or never."""
+        facts = {**environment(self.trainer.device), **conditions(self.trainer.config)}
+        write_json(self.folder / "config.json", self.trainer.config.to_dict())
+        write_json(self.folder / "environment.json", facts)
+        self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        save_checkpoint(self.folder / CHECKPOINT, self.trainer.checkpoint(self.data_dir))
+
+    def loop(self, stop: StopRequest) -> Ending:
+        """Train until done, out of time, or asked to stop, and write the checkpoint.
+
+        An error that nobody foresaw leaves the last checkpoint as it is.
+
+        Raises:
+            TrainingFailed: too many meta-steps in a row failed.
+        """
+        try:
+            ending = self._loop_until_end(stop)
+        except TrainingFailed:
+            self._log_step()
+            self.save()
+            raise
+        self.save()
+        return ending
+
+    def _loop_until_end(self, stop: StopRequest) -> Ending:
+        progress, config = self.trainer.progress, self.trainer.config
+        zero = time.perf_counter() - progress.seconds
+        while True:
+            self._evaluate_if_due(stop)
+            progress.seconds = time.perf_counter() - zero
+            ending = self._ending(stop)
+            if ending is not None:
+                return ending
+            if progress.step and progress.step % config.checkpoint_interval == 0:
+                self.save()
+            record = self.trainer.meta_step()
+            progress.seconds = time.perf_counter() - zero
+            self.display.step(progress, record)
+            if progress.step % config.log_interval == 0:
+                self._log_step()
+
+    def _log_step(self) -> None:
+        progress = self.trainer.progress
+        self.display.logged(self.log.write("train", progress.step, progress.seconds, self.trainer.summary()))
+
+    def _ending(self, stop: StopRequest) -> Ending | None:
+        progress, config = self.trainer.progress, self.trainer.config
+        if progress.step >= config.outer_steps:
+            return Ending.DONE
+        if stop():
+            return Ending.STOPPED
+        return Ending.TIME if config.minutes and progress.seconds >= 60 * config.minutes else None
+
+    def _evaluate_if_due(self, stop: StopRequest) -> None:
+        progress, interval = self.trainer.progress, self.trainer.config.eval_interval
+        if not interval or progress.evaluated_at == progress.step or progress.step % interval:
+            return
+        try:
+            result = self.trainer.check_progress(stop)
+        except Stopped:
+            return  # it is made up for after --resume
+        self.display.evaluated(self.log.write("evaluation", progress.step, progress.seconds, asdict(result)), result)
+
+
+def use_threads(config: Config) -> None:
+    """Set the number of CPU threads, where the settings name one."""
+    if config.threads:
+        torch.set_num_threads(config.threads)

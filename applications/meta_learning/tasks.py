@@ -1,0 +1,116 @@
+"""From settings to tasks: the data set, its split, and the samplers for training and for held-out classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from applications.meta_learning.config import Config, ConfigError
+from applications.meta_learning.data import (
+    ImageClasses,
+    Sampler,
+    SinusoidSampler,
+    Split,
+    TaskSampler,
+    alphabet_split,
+    generate_glyphs,
+    load_omniglot,
+    random_split,
+)
+
+GLYPH_DRAWINGS = 20  # as many as Omniglot has
+TEST_SEED_OFFSET = 1_000_003  # held-out sinusoids come from another seed; for images the classes differ anyway
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskSource:
+    """What tasks are drawn from.
+
+    classes, split: None for sinusoids, whose tasks are never the same twice.
+    key: says which data these are; a checkpoint can only be used with the same.
+    """
+
+    classes: ImageClasses | None
+    split: Split | None
+    key: str
+
+    def sampler(self, config: Config, *, held_out: bool, query_shots: int, seed: int, device: torch.device) -> Sampler:
+        """A stream of tasks. Those of held-out classes are not rotated.
+
+        Raises:
+            ConfigError: the data have too few classes or drawings for such tasks.
+        """
+        dtype = dtype_of(config)
+        if self.classes is None or self.split is None:
+            if held_out:
+                seed += TEST_SEED_OFFSET
+            return SinusoidSampler(shots=config.shots, query_shots=query_shots, seed=seed, device=device, dtype=dtype)
+        try:
+            return TaskSampler(
+                self.classes.images,
+                self.split.test if held_out else self.split.train,
+                ways=config.ways,
+                shots=config.shots,
+                query_shots=query_shots,
+                rotations=config.rotations and not held_out,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+            )
+        except ValueError as error:
+            raise ConfigError(f"these tasks cannot be drawn from {config.dataset}: {error}") from error
+
+
+def load_source(
+    config: Config, *, data_dir: Path | None = None, download: bool = False, split: Split | None = None
+) -> TaskSource:
+    """The data that the settings ask for.
+
+    split: of a checkpoint, used as it is. None: drawn from the settings.
+
+    Raises:
+        DataError: files are missing or damaged.
+        ConfigError: the settings do not fit the data.
+    """
+    if config.is_regression:
+        return TaskSource(classes=None, split=None, key="sinusoid")
+    if config.dataset == "omniglot":
+        classes = load_omniglot(data_dir, size=config.image_size, download=download)
+    else:
+        classes = generate_glyphs(config.glyph_classes, GLYPH_DRAWINGS, seed=config.seed, size=config.image_size)
+    if split is None:
+        try:
+            split = (
+                alphabet_split(classes)
+                if config.split == "alphabets"
+                else random_split(classes, num_train=config.train_classes, seed=config.seed)
+            )
+        except ValueError as error:
+            raise ConfigError(f"{config.dataset} cannot be split like this: {error}") from error
+    return TaskSource(classes=classes, split=split, key=classes.source_key)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The torch dtype of the settings."""
+    return torch.float64 if config.dtype == "float64" else torch.float32
+
+
+def device_of(config: Config) -> torch.device:
+    """The device of the settings, where it can be used.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"device: expected auto or a device that works here, got {config.device!r} ({reason})"
+        ) from error
+    return device

@@ -1,0 +1,294 @@
+"""Meta-training: the outer loop around `bilevel.hypergradient`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import bilevel
+from applications.meta_learning.checkpoint import FORMAT, VERSION, Checkpoint, CheckpointError
+from applications.meta_learning.config import Config
+from applications.meta_learning.data import Sampler
+from applications.meta_learning.evaluate import Evaluation, accuracy, adaptation_curve, evaluate
+from applications.meta_learning.method import build_method, build_network
+from applications.meta_learning.models import initial_theta
+from applications.meta_learning.problem import batched_outputs
+from applications.meta_learning.tasks import TaskSource, device_of, dtype_of
+from bilevel import Hypergradient, Status
+
+Record = dict[str, float]
+
+NEGATIVE_CURVATURE = torch.tensor(
+    [Status.NEGATIVE_CURVATURE, Status.STOPPED_AT_NEGATIVE_CURVATURE, Status.SOLVED_INDEFINITE]
+)
+
+
+class TrainingFailed(RuntimeError):
+    """Too many meta-steps in a row had no usable task; the message says what to change."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run is, and what it has met so far.
+
+    seconds: time in the outer loop, evaluations and checkpoints included.
+    window: records of the meta-steps since the last line of the log.
+    best: highest mean of an evaluation during training (lowest error). For information: nothing is selected by it.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    tasks: int = 0
+    failed_tasks: int = 0
+    negative_tasks: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    evaluated_at: int = -1
+    best: float | None = None
+    best_step: int | None = None
+    window: list[Record] = field(default_factory=list)
+
+
+class Trainer:
+    """The state of one run: theta, Adam, the stream of tasks, and `progress`. A call of `meta_step` is one outer step.
+
+    Raises:
+        ConfigError: the settings fit neither the data nor this machine.
+    """
+
+    def __init__(self, config: Config, source: TaskSource) -> None:
+        self.config, self.source = config, source
+        self.device = device_of(config)
+        self.module: nn.Module = build_network(config).to(device=self.device, dtype=dtype_of(config))
+        self.method = build_method(config, self.module)
+        self.theta = initial_theta(self.module, dtype_of(config), self.device)
+        self.sampler = source.sampler(
+            config, held_out=False, query_shots=config.query_shots, seed=config.seed, device=self.device
+        )
+        self.outer = torch.optim.Adam(list(self.theta.values()), lr=config.outer_rate, eps=config.outer_eps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.outer, _rate_factor(config))
+        self.progress = Progress()
+        self.last_failure = ""
+
+    def meta_step(self) -> Record:
+        """Draw tasks, take their meta-gradient and let Adam step along it.
+
+        Tasks that failed are left out of the mean. Where all failed, theta and Adam stay as they are.
+
+        Raises:
+            TrainingFailed: that was the last of `max_failed_steps` such steps in a row.
+        """
+        data = self.sampler.sample(self.config.meta_batch)
+        method = self.method
+        meta = bilevel.hypergradient(
+            method.problem,
+            self.theta,
+            data,
+            solver=method.solver,
+            linsys=method.linsys,
+            curvature=method.curvature,
+            damping=method.damping,
+            batched=True,
+            chunk_size=method.chunk_size,
+        )
+        self.progress.step += 1
+        record = self._record(meta, data)
+        if record["ok_tasks"]:
+            for name, leaf in self.theta.items():
+                leaf.grad = meta.grad[name]
+            self.outer.step()
+            self.schedule.step()
+            self.progress.skipped_in_a_row = 0
+        else:
+            self.progress.skipped_steps += 1
+            self.progress.skipped_in_a_row += 1
+            self.last_failure = meta.describe()
+        self.progress.window.append(record)
+        if self.progress.skipped_in_a_row >= self.config.max_failed_steps:
+            raise TrainingFailed(self._explain_failure())
+        return record
+
+    def _record(self, meta: Hypergradient, data: Any) -> Record:
+        negative = torch.isin(meta.linear.codes, NEGATIVE_CURVATURE.to(meta.linear.codes))
+        assert meta.inner is not None  # hypergradient has solved the inner problem itself
+        if meta.inner.negative_curvature is not None:  # Newton-CG goes on where it meets some, and counts
+            negative = negative | (meta.inner.negative_curvature > 0)
+        numbers = [
+            meta.ok_per_task.sum(),
+            meta.outer,
+            meta.inner.residual.nanmedian(),
+            meta.linear.residual.nanmedian(),
+            negative.sum(),
+        ]
+        if self._logs_this_step and not self.config.is_regression:  # a forward pass more
+            outputs = batched_outputs(self.module, meta.phi, data["query"]["x"])
+            numbers.append(accuracy(outputs, data["query"]["y"]).mean())
+        read = torch.stack([number.double() for number in numbers]).tolist()  # one wait for the device
+        names = ("ok_tasks", "loss", "inner_residual", "linear_residual", "negative_tasks", "accuracy")
+        record = dict(zip(names, read, strict=False))
+        self.progress.tasks += self.config.meta_batch
+        self.progress.failed_tasks += self.config.meta_batch - int(record["ok_tasks"])
+        self.progress.negative_tasks += int(record["negative_tasks"])
+        return record
+
+    @property
+    def _logs_this_step(self) -> bool:
+        return self.progress.step % self.config.log_interval == 0
+
+    def _explain_failure(self) -> str:
+        return (
+            f"{self.progress.skipped_in_a_row} meta-steps in a row had no task with a usable gradient; "
+            f"theta is what it was before them. The last one:\n{self.last_failure}\n"
+            "What helps, in this order: --curvature gauss-newton (it cannot meet negative curvature); a larger --lam; "
+            "--damping 1; --steihaug (linear solver cg); a smaller --inner-step-size, or 0 for a line search. "
+            "Add them to --resume to go on from here."
+        )
+
+    def test(
+        self, *, tasks: int, query_shots: int, seed: int, should_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation:
+        """Adapt theta to tasks of held-out classes; a seed stands for the same tasks every time.
+
+        Raises:
+            Stopped: `should_stop` became true.
+        """
+        return evaluate(
+            self.method.problem,
+            self.module,
+            self.theta,
+            self._held_out(query_shots, seed),
+            solver=self.method.solver,
+            tasks=tasks,
+            query_shots=query_shots,
+            should_stop=should_stop,
+        )
+
+    def test_over_inner_steps(self, *, tasks: int, query_shots: int, seed: int) -> list[tuple[int, Evaluation]]:
+        """The same after 1, 2, 3, ... inner steps."""
+        return adaptation_curve(
+            self.method.problem,
+            self.module,
+            self.theta,
+            lambda: self._held_out(query_shots, seed),
+            solver=self.method.solver,
+            tasks=tasks,
+            query_shots=query_shots,
+        )
+
+    def _held_out(self, query_shots: int, seed: int) -> Sampler:
+        return self.source.sampler(self.config, held_out=True, query_shots=query_shots, seed=seed, device=self.device)
+
+    def check_progress(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
+        """The short evaluation during training. It is watched, not used: nothing is selected by it.
+
+        Raises:
+            Stopped: `should_stop` became true.
+        """
+        config = self.config
+        result = self.test(
+            tasks=config.eval_tasks, query_shots=config.eval_query_shots, seed=config.seed, should_stop=should_stop
+        )
+        best, better = self.progress.best, min if result.metric == "mse" else max
+        if math.isfinite(result.mean) and (best is None or better(best, result.mean) != best):
+            self.progress.best, self.progress.best_step = result.mean, self.progress.step
+        self.progress.evaluated_at = self.progress.step
+        return result
+
+    def summary(self) -> Record:
+        """Means over the meta-steps since the last call, for one line of the log."""
+        window, self.progress.window = self.progress.window, []
+        tasks = len(window) * self.config.meta_batch
+        failed = tasks - sum(record["ok_tasks"] for record in window)
+        return {
+            "loss": _mean(window, "loss"),
+            "accuracy": _mean(window, "accuracy"),
+            "inner_residual": _mean(window, "inner_residual"),
+            "linear_residual": _mean(window, "linear_residual"),
+            "negative_curvature": sum(record["negative_tasks"] for record in window) / max(1, tasks),
+            "failed": failed / max(1, tasks),
+            "skipped_steps": self.progress.skipped_steps,
+            "rate": self.outer.param_groups[0]["lr"],
+        }
+
+    def checkpoint(self, data_dir: str | None) -> Checkpoint:
+        """Everything that `restore` needs to go on as if nothing had happened."""
+        source = self.source
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_dict(),
+            "theta": {name: leaf.detach() for name, leaf in self.theta.items()},
+            "outer": self.outer.state_dict(),
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+            "sampler": self.sampler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "progress": asdict(self.progress),
+            "split": source.split.to_dict() if source.split else None,
+            "classes": list(source.classes.names) if source.classes else None,
+            "source_key": source.key,
+            "data_dir": data_dir,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the same data, network and tasks.
+
+        Raises:
+            CheckpointError: it belongs to other data or another network, or is damaged.
+        """
+        try:
+            load_theta(self.theta, checkpoint["theta"])
+            self.outer.load_state_dict(checkpoint["outer"])
+            self.schedule.load_state_dict({**checkpoint["schedule"], "lr_lambdas": [None]})
+            self.sampler.load_state_dict(checkpoint["sampler"])
+            torch.set_rng_state(checkpoint["rng"])
+            self.progress = Progress(**checkpoint["progress"])
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"this checkpoint does not fit the run: {error}") from error
+        self.progress.skipped_in_a_row = 0
+        self._set_outer_options()
+
+    def _set_outer_options(self) -> None:
+        """The loaded state has the old rate and epsilon in it; a resumed run may have been given others."""
+        self.schedule.base_lrs = [self.config.outer_rate]
+        factor = _rate_factor(self.config)(self.schedule.last_epoch)
+        self.outer.param_groups[0].update(
+            lr=self.config.outer_rate * factor, initial_lr=self.config.outer_rate, eps=self.config.outer_eps
+        )
+
+
+def load_theta(theta: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Copy stored parameters into theta.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ.
+    """
+    expected = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in theta.items()}
+    found = {name: (tuple(leaf.shape), leaf.dtype) for name, leaf in stored.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        raise CheckpointError(
+            f"expected the parameters of the network that the settings describe, got others for {', '.join(wrong)}: "
+            f"{expected.get(wrong[0])} expected, {found.get(wrong[0])} found"
+        )
+    for name, leaf in theta.items():
+        leaf.copy_(stored[name])
+
+
+def _rate_factor(config: Config) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        left = max(0.0, 1 - step / config.outer_steps)
+        if config.schedule == "linear":
+            return left
+        return 0.5 * (1 - math.cos(math.pi * left)) if config.schedule == "cosine" else 1.0
+
+    return factor
+
+
+def _mean(window: list[Record], name: str) -> float:
+    values = [record[name] for record in window if math.isfinite(record.get(name, math.nan))]
+    return sum(values) / len(values) if values else math.nan

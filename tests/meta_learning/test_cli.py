@@ -1,0 +1,307 @@
+"""The program, as its users meet it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from applications.meta_learning import logs
+from applications.meta_learning.checkpoint import load_checkpoint
+from applications.meta_learning.cli import app
+from applications.meta_learning.config import Config
+from applications.meta_learning.logs import read_log
+from applications.meta_learning.presets import preset
+from tests.meta_learning.tiny import TINY, TINY_OPTIONS
+
+ROOT = Path(__file__).resolve().parents[2]
+OMNIGLOT = os.environ.get("BILEVEL_OMNIGLOT")
+
+
+def imaml(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "80", "BILEVEL_OMNIGLOT": ""}
+    )
+
+
+def train(folder: Path, *more: str) -> Result:
+    return imaml("train", "--out", folder, *TINY_OPTIONS, "--no-final-test", "--no-tensorboard", *more)
+
+
+def squeezed(text: str) -> str:
+    """Without the line breaks and borders that a terminal adds."""
+    return re.sub(r"[\s│╭╮╰╯─]+", " ", text)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = imaml("train", "--out", folder, *TINY_OPTIONS)
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_options_override_the_preset(finished: Path) -> None:
+    stored = load_checkpoint(finished)["config"]
+    given = {option.removeprefix("--").replace("-", "_") for option in TINY_OPTIONS if option.startswith("--")}
+    assert {name: stored[name] for name in given} == {name: TINY.to_dict()[name] for name in given}
+    rest = set(stored) - given
+    assert {name: stored[name] for name in rest} == {name: preset("glyphs").to_dict()[name] for name in rest}
+
+
+def test_a_run_leaves_its_files(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"checkpoint.pt", "config.json", "environment.json", "log.jsonl", "curves.png", "results.json"} <= names
+    assert list((finished / "tensorboard").glob("events.*"))
+    results = json.loads((finished / "results.json").read_text())
+    assert results["evaluations"]["paper"]["tasks"] == 600 and results["evaluations"]["paper"]["query_shots"] == 1
+    assert load_checkpoint(finished)["progress"]["step"] == 6
+
+
+def test_evaluate(finished: Path) -> None:
+    result = imaml("evaluate", finished, "--tasks", "20")
+    assert result.exit_code == 0 and "paper" in result.output and "tight" in result.output
+    assert "transductive" in result.output and "held-out" in result.output
+    as_json = imaml("evaluate", finished / "checkpoint.pt", "--json", "--tasks", "20", "--protocol", "tight")
+    report = json.loads(as_json.stdout)
+    assert list(report["evaluations"]) == ["tight"] and report["step"] == 6
+    tight = report["evaluations"]["tight"]
+    assert tight["tasks"] == 20 and tight["query_shots"] == 15 and 0 <= tight["mean"] <= 1 and tight["failed"] == 0
+    assert "transductive" in report["conditions"]["batch norm"] and "ink 1" in report["conditions"]["images"]
+
+
+def test_evaluate_with_another_inner_solver(finished: Path) -> None:
+    options = ["--json", "--tasks", "20", "--protocol", "paper"]
+    usual, longer = (
+        json.loads(imaml("evaluate", finished, *options, *more).stdout)
+        for more in ([], ["--inner-steps", "30", "--inner-step-size", "0", "--lam", "0.5"])
+    )
+    assert (longer["config"]["inner_steps"], longer["config"]["lam"]) == (30, 0.5)
+    assert longer["evaluations"]["paper"]["inner_residual"] < usual["evaluations"]["paper"]["inner_residual"]
+
+
+def test_info(finished: Path) -> None:
+    about = imaml("info", finished)
+    assert (
+        about.exit_code == 0
+        and "6 of 6" in about.output
+        and "7 classes for training, 5 held out" in squeezed(about.output)
+    )
+    general = imaml("info")
+    assert general.exit_code == 0 and torch.__version__ in general.output
+    for name in ("glyphs", "sinusoid", "omniglot-5w1s-cpu", "omniglot-20w5s-hf"):
+        assert name in general.output
+    settings = imaml("info", "omniglot-20w1s-hf")
+    assert settings.exit_code == 0 and "newton-cg" in settings.output
+
+
+def test_stop_and_resume_and_overwrite(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert train(folder, "--minutes", "0.00001").exit_code == 0  # the time limit ends it at once
+    assert load_checkpoint(folder)["progress"]["step"] == 0
+    again = train(folder)
+    assert again.exit_code == 2 and "holds a run already" in squeezed(again.output)
+    resumed = imaml(
+        "train", "--out", folder, "--resume", "--minutes", "0", "--lam", "3", "--no-final-test", "--no-tensorboard"
+    )
+    assert resumed.exit_code == 0, resumed.output
+    assert "--lam: 1.0 -> 3.0" in resumed.output
+    assert load_checkpoint(folder)["progress"]["step"] == 6 and load_checkpoint(folder)["config"]["lam"] == 3.0
+    (changed,) = (entry for entry in read_log(folder / "log.jsonl") if entry["kind"] == "changed")
+    assert {"setting": "lam", "from": 1.0, "to": 3.0} in changed["settings"]
+    assert train(folder, "--overwrite", "--outer-steps", "2").exit_code == 0
+    assert load_checkpoint(folder)["progress"]["step"] == 2
+    assert max(entry["step"] for entry in read_log(folder / "log.jsonl")) == 2
+
+
+def test_sinusoids(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = imaml(
+        *(
+            "train",
+            "--dataset",
+            "sinusoid",
+            "--out",
+            folder,
+            "--outer-steps",
+            "4",
+            "--eval-interval",
+            "2",
+            "--eval-tasks",
+            "5",
+        ),
+        *("--log-interval", "1", "--meta-batch", "2", "--channels", "8", "--no-tensorboard"),
+    )
+    assert result.exit_code == 0, result.output
+    assert (folder / "adaptation.png").exists() and (folder / "curves.png").exists()
+    report = json.loads((folder / "results.json").read_text())
+    assert report["evaluations"]["paper"]["metric"] == "mse"
+    assert "mean squared error" in imaml("evaluate", folder, "--tasks", "10").output
+
+
+def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
+    """A step size so large that every task diverges."""
+    folder = tmp_path / "run"
+    result = train(folder, "--inner-step-size", "1e30", "--max-failed-steps", "2")
+    assert result.exit_code == 1
+    words = squeezed(result.output)
+    assert "2 meta-steps in a row had no task with a usable gradient" in words and "--inner-step-size" in words
+    assert "Traceback" not in words
+    resumed = imaml(
+        "train", "--resume", "--out", folder, "--inner-step-size", "0.1", "--no-final-test", "--no-tensorboard"
+    )
+    assert resumed.exit_code == 0, resumed.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "nope"], "expected a preset of glyphs"),
+        (["--lam", "-1"], "lam: expected a number above 0"),
+        (["--resume"], "nothing to resume"),
+        (["--resume", "--overwrite"], "expected one of --resume and --overwrite"),
+        (["--dataset", "omniglot", "--data-dir", "missing"], "no Omniglot in missing.*--data-dir.*--download"),
+        (["--ways", "300"], "these tasks cannot be drawn from glyphs.*ways"),
+        (["--query-shots", "40"], "these tasks cannot be drawn from glyphs: expected shots"),
+        (["--device", "cuda:99"], "device: expected auto or a device that works here"),
+        (["--linear", "exact", "--channels", "64"], "'exact' builds a dense Hessian"),
+        (["--glyph-classes", "5"], "train_classes: expected less than the 5"),
+        (["--inner", "adam"], "'adam' is not one of 'gd', 'agd', 'newton-cg'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_message_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = imaml("train", "--out", "run", *TINY_OPTIONS, *arguments)
+    assert result.exit_code == 2
+    assert re.search(words, squeezed(result.output)), result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_errors_of_the_other_commands(tmp_path: Path, finished: Path) -> None:
+    for arguments, words in (
+        (["evaluate", tmp_path], "no checkpoint at"),
+        (["info", tmp_path], "no checkpoint at"),
+        (["evaluate", finished, "--protocol", "loose"], "'loose' is not one of 'paper', 'tight', 'both'"),
+        (
+            ["train", "--resume", "--out", finished, "--ways", "4"],
+            "a resumed run keeps its data, tasks and network: --ways is 3, got 4",
+        ),
+    ):
+        result = imaml(*arguments)
+        assert result.exit_code == 2 and words in squeezed(result.output) and "Traceback" not in result.output
+    (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    result = imaml("train", "--resume", "--out", tmp_path)
+    assert result.exit_code == 2 and "damaged or not a checkpoint" in squeezed(result.output)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = train(tmp_path / "file" / "run")
+    assert result.exit_code == 2 and "cannot be written" in squeezed(result.output)
+
+
+def test_without_tensorboard_there_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if it were not installed
+    result = imaml("train", "--out", tmp_path / "run", *TINY_OPTIONS, "--no-final-test")
+    assert result.exit_code == 0 and squeezed(logs.NO_TENSORBOARD) in squeezed(result.output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_that_resumes(number: signal.Signals, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "applications.meta_learning",
+        "train",
+        "--out",
+        str(folder),
+        *TINY_OPTIONS,
+        "--no-tensorboard",
+    ]
+    with subprocess.Popen(
+        [*command, "--outer-steps", "1000000"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 100
+        log = folder / "log.jsonl"
+        while not (log.exists() and len(log.read_text().splitlines()) > 3):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and f"imaml train --resume --out {folder}" in errors
+    step = load_checkpoint(folder)["progress"]["step"]
+    assert step > 0 and f"Stopped at step {step}" in errors
+    resumed = train(folder, "--resume", "--outer-steps", str(step + 2))
+    assert resumed.exit_code == 0, resumed.output
+    assert load_checkpoint(folder)["progress"]["step"] == step + 2
+    assert train(tmp_path / "whole", "--outer-steps", str(step + 2)).exit_code == 0
+    interrupted, whole = (load_checkpoint(path)["theta"] for path in (folder, tmp_path / "whole"))
+    assert all(torch.equal(interrupted[name], leaf) for name, leaf in whole.items())
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["info"], ["demo"]])
+def test_help_fits_80_columns(command: list[str]) -> None:
+    result = imaml(*command, "--help")
+    assert result.exit_code == 0
+    assert max(len(line) for line in result.output.splitlines()) <= 80
+
+
+def test_every_setting_is_an_option_with_its_help() -> None:
+    text = squeezed(imaml("train", "--help").output)
+    for name in TINY.to_dict():
+        assert f"--{name.replace('_', '-')}" in text
+    for kind in get_type_hints(Config).values():
+        assert get_origin(kind) is not Literal or all(choice in text for choice in get_args(kind))
+    for panel in ("Start here", "Data and tasks", "Inner problem", "Meta-gradient", "Outer loop"):
+        assert panel in text
+
+
+@pytest.mark.skipif(not OMNIGLOT, reason="needs the environment variable BILEVEL_OMNIGLOT")
+def test_real_omniglot(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = imaml(
+        *(
+            "train",
+            "--dataset",
+            "omniglot",
+            "--data-dir",
+            str(OMNIGLOT),
+            "--out",
+            folder,
+            "--outer-steps",
+            "2",
+            "--meta-batch",
+            "2",
+        ),
+        *(
+            "--channels",
+            "8",
+            "--eval-interval",
+            "1",
+            "--eval-tasks",
+            "4",
+            "--log-interval",
+            "1",
+            "--no-final-test",
+            "--no-tensorboard",
+        ),
+    )
+    assert result.exit_code == 0, result.output
+    stored = load_checkpoint(folder)
+    assert (len(stored["split"]["train"]), len(stored["split"]["test"])) == (1200, 423)
+    found = imaml("evaluate", folder, "--tasks", "5", "--json")  # the data are found where they were
+    assert found.exit_code == 0 and json.loads(found.stdout)["dataset"] == "omniglot"

@@ -1,0 +1,93 @@
+"""The comparison of `imaml demo`, small."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from applications.meta_learning import demo
+from applications.meta_learning.demo import (
+    FIRST_ORDER,
+    IMAML,
+    UNTRAINED,
+    Plan,
+    Row,
+    Snapshot,
+    demo_config,
+    run_demo,
+    verdict,
+)
+from applications.meta_learning.evaluate import Evaluation
+from tests.meta_learning.tiny import TINY
+
+PLAN = Plan(seconds=6.0, tasks=40, query_shots=2, points=3, point_tasks=10)
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+
+
+def test_the_two_methods_differ_in_the_linear_solver_only() -> None:
+    first_order, imaml = demo_config()
+    assert imaml.dataset == "glyphs" and imaml.linear == "cg"
+    assert first_order == replace(imaml, linear="identity", steihaug=False, damping=0.0)
+
+
+def test_equal_steps_and_equal_time(tmp_path: Path) -> None:
+    console = Console(file=(tmp_path / "console.txt").open("w"), width=80)
+    imaml = replace(TINY, outer_rate=5e-3, glyph_classes=40, train_classes=30, meta_batch=4)
+    above = run_demo(replace(imaml, linear="identity"), imaml, PLAN, tmp_path, console)
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["method"], row["at"]): row for row in results["rows"]}
+    assert set(rows) == {(UNTRAINED, ""), (FIRST_ORDER, "equal steps"), (FIRST_ORDER, "equal time"), (IMAML, "both")}
+    ours = rows[IMAML, "both"]
+    assert ours["step"] == rows[FIRST_ORDER, "equal steps"]["step"] > 0
+    assert ours["seconds"] == pytest.approx(rows[FIRST_ORDER, "equal time"]["seconds"], rel=0.1, abs=0.2)
+    assert {row["tasks"] for row in rows.values()} == {40}
+    assert above == all(row["mean"] > rows[UNTRAINED, ""]["mean"] for row in results["rows"][1:])
+    for figure in ("curves.png", "task.png"):
+        width, height = png_size(tmp_path / figure)
+        assert width > 300 and height > 200
+    text = (tmp_path / "console.txt").read_text()
+    for words in (UNTRAINED, FIRST_ORDER, IMAML, "At equal steps:", "At equal time:", "transductive"):
+        assert words in text
+
+
+def row(method: str, at: str, mean: float) -> Row:
+    result = Evaluation(
+        metric="accuracy", mean=mean, interval=0.01, tasks=300, query_shots=5, failed=0, inner_residual=0.1
+    )
+    return Row(method=method, at=at, snapshot=Snapshot(step=1, seconds=1.0, theta={}), result=result)
+
+
+def test_the_verdict_names_the_winner_whichever_it_is() -> None:
+    rows = [
+        row(UNTRAINED, "", 0.3),
+        row(FIRST_ORDER, "equal steps", 0.5),
+        row(FIRST_ORDER, "equal time", 0.605),
+        row(IMAML, "both", 0.6),
+    ]
+    assert verdict(rows) == [
+        "At equal steps: iMAML is ahead by 10.0 points; the intervals are apart.",
+        "At equal time: first-order MAML is ahead by 0.5 points; the intervals overlap.",
+    ]
+
+
+def test_a_method_that_does_not_learn_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exit code of the demo rests on this."""
+    outcomes = iter([0.5, 0.6, 0.6, 0.5])  # untrained, first order twice, iMAML
+    plan = replace(PLAN, seconds=2.0, points=1)
+
+    def fake(*_: object) -> Evaluation:
+        mean = next(outcomes)
+        return Evaluation(
+            metric="accuracy", mean=mean, interval=0.01, tasks=40, query_shots=2, failed=0, inner_residual=0.1
+        )
+
+    monkeypatch.setattr(demo, "_test", fake)
+    console = Console(file=(tmp_path / "console.txt").open("w"))
+    assert not run_demo(replace(TINY, linear="identity"), TINY, plan, tmp_path, console)

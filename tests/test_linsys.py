@@ -1,0 +1,610 @@
+"""Linear solvers against NumPy, SciPy and hand-written sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bilevel import Status
+from bilevel.linsys import CG, Exact, Identity, LinearSolver, Neumann
+from tests.cases import LINSYS_NAMES, linear_solvers
+
+BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 3)]
+DTYPES = [torch.float32, torch.float64]
+
+
+@dataclass(frozen=True)
+class System:
+    """A x = b over a batch, and its solution by numpy.linalg in float64."""
+
+    a: Tensor  # (*batch, d, d)
+    b: Tensor  # (*batch, d)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return (self.a @ v.unsqueeze(-1)).squeeze(-1)
+
+    def solution(self) -> np.ndarray:
+        return np.linalg.solve(self.a.double().numpy(), self.b.double().numpy()[..., None])[..., 0]
+
+    def true_residual(self, u: Tensor) -> np.ndarray:
+        a, b, x = self.a.double().numpy(), self.b.double().numpy(), u.double().numpy()
+        return np.linalg.norm(b - (a @ x[..., None])[..., 0], axis=-1)
+
+    def with_problem(self, index: int, a: Tensor | None = None, b: Tensor | None = None) -> System:
+        """The same batch with another matrix or right-hand side at ``index``."""
+        new_a, new_b = self.a.clone(), self.b.clone()
+        if a is not None:
+            new_a[index] = a
+        if b is not None:
+            new_b[index] = b
+        return System(new_a, new_b)
+
+
+class Counter:
+    """Counts calls of a matvec."""
+
+    def __init__(self, system: System) -> None:
+        self.system, self.calls = system, 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self.calls += 1
+        return self.system.matvec(v)
+
+
+def build(
+    eigenvalues: Any, *, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, seed: int = 0
+) -> System:
+    """Symmetric matrices with these eigenvalues, in a random basis of its own for each problem of the batch."""
+    rng = np.random.default_rng(seed)
+    values = np.asarray(eigenvalues, dtype=float)
+    d = len(values)
+    q = np.linalg.qr(rng.standard_normal((*batch, d, d)))[0]
+    a = (q * values) @ np.swapaxes(q, -1, -2)
+    a = 0.5 * (a + np.swapaxes(a, -1, -2))
+    b = rng.standard_normal((*batch, d))
+    return System(torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype))
+
+
+def spectrum(d: int, kappa: float, scale: float = 1.0) -> np.ndarray:
+    return scale * np.logspace(0, -np.log10(kappa), d) if d > 1 else np.array([scale])
+
+
+def scipy_iterates(a: np.ndarray, b: np.ndarray, steps: int, m: np.ndarray | None = None) -> list[np.ndarray]:
+    """The iterates of SciPy's CG after 1, 2, .., steps steps."""
+    iterates: list[np.ndarray] = []
+    scipy.sparse.linalg.cg(a, b, rtol=0.0, atol=0.0, maxiter=steps, M=m, callback=lambda x: iterates.append(x.copy()))
+    return iterates
+
+
+def status_of(codes: Tensor) -> list[Status]:
+    return [Status(int(code)) for code in codes.reshape(-1)]
+
+
+sizes = st.integers(1, 9)
+batches = st.sampled_from(BATCHES)
+seeds = st.integers(0, 2**31 - 1)
+quick = settings(max_examples=50, deadline=None)
+
+
+# --- CG ------------------------------------------------------------------------------------------
+
+
+@quick
+@given(d=sizes, batch=batches, seed=seeds, log_kappa=st.floats(0.1, 2), log_scale=st.floats(-3, 3))
+def test_cg_takes_the_steps_of_scipy(
+    d: int, batch: tuple[int, ...], seed: int, log_kappa: float, log_scale: float
+) -> None:
+    system = build(spectrum(d, 10**log_kappa, 10**log_scale), batch=batch, seed=seed)
+    a, b = system.a.reshape(-1, d, d).numpy(), system.b.reshape(-1, d).numpy()
+    expected = [scipy_iterates(a[i], b[i], d) for i in range(len(a))]
+    for k in range(1, d + 1):
+        result = CG(max_steps=k, rtol=0.0).solve(system.matvec, system.b)
+        ours = result.value.reshape(-1, d).numpy()
+        for i in range(len(a)):
+            theirs = expected[i][k - 1]
+            if np.linalg.norm(b[i] - a[i] @ expected[i][max(k - 2, 0)]) < 1e-10 * np.linalg.norm(b[i]):
+                theirs = np.linalg.solve(a[i], b[i])  # SciPy divides rounding by rounding from here on
+            np.testing.assert_allclose(ours[i], theirs, rtol=0, atol=1e-8 * np.linalg.norm(theirs))
+        assert result.num_matvecs == k
+
+
+@quick
+@given(d=st.integers(2, 8), seed=seeds)
+def test_preconditioned_cg_takes_the_steps_of_scipy(d: int, seed: int) -> None:
+    system = build(spectrum(d, 50.0), seed=seed)
+    m = build(np.linspace(0.5, 3.0, d), seed=seed + 1)
+    expected = scipy_iterates(system.a.numpy(), system.b.numpy(), d, m.a.numpy())
+    for k in range(1, d + 1):
+        result = CG(max_steps=k, rtol=0.0).solve(system.matvec, system.b, preconditioner=m.matvec)
+        np.testing.assert_allclose(
+            result.value.numpy(), expected[k - 1], rtol=0, atol=1e-7 * np.linalg.norm(expected[k - 1])
+        )
+
+
+def test_cg_with_the_inverse_as_preconditioner_takes_one_step() -> None:
+    system = build(spectrum(6, 1e4), batch=(3,))
+    inverse = System(torch.linalg.inv(system.a), system.b)
+    result = CG(max_steps=50, rtol=1e-8).solve(system.matvec, system.b, preconditioner=inverse.matvec)
+    assert result.steps.tolist() == [1, 1, 1]
+    np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=1e-7)
+
+
+@quick
+@given(d=sizes, batch=batches, seed=seeds, log_kappa=st.floats(0, 6), dtype=st.sampled_from(DTYPES))
+def test_cg_on_any_positive_definite_matrix(
+    d: int, batch: tuple[int, ...], seed: int, log_kappa: float, dtype: torch.dtype
+) -> None:
+    log_kappa = min(log_kappa, 2.5) if dtype == torch.float32 else log_kappa
+    rtol = 1e-4 if dtype == torch.float32 else 1e-9
+    kappa = 10**log_kappa
+    system = build(spectrum(d, kappa), batch=batch, dtype=dtype, seed=seed)
+    result = CG(max_steps=300, rtol=rtol).solve(system.matvec, system.b)
+    assert result.value.dtype == dtype and result.value.shape == (*batch, d)
+    assert result.codes.shape == result.steps.shape == result.residual.shape == batch
+    size = np.linalg.norm(system.b.double().numpy(), axis=-1)
+    rounding = (
+        30 * torch.finfo(dtype).eps * np.linalg.norm(result.value.double().numpy(), axis=-1)
+    )  # of b - A u, |A| = 1
+    assert (system.true_residual(result.value) <= rtol * size + rounding).all()
+    assert (np.abs(system.true_residual(result.value) - result.residual.double().numpy()) <= rounding).all()
+    # the true residual decides, even where the recurrence has met the tolerance and rounding keeps u a hair above it
+    met = result.residual <= rtol * system.b.norm(dim=-1)
+    assert torch.equal(result.codes, torch.where(met, int(Status.CONVERGED), int(Status.MAX_STEPS)))
+    if (rounding < 1e-3 * rtol * size).all() and kappa < 100:
+        assert met.all()
+    error = np.linalg.norm(result.value.double().numpy() - system.solution(), axis=-1)
+    assert (error <= kappa * (rtol * size + rounding)).all()
+
+
+def test_cg_reports_the_true_residual_and_not_that_of_the_recurrence() -> None:
+    # kappa = 1e6 in float32: the recurrence falls far below what b - A u can reach
+    system = build(spectrum(30, 1e6), batch=(4,), dtype=torch.float32)
+    result = CG(max_steps=1500, rtol=1e-6).solve(system.matvec, system.b)
+    np.testing.assert_allclose(result.residual.numpy(), system.true_residual(result.value), rtol=0.3)
+    assert ((result.residual <= 1e-6 * system.b.norm(dim=-1)) == (result.codes == int(Status.CONVERGED))).all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_cg_solves_the_identity_in_one_step(batch: tuple[int, ...]) -> None:
+    b = build(np.ones(5), batch=batch).b
+    for solver in (CG(max_steps=10), CG(max_steps=1, rtol=0.0), CG(max_steps=10, rtol=0.0)):
+        result = solver.solve(lambda v: v.clone(), b)
+        assert torch.equal(result.value, b)
+        assert (result.steps == 1).all()
+        assert set(status_of(result.codes)) == {Status.CONVERGED}
+
+
+def test_cg_fixed_steps_after_the_answer_do_nothing() -> None:
+    """Rounding beyond step d is no negative curvature and no failure."""
+    for dtype in DTYPES:
+        for seed in range(40):
+            system = build(spectrum(3, 10 ** (seed % 5)), batch=(8,), dtype=dtype, seed=seed)
+            result = CG(max_steps=20, rtol=0.0, atol=0.0).solve(system.matvec, system.b)
+            assert not result.failed.any(), result.describe()
+            assert (result.negative_curvature == 0).all()
+            # of the residual, not the error: what a backward stable method can promise
+            floor = 100 * torch.finfo(dtype).eps * 10 ** (seed % 5) * np.linalg.norm(system.b.double().numpy(), axis=-1)
+            assert (system.true_residual(result.value) <= floor).all()
+
+
+def test_cg_steps_are_counted_per_problem() -> None:
+    """k distinct eigenvalues take k steps."""
+    parts = [
+        build(values, seed=i) for i, values in enumerate(([2.0] * 4, [1.0, 2, 2, 2], [1.0, 2, 3, 3], [1.0, 2, 3, 4]))
+    ]
+    system = System(torch.stack([p.a for p in parts]), torch.stack([p.b for p in parts]))
+    counter = Counter(system)
+    result = CG(max_steps=30, rtol=1e-10).solve(counter, system.b)
+    assert result.steps.tolist() == [1, 2, 3, 4]
+    assert result.num_matvecs == counter.calls == 5  # one more for the true residual
+    np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=1e-8)
+
+
+def test_cg_max_steps_and_tolerances() -> None:
+    system = build(spectrum(8, 1e3), batch=(2,))
+    short = CG(max_steps=2, rtol=1e-12).solve(system.matvec, system.b)
+    assert status_of(short.codes) == [Status.MAX_STEPS] * 2
+    assert short.steps.tolist() == [2, 2] and not short.failed.any()
+    loose = CG(max_steps=50, rtol=0.0, atol=0.3).solve(system.matvec, system.b)
+    assert status_of(loose.codes) == [Status.CONVERGED] * 2
+    assert (loose.residual <= 0.3).all() and (loose.steps < 8).all()
+    both = CG(max_steps=50, rtol=1e-9, atol=0.3).solve(system.matvec, system.b)
+    assert torch.equal(both.steps, loose.steps)  # the looser of the two decides
+
+
+def test_cg_starts_from_init() -> None:
+    system = build(spectrum(6, 100.0), batch=(3,))
+    init = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kept = init.clone()
+    for k in (1, 2, 4):
+        result = CG(max_steps=k, rtol=0.0).solve(system.matvec, system.b, init=init)
+        for i in range(3):
+            iterates: list[np.ndarray] = []
+            scipy.sparse.linalg.cg(
+                system.a[i].numpy(),
+                system.b[i].numpy(),
+                x0=init[i].numpy(),
+                rtol=0.0,
+                maxiter=k,
+                callback=lambda x: iterates.append(x.copy()),
+            )
+            np.testing.assert_allclose(result.value[i].numpy(), iterates[-1], rtol=1e-8)
+    solved = CG(max_steps=20, rtol=1e-6).solve(system.matvec, system.b, init=torch.tensor(system.solution()))
+    assert solved.steps.tolist() == [0, 0, 0] and status_of(solved.codes) == [Status.CONVERGED] * 3
+    assert torch.equal(init, kept)
+
+
+# --- CG at negative curvature --------------------------------------------------------------------
+
+
+def first_negative_step(a: np.ndarray, b: np.ndarray) -> int:
+    """How many steps CG takes before p^T A p <= 0: as many as Ritz matrices in Krylov bases that are positive definite.
+
+    CG's curvatures are the pivots of the tridiagonal Q_k^T A Q_k, so the first that is not positive comes with the first k at which
+    this matrix is not positive definite.
+    """
+    for k in range(1, len(b) + 1):
+        krylov = np.stack([np.linalg.matrix_power(a, j) @ b for j in range(k)], axis=1)
+        q = np.linalg.qr(krylov)[0]
+        if np.linalg.eigvalsh(q.T @ a @ q)[0] <= 0:
+            return k - 1
+    return len(b)
+
+
+def indefinite(seed: int = 0) -> System:
+    """A system on which CG takes some steps before it meets negative curvature."""
+    system = build([3.0, 2.5, 2.0, 1.0, 0.5, -0.2], seed=seed)
+    return system
+
+
+def test_cg_negative_curvature_fails() -> None:
+    system = indefinite()
+    for rtol in (1e-10, 0.0):
+        result = CG(max_steps=50, rtol=rtol).solve(system.matvec, system.b)
+        assert result.status is Status.NEGATIVE_CURVATURE
+        assert result.failed and result.negative_curvature == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("rtol", [0.0, 1e-10])
+def test_steihaug_keeps_the_iterate_before(seed: int, rtol: float) -> None:
+    system = indefinite(seed)
+    a, b = system.a.numpy(), system.b.numpy()
+    steps = first_negative_step(a, b)
+    assert 1 <= steps < 6
+    result = CG(max_steps=50, rtol=rtol, steihaug=True).solve(system.matvec, system.b)
+    assert result.status is Status.STOPPED_AT_NEGATIVE_CURVATURE
+    assert not result.failed and result.negative_curvature == 1 and result.num_steps == steps
+    np.testing.assert_allclose(result.value.numpy(), scipy_iterates(a, b, steps)[-1], rtol=1e-8)
+    np.testing.assert_allclose(float(result.residual), system.true_residual(result.value), rtol=1e-8)
+
+
+def test_steihaug_at_the_first_direction() -> None:
+    system = build([-1.0, -2.0, -3.0], batch=(2,))
+    m = build([1.0, 2.0, 5.0], seed=3)
+    kept = CG(max_steps=10, steihaug=True).solve(system.matvec, system.b, preconditioner=m.matvec)
+    assert status_of(kept.codes) == [Status.STOPPED_AT_NEGATIVE_CURVATURE] * 2
+    np.testing.assert_allclose(kept.value.numpy(), system.b.numpy() @ m.a.numpy(), rtol=1e-12)
+    assert not kept.failed.any()
+    without = CG(max_steps=10, steihaug=True).solve(system.matvec, system.b)
+    assert status_of(without.codes) == [Status.NEGATIVE_CURVATURE] * 2
+
+
+def test_steihaug_changes_nothing_on_a_positive_definite_matrix() -> None:
+    system = build(spectrum(7, 100.0), batch=(2,))
+    plain = CG(max_steps=50).solve(system.matvec, system.b)
+    named = CG(max_steps=50, steihaug=True).solve(system.matvec, system.b)
+    assert torch.equal(plain.value, named.value) and torch.equal(plain.codes, named.codes)
+
+
+def test_cg_singular() -> None:
+    """A = diag(1, 0), b = (1, 1): the second direction is (0, 2), exactly, and A p = 0."""
+    a, b = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)), torch.ones(2, dtype=torch.float64)
+    system = System(a, b)
+    result = CG(max_steps=10).solve(system.matvec, b)
+    assert result.status is Status.SINGULAR and result.failed
+    first = CG(max_steps=10).solve(lambda v: 0 * v, b)
+    assert first.status is Status.SINGULAR
+    kept = CG(max_steps=10, steihaug=True).solve(system.matvec, b)
+    assert kept.status is Status.STOPPED_AT_NEGATIVE_CURVATURE, "steihaug keeps the iterate wherever p^T A p <= 0"
+    assert kept.value.tolist() == [2.0, 2.0]
+
+
+# --- Neumann -------------------------------------------------------------------------------------
+
+
+@quick
+@given(d=sizes, batch=batches, seed=seeds, terms=st.integers(1, 12), dtype=st.sampled_from(DTYPES))
+def test_neumann_is_the_partial_sum(d: int, batch: tuple[int, ...], seed: int, terms: int, dtype: torch.dtype) -> None:
+    system = build(np.linspace(1.0, 4.0, d), batch=batch, dtype=dtype, seed=seed)
+    step = 0.3
+    a, b = system.a.double().numpy(), system.b.double().numpy()[..., None]
+    power, expected = b, 0 * b
+    for _ in range(terms):  # a sum_{k < terms} (I - a A)^k b
+        expected = expected + step * power
+        power = power - step * (a @ power)
+    result = Neumann(num_terms=terms, step_size=step).solve(system.matvec, system.b)
+    tolerance = 100 * torch.finfo(dtype).eps
+    np.testing.assert_allclose(
+        result.value.double().numpy(), expected[..., 0], rtol=0, atol=tolerance * np.abs(b).max()
+    )
+    np.testing.assert_allclose(
+        result.residual.double().numpy(),
+        system.true_residual(result.value),
+        rtol=0,
+        atol=30 * tolerance * np.linalg.norm(b),
+    )
+    assert (result.steps == terms).all() and result.num_matvecs == terms
+
+
+@quick
+@given(d=sizes, batch=batches, seed=seeds, log_kappa=st.floats(0, 2), log_scale=st.floats(-3, 3))
+def test_neumann_finds_its_step_size(
+    d: int, batch: tuple[int, ...], seed: int, log_kappa: float, log_scale: float
+) -> None:
+    system = build(spectrum(d, 10**log_kappa, 10**log_scale), batch=batch, seed=seed)
+    counter = Counter(system)
+    result = Neumann(num_terms=5000, rtol=1e-8).solve(counter, system.b)
+    assert set(status_of(result.codes)) == {Status.CONVERGED}
+    assert result.num_matvecs == counter.calls
+    expected = system.solution()
+    np.testing.assert_allclose(
+        result.value.numpy(), expected, rtol=0, atol=1.1e-8 * 10**log_kappa * np.linalg.norm(expected)
+    )
+
+
+def test_neumann_reports_the_true_residual_when_it_has_a_tolerance() -> None:
+    # float32, kappa = 1e3: terms below the rounding of u are lost, the recurrence goes on falling
+    system = build(spectrum(12, 1e3), batch=(3,), dtype=torch.float32)
+    result = Neumann(num_terms=20_000, step_size=1.0, rtol=3e-6).solve(system.matvec, system.b)
+    np.testing.assert_allclose(result.residual.numpy(), system.true_residual(result.value), rtol=0.1)
+    assert status_of(result.codes) == [Status.MAX_STEPS] * 3
+
+
+@pytest.mark.parametrize("rtol", [0.0, 1e-10])
+def test_neumann_reports_divergence(rtol: float) -> None:
+    good, steep, bent = build(np.linspace(1, 3, 4)), build([1.0, 2, 3, 8], seed=1), build([-0.5, 1, 2, 3], seed=2)
+    system = System(torch.stack([good.a, steep.a, bent.a]), torch.stack([good.b, steep.b, bent.b]))
+    result = Neumann(num_terms=300, step_size=0.4, rtol=rtol).solve(system.matvec, system.b)
+    first = Status.CONVERGED if rtol else Status.MAX_STEPS
+    assert status_of(result.codes) == [first, Status.DIVERGED, Status.DIVERGED]
+    assert result.failed.tolist() == [False, True, True]
+    np.testing.assert_allclose(result.value[0].numpy(), good.solution(), rtol=1e-8)
+
+
+def test_neumann_that_overflows_has_diverged() -> None:
+    system = build([1.0, 50.0], dtype=torch.float32)
+    result = Neumann(num_terms=400, step_size=1.0).solve(system.matvec, system.b)
+    assert result.status is Status.DIVERGED and not result.value.isfinite().all()
+
+
+def test_neumann_is_not_fooled_by_a_residual_that_falls_first() -> None:
+    """Indefinite with a small negative eigenvalue: the residual falls for many terms before it grows."""
+    system = build([-0.02, 1.0, 1.5, 2.0])
+    a = Neumann(num_terms=2, step_size=0.4).solve(system.matvec, system.b)
+    assert a.status is Status.MAX_STEPS  # nothing to see yet
+    b = Neumann(num_terms=400, step_size=0.4).solve(system.matvec, system.b)
+    assert b.status is Status.DIVERGED
+
+
+def test_neumann_steps_are_counted_per_problem_and_rounding_is_no_divergence() -> None:
+    parts = [build(values, seed=i) for i, values in enumerate(([1.0] * 4, [0.5, 1, 1, 1], [0.1, 1, 1, 1]))]
+    system = System(torch.stack([p.a for p in parts]), torch.stack([p.b for p in parts]))
+    result = Neumann(num_terms=2000, step_size=1.0, rtol=1e-8).solve(system.matvec, system.b)
+    assert status_of(result.codes) == [Status.CONVERGED] * 3
+    for steps, factor in zip(result.steps.tolist(), (0.0, 0.5, 0.9), strict=True):
+        bound = 1 if factor == 0 else np.log(1e-8) / np.log(factor)
+        assert 0.6 * bound <= steps <= bound + 2
+    forever = Neumann(num_terms=2000, step_size=0.9).solve(system.matvec, system.b)  # hundreds of terms of rounding
+    assert not forever.failed.any()
+
+
+def test_neumann_starts_from_init() -> None:
+    system = build(np.linspace(1, 2, 4), batch=(2,))
+    init = torch.ones_like(system.b)
+    result = Neumann(num_terms=1, step_size=0.25).solve(system.matvec, system.b, init=init)
+    expected = 1 + 0.25 * (system.b.numpy() - system.a.numpy().sum(-1))
+    np.testing.assert_allclose(result.value.numpy(), expected, rtol=1e-12)
+
+
+# --- Exact and Identity --------------------------------------------------------------------------
+
+
+@quick
+@given(
+    d=sizes, batch=batches, seed=seeds, log_kappa=st.floats(0, 6), dtype=st.sampled_from(DTYPES), signs=st.booleans()
+)
+def test_exact_is_numpy_solve(
+    d: int, batch: tuple[int, ...], seed: int, log_kappa: float, dtype: torch.dtype, signs: bool
+) -> None:
+    kappa = 10 ** (min(log_kappa, 3) if dtype == torch.float32 else log_kappa)
+    values = spectrum(d, kappa)
+    if signs:
+        values[seed % d] *= -1
+    system = build(values, batch=batch, dtype=dtype, seed=seed)
+    result = Exact().solve(system.matvec, system.b)
+    assert result.value.dtype == dtype
+    assert set(status_of(result.codes)) == {Status.SOLVED_INDEFINITE if signs else Status.CONVERGED}
+    assert not result.failed.any()
+    expected = system.solution()
+    size = np.linalg.norm(expected, axis=-1)
+    eps = torch.finfo(dtype).eps
+    error = np.linalg.norm(result.value.double().numpy() - expected, axis=-1)
+    assert (error <= 50 * d * eps * kappa * size).all()
+    rounding = 50 * d * eps * size
+    assert (np.abs(result.residual.double().numpy() - system.true_residual(result.value)) <= rounding).all()
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 0.0], [2.0, 0.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1e-18, 0.5]])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_reports_singular(values: list[float], dtype: torch.dtype) -> None:
+    healthy = build([1.0, 2.0, 3.0], batch=(3,), dtype=dtype)
+    system = healthy.with_problem(1, a=build(values, dtype=dtype, seed=5).a)
+    result = Exact().solve(system.matvec, system.b)
+    assert status_of(result.codes) == [Status.CONVERGED, Status.SINGULAR, Status.CONVERGED]
+    expected = Exact().solve(healthy.matvec, healthy.b)
+    assert torch.equal(result.value[[0, 2]], expected.value[[0, 2]])
+
+
+def test_exact_refuses_an_asymmetric_matrix() -> None:
+    a = torch.tensor([[2.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Exact\(\) needs a symmetric matrix"):
+        Exact().solve(lambda v: (a @ v.unsqueeze(-1)).squeeze(-1), torch.ones(2, dtype=torch.float64))
+
+
+def test_identity_is_the_preconditioner() -> None:
+    m = build([0.5, 1.0, 2.0], seed=2)
+    b = build([1.0, 1.0, 1.0], batch=(2,)).b
+
+    def never(v: Tensor) -> Tensor:
+        raise AssertionError("Identity() spends no product")
+
+    result = Identity().solve(never, b, preconditioner=m.matvec)
+    np.testing.assert_allclose(result.value.numpy(), b.numpy() @ m.a.numpy(), rtol=1e-12)
+    assert result.residual.isnan().all() and result.num_matvecs == 0 and not result.failed.any()
+    with pytest.raises(ValueError, match="known|knows part of its Hessian"):
+        Identity().solve(never, b)
+    broken = Identity().solve(
+        never, torch.where(torch.tensor([[True], [False]]), torch.nan, b), preconditioner=m.matvec
+    )
+    assert broken.failed.tolist() == [True, False]
+
+
+# --- what holds for every method -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LINSYS_NAMES)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_row_solves(name: str, batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    rtol = 1e-5 if dtype == torch.float32 else 1e-10
+    system = build(np.linspace(1, 10, 6), batch=batch, dtype=dtype)
+    result = linear_solvers(rtol)[name].solve(system.matvec, system.b)
+    assert set(status_of(result.codes)) == {Status.CONVERGED}
+    np.testing.assert_allclose(result.value.double().numpy(), system.solution(), rtol=0, atol=20 * rtol)
+    rounding = 100 * torch.finfo(dtype).eps * np.abs(system.solution()).max()
+    np.testing.assert_allclose(
+        result.residual.double().numpy(), system.true_residual(result.value), rtol=0, atol=10 * rounding
+    )
+
+
+@pytest.mark.parametrize("name", LINSYS_NAMES)
+@pytest.mark.parametrize("batch", BATCHES)
+def test_several_right_hand_sides(name: str, batch: tuple[int, ...]) -> None:
+    """(k, *batch, d) with one matrix for each problem of the batch."""
+    system = build(np.linspace(1, 5, 4), batch=batch)
+    rhs = torch.randn(3, *batch, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    result = linear_solvers(1e-11)[name].solve(system.matvec, rhs)
+    expected = np.linalg.solve(system.a.numpy(), rhs.numpy()[..., None])[..., 0]
+    assert result.codes.shape == (3, *batch) and not result.failed.any()
+    np.testing.assert_allclose(result.value.numpy(), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LINSYS_NAMES)
+def test_zero_right_hand_side(name: str) -> None:
+    system = build(np.linspace(1, 5, 4), batch=(3,)).with_problem(1, b=torch.zeros(4, dtype=torch.float64))
+    for solver in (linear_solvers(1e-9)[name], linear_solvers(0.0)[name]):
+        result = solver.solve(system.matvec, system.b)
+        assert torch.equal(result.value[1], torch.zeros(4, dtype=torch.float64))
+        assert Status(int(result.codes[1])) is Status.CONVERGED and float(result.residual[1]) == 0.0
+        np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=1e-6)
+
+
+TWINS: dict[str, LinearSolver] = {
+    **linear_solvers(1e-10),
+    "cg fixed": CG(max_steps=8, rtol=0.0),
+    "cg steihaug": CG(max_steps=8, steihaug=True),
+    "neumann fixed": Neumann(num_terms=30, step_size=0.2),
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("sick", ["nan in A", "inf in A", "nan in b", "inf in b", "negative", "singular", "huge"])
+def test_one_sick_problem_leaves_the_others_as_they_were(name: str, sick: str) -> None:
+    healthy = build(np.linspace(1, 5, 4), batch=(3,), seed=7)
+    nan, inf = healthy.a[1].clone(), healthy.a[1].clone()
+    nan[0, 0], inf[2, 2] = torch.nan, torch.inf
+    bad_b = healthy.b[1].clone()
+    bad_b[3] = torch.nan if sick == "nan in b" else torch.inf
+    matrices = {
+        "nan in A": nan,
+        "inf in A": inf,
+        "negative": build([-1.0, 1, 2, 3], seed=3).a,
+        "singular": build([0.0, 0, 0, 0]).a,
+        "huge": 1e200 * healthy.a[1],
+    }
+    system = healthy.with_problem(1, matrices.get(sick), None if sick in matrices else bad_b)
+    expected = TWINS[name].solve(healthy.matvec, healthy.b)
+    result = TWINS[name].solve(system.matvec, system.b)
+    for field in ("value", "codes", "steps", "residual"):
+        assert torch.equal(getattr(result, field)[[0, 2]], getattr(expected, field)[[0, 2]]), field
+    if "nan" in sick or "inf" in sick:
+        assert Status(int(result.codes[1])) is Status.NON_FINITE
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_inputs_are_not_changed(name: str) -> None:
+    system = build(np.linspace(1, 5, 4), batch=(3,))
+    b, init = system.b.clone(), torch.ones_like(system.b)
+    result = TWINS[name].solve(system.matvec, system.b, init=init)
+    assert torch.equal(system.b, b) and torch.equal(init, torch.ones_like(b))
+    assert result.value.data_ptr() not in (system.b.data_ptr(), init.data_ptr())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: CG(max_steps=0), ValueError, "max_steps: expected at least 1, got 0"),
+        (lambda: CG(max_steps=2.0), TypeError, "max_steps: expected an integer, got float"),
+        (lambda: CG(max_steps=True), TypeError, "max_steps: expected an integer, got bool"),
+        (lambda: CG(max_steps=5, rtol=-1e-3), ValueError, "rtol: expected a finite number >= 0, got -0.001"),
+        (lambda: CG(max_steps=5, rtol=float("nan")), ValueError, "rtol: expected a finite number"),
+        (lambda: CG(max_steps=5, atol=float("inf")), ValueError, "atol: expected a finite number"),
+        (lambda: CG(max_steps=5, atol="small"), TypeError, "atol: expected a number, got str"),
+        (lambda: CG(max_steps=5, tol=1e-3), TypeError, "tol"),
+        (lambda: CG(5), TypeError, "positional"),
+        (lambda: CG(), TypeError, "max_steps"),
+        (lambda: Neumann(num_terms=0), ValueError, "num_terms: expected at least 1, got 0"),
+        (lambda: Neumann(num_terms=5, step_size=0.0), ValueError, "step_size: expected a finite number > 0, got 0"),
+        (lambda: Neumann(num_terms=5, rtol=-1.0), ValueError, "rtol: expected"),
+        (lambda: Neumann(num_terms=5, max_steps=3), TypeError, "max_steps"),
+        (lambda: Exact(rtol=1e-3), TypeError, "rtol"),
+        (lambda: Identity(damping=1.0), TypeError, "damping"),
+    ],
+)
+def test_constructor_errors(make: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize("solver", [*TWINS.values(), Identity()], ids=repr)
+def test_bad_systems_are_refused(solver: LinearSolver) -> None:
+    def matvec(v: Tensor) -> Tensor:
+        return v.clone()
+
+    with pytest.raises(
+        ValueError, match=r"b: expected a real floating tensor of shape \(\*batch, d\), got torch.int64"
+    ):
+        solver.solve(matvec, torch.ones(3, dtype=torch.int64), preconditioner=matvec)
+    with pytest.raises(ValueError, match=r"init: expected shape \(2, 3\) and torch.float32 like b, got \(3,\)"):
+        solver.solve(matvec, torch.ones(2, 3), init=torch.ones(3), preconditioner=matvec)
+
+
+@pytest.mark.parametrize("solver", [*TWINS.values(), Identity()], ids=repr)
+def test_the_repr_is_the_log_line(solver: LinearSolver) -> None:
+    namespace = {"CG": CG, "Neumann": Neumann, "Exact": Exact, "Identity": Identity}
+    assert eval(repr(solver), namespace) == solver
+    with pytest.raises(AttributeError):
+        solver.rtol = 1.0  # type: ignore[attr-defined, misc]
+
+
+def test_the_repr_reads_as_written() -> None:
+    assert repr(CG(max_steps=5)) == "CG(max_steps=5, rtol=1e-06, atol=0.0, steihaug=False)"

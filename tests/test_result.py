@@ -1,0 +1,168 @@
+"""What a solve says about itself."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import bilevel
+from bilevel import Hypergradient, Result, SolverError, Status
+from bilevel.linsys import CG
+
+NOT_FAILED = {
+    Status.CONVERGED,
+    Status.MAX_STEPS,
+    Status.LINE_SEARCH_FAILED,
+    Status.STOPPED_AT_NEGATIVE_CURVATURE,
+    Status.SOLVED_INDEFINITE,
+}
+FAILED = {Status.DIVERGED, Status.NON_FINITE, Status.NEGATIVE_CURVATURE, Status.SINGULAR}
+
+
+def result(codes: Any, steps: Any = None, residual: Any = None, value: Any = None) -> Result:
+    codes = torch.tensor(codes, dtype=torch.int64)
+    steps = torch.full_like(codes, 7) if steps is None else torch.tensor(steps)
+    residual = torch.full(codes.shape, 0.25) if residual is None else torch.tensor(residual)
+    return Result(value=torch.ones(3) if value is None else value, codes=codes, steps=steps, residual=residual)
+
+
+def test_which_statuses_are_failures() -> None:
+    assert set(Status) == NOT_FAILED | FAILED
+    assert {status for status in Status if status.failed} == FAILED
+
+
+@pytest.mark.parametrize("status", Status)
+def test_a_status_is_its_number_and_its_sentence(status: Status) -> None:
+    assert Status(int(status)) is status
+    assert Status(torch.tensor(int(status)).item()) is status
+    assert len(status.message) > 20 and status.message.endswith(".")
+    assert pickle.loads(pickle.dumps(status)) is status
+    one = result(int(status))
+    assert one.status is status and isinstance(one.num_steps, int) and one.num_steps == 7
+    assert bool(one.failed) is status.failed
+    assert result([int(status)]).failed.tolist() == [status.failed]
+
+
+@pytest.mark.parametrize("status", sorted(FAILED))
+def test_every_failure_names_a_remedy(status: Status) -> None:
+    assert any(word in status.message for word in ("Reduce", "Look for", "Solve", "raise", "Add"))
+
+
+@pytest.mark.parametrize("status", sorted(NOT_FAILED))
+def test_unwrap_gives_the_value(status: Status) -> None:
+    value = {"w": torch.ones(2)}
+    assert result(int(status), value=value).unwrap() is value
+    assert result([0, int(status)], value=value).unwrap() is value
+
+
+@pytest.mark.parametrize("status", sorted(FAILED))
+def test_unwrap_of_one_failed_problem_says_why(status: Status) -> None:
+    one = result(int(status), steps=12, residual=0.00125)
+    with pytest.raises(SolverError) as error:
+        one.unwrap()
+    text = str(error.value)
+    assert status.name in text and status.message in text and "12 steps" in text and "1.250e-03" in text
+    assert issubclass(SolverError, RuntimeError)
+
+
+def test_unwrap_of_a_batch_counts_per_status() -> None:
+    codes = [[0, 6, 6], [5, 1, 0]]
+    batch = result(codes, steps=[[1, 2, 30], [4, 50, 6]], residual=[[0.1, 0.5, float("nan")], [2.0, 0.3, 0.4]])
+    assert isinstance(batch.status, torch.Tensor) and batch.status.tolist() == codes
+    assert isinstance(batch.num_steps, torch.Tensor)
+    with pytest.raises(SolverError) as error:
+        batch.unwrap()
+    lines = str(error.value).splitlines()
+    assert "3 of 6 problems failed" in lines[0]
+    by_name = {line.split()[2]: line for line in lines[1:]}
+    assert set(by_name) == {"CONVERGED", "MAX_STEPS", "DIVERGED", "NON_FINITE"}
+    assert (
+        by_name["CONVERGED"].startswith("  2 x ")
+        and "6 steps" in by_name["CONVERGED"]
+        and "4.000e-01" in by_name["CONVERGED"]
+    )
+    assert (
+        by_name["NON_FINITE"].startswith("  2 x ")
+        and "30 steps" in by_name["NON_FINITE"]
+        and "inf" in by_name["NON_FINITE"]
+    )
+    assert by_name["DIVERGED"].startswith("  1 x ") and Status.DIVERGED.message in by_name["DIVERGED"]
+
+
+def test_describe_names_what_it_describes() -> None:
+    assert result(0).describe("inner solve").startswith("inner solve: CONVERGED after 7 steps, residual 2.500e-01: ")
+    assert result([0, 1]).describe("linear solve").startswith("linear solve: 0 of 2 problems failed")
+
+
+def test_a_failed_solve_raises_through_the_library() -> None:
+    """From a real solve, not from a result made by hand."""
+    failed = CG(max_steps=5).solve(lambda v: -v, torch.ones(2, 3))
+    with pytest.raises(SolverError, match=r"2 of 2 problems failed:\n  2 x NEGATIVE_CURVATURE .*CG\(steihaug=True\)"):
+        failed.unwrap()
+
+
+# --- Hypergradient -------------------------------------------------------------------------------
+
+
+def problem() -> bilevel.BilevelProblem:
+    """H = diag(data, 1): indefinite where data < 0."""
+    return bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (data * phi[0] ** 2 + phi[1] ** 2) - phi @ theta,
+        lambda phi, theta, data: (phi**2).sum(),
+    )
+
+
+def hypergradient(data: list[float] | float, reduction: str = "mean") -> Hypergradient:
+    theta, data = torch.tensor([1.0, 2.0], dtype=torch.float64), torch.tensor(data, dtype=torch.float64)
+    batched = data.ndim == 1
+    phi = torch.stack([theta[0] / data, theta[1].expand(data.shape)], -1)
+    return bilevel.implicit_gradient(
+        problem(),
+        phi,
+        theta,
+        data,
+        linsys=CG(max_steps=10),
+        batched=batched,
+        reduction=reduction if batched else "mean",  # type: ignore[arg-type]
+    )
+
+
+def test_unwrap_of_a_hypergradient() -> None:
+    one = hypergradient(2.0)
+    assert one.ok is True and one.num_ok == 1
+    # F = (theta_0 / data)^2 + theta_1^2
+    torch.testing.assert_close(one.unwrap(), torch.tensor([0.5, 4.0], dtype=torch.float64))
+    some = hypergradient([2.0, -1.0])
+    assert some.ok.tolist() == [True, False] and some.num_ok == 1
+    torch.testing.assert_close(some.unwrap(), one.grad)  # the mean over those that are ok
+    with pytest.raises(SolverError, match="1 x NEGATIVE_CURVATURE"):
+        hypergradient([2.0, -1.0], "none").unwrap()
+
+
+def test_a_hypergradient_without_an_ok_task_is_nan_and_raises() -> None:
+    for bad in (hypergradient([-1.0, -2.0]), hypergradient([-1.0, -2.0], "sum"), hypergradient(-1.0)):
+        assert bad.grad.isnan().all() and bad.num_ok == 0
+        with pytest.raises(
+            SolverError, match=r"linear solve: .*NEGATIVE_CURVATURE|linear solve: 2 of 2 problems failed"
+        ):
+            bad.unwrap()
+    assert hypergradient(-1.0).ok is False
+
+
+def test_describe_of_a_hypergradient_tells_of_both_solves() -> None:
+    theta = torch.tensor([1.0, 2.0])
+    both = bilevel.hypergradient(
+        problem(),
+        theta,
+        torch.tensor(2.0),
+        init=torch.zeros(2),
+        solver=bilevel.solvers.GradientDescent(step_size=0.4, max_steps=50),
+        linsys=CG(max_steps=9),
+    )
+    first, second = both.describe().splitlines()
+    assert first.startswith("inner solve: MAX_STEPS after 50 steps") and second.startswith(
+        "linear solve: CONVERGED after 2 steps"
+    )
