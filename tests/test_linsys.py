@@ -77,11 +77,13 @@ def spectrum(d: int, kappa: float, scale: float = 1.0) -> np.ndarray:
     return scale * np.logspace(0, -np.log10(kappa), d) if d > 1 else np.array([scale])
 
 
-def scipy_iterates(a: np.ndarray, b: np.ndarray, steps: int, m: np.ndarray | None = None) -> list[np.ndarray]:
+def scipy_iterates(
+    a: np.ndarray, b: np.ndarray, steps: int, m: np.ndarray | None = None, start: np.ndarray | None = None
+) -> list[np.ndarray]:
     """The iterates of SciPy's CG after 1, 2, .., steps steps."""
-    iterates: list[np.ndarray] = []
-    scipy.sparse.linalg.cg(a, b, rtol=0.0, atol=0.0, maxiter=steps, M=m, callback=lambda x: iterates.append(x.copy()))
-    return iterates
+    found: list[np.ndarray] = []
+    scipy.sparse.linalg.cg(a, b, x0=start, rtol=0.0, maxiter=steps, M=m, callback=lambda x: found.append(x.copy()))
+    return found
 
 
 def status_of(codes: Tensor) -> list[Status]:
@@ -227,16 +229,8 @@ def test_cg_starts_from_init() -> None:
     for k in (1, 2, 4):
         result = CG(max_steps=k, rtol=0.0).solve(system.matvec, system.b, init=init)
         for i in range(3):
-            iterates: list[np.ndarray] = []
-            scipy.sparse.linalg.cg(
-                system.a[i].numpy(),
-                system.b[i].numpy(),
-                x0=init[i].numpy(),
-                rtol=0.0,
-                maxiter=k,
-                callback=lambda x: iterates.append(x.copy()),
-            )
-            np.testing.assert_allclose(result.value[i].numpy(), iterates[-1], rtol=1e-8)
+            expected = scipy_iterates(system.a[i].numpy(), system.b[i].numpy(), k, start=init[i].numpy())
+            np.testing.assert_allclose(result.value[i].numpy(), expected[-1], rtol=1e-8)
     solved = CG(max_steps=20, rtol=1e-6).solve(system.matvec, system.b, init=torch.tensor(system.solution()))
     assert solved.steps.tolist() == [0, 0, 0] and status_of(solved.codes) == [Status.CONVERGED] * 3
     assert torch.equal(init, kept)

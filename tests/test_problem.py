@@ -107,7 +107,7 @@ def test_lambda_takes_the_dtype_of_theta(form: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_lambda_in_a_batched_solve(form: str) -> None:
-    """With linear losses c.phi: phi* = theta - Lambda^{-1} c, and dF/dtheta = Lambda Lambda^{-1} c = c whatever Lambda is."""
+    """With linear losses c.phi: phi* = theta - Lambda^{-1} c, and dF/dtheta = c whatever Lambda is."""
     lam, dense = FORMS[form]
 
     def linear(phi: Any, data: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -306,7 +307,7 @@ def test_backtracking_never_raises_the_objective() -> None:
             of(rosenbrock), start, solver=GradientDescent(step_size=None, max_steps=steps), init=start
         ).value.numpy()
         values.append(scipy.optimize.rosen(found))
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
     assert values[-1] < 1.0
     newton = solve(of(rosenbrock), start, solver=NewtonCG(max_steps=100, cg_steps=5, tol=1e-9), init=start)
     assert newton.status is Status.CONVERGED
@@ -367,7 +368,7 @@ def test_agd_is_the_loop(option: dict[str, float]) -> None:
 
 
 def test_agd_restarts_by_the_rule_of_the_paper() -> None:
-    """O'Donoghue and Candes 2015: t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2, back to 1 where g(y_k) . (x_{k+1} - x_k) > 0."""
+    """O'Donoghue and Candes 2015: t <- (1 + sqrt(1 + 4 t^2)) / 2, back to 1 where g(y_k) . (x_{k+1} - x_k) > 0."""
     h, theta, step = np.array([1.0, 0.01]), np.array([1.0, 0.1]), 1.0
     x = y = np.zeros(2)
     t, restarts = 1.0, 0
@@ -387,7 +388,7 @@ def test_agd_restarts_by_the_rule_of_the_paper() -> None:
 
 
 def zoo() -> BilevelProblem:
-    """Three families of smooth 4-d problems in one objective, weighted per task: softplus sums, log-sum-exp, coupled double wells."""
+    """Smooth 4-d problems of two kinds, weighted per task: softplus sums with log-sum-exp, and coupled double wells."""
 
     def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
         z = data["a"] @ phi + data["c"]
@@ -492,7 +493,7 @@ def dense_newton(phi: np.ndarray, matrix: np.ndarray, grad: np.ndarray) -> np.nd
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()])
 @pytest.mark.parametrize("damping", [0.0, 3.0])
 def test_newton_cg_direction_is_the_dense_one(curvature: Any, damping: float) -> None:
-    """One full step of (curvature + damping I)^{-1} grad, for a model tanh(X phi) with a logistic loss and a proximal term."""
+    """One full step of (curvature + damping I)^{-1} grad: tanh(X phi) with a logistic loss and a proximal term."""
     x, y, lam = normal(21, 9, 4), (normal(22, 9) > 0).to(F64), 0.8
     problem = ProximalProblem.from_model(
         lambda phi, data: torch.tanh(x @ phi),
@@ -548,7 +549,7 @@ def test_truncated_cg_takes_the_steps_asked_for() -> None:
 
 
 def test_the_line_search_halves_the_step() -> None:
-    """G = sqrt(1 + phi^2): the full Newton step from phi goes to -phi^3 and diverges for |phi| > 1; with halvings it converges."""
+    """G = sqrt(1 + phi^2): the full Newton step goes from phi to -phi^3, away for |phi| > 1; with halvings it converges."""
     problem = of(lambda phi, theta, data: torch.sqrt(1 + phi**2).sum())
     start = torch.tensor([2.0], dtype=F64)
     result = solve(problem, start, init=start, solver=NewtonCG(max_steps=30, cg_steps=2, tol=1e-12))
@@ -575,7 +576,7 @@ def test_the_line_search_halves_the_step() -> None:
     ids=repr,
 )
 def test_an_objective_that_cannot_be_lowered(solver: InnerSolver) -> None:
-    """The value is 3 + phi^2, the gradient says -phi: no step against it lowers the value, and the healthy task is not held up."""
+    """The value is 3 + phi^2, the gradient says -phi: no step against it lowers it. The healthy task is not held up."""
 
     def lying(phi: Tensor, theta: Tensor, lie: Tensor) -> Tensor:
         truth = (phi**2).sum()

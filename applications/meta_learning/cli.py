@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from applications.meta_learning.checkpoint import load_checkpoint
+from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.config import Config, ConfigError, option_name
 from applications.meta_learning.demo import Plan, demo_config, run_demo
 from applications.meta_learning.display import Display
@@ -61,6 +62,12 @@ app = typer.Typer(
     help="Few-shot learning with implicit gradients (iMAML, Rajeswaran et al. 2019).\n\n"
     "Start with [bold]imaml demo[/bold]; it needs no file and ends within 5 minutes.",
 )
+
+
+@app.callback()
+def start() -> None:
+    """What every command needs before it allocates anything."""
+    keep_freed_memory()
 
 
 @app.command()

@@ -144,6 +144,8 @@ class Config:
                 f"held out, "
                 f"got {self.train_classes}; raise --glyph-classes"
             )
+        if self.inner_momentum >= 1:
+            raise ConfigError(f"inner_momentum: expected a number below 1, got {self.inner_momentum}")
         if self.steihaug and self.linear != "cg":
             raise ConfigError(f"steihaug: expected linear='cg', whose option it is, got linear={self.linear!r}")
         if self.linear == "identity" and self.damping:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # figures go to files; there may be no display
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import NullFormatter
 from rich.table import Table
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def _scores_panel(
 
     if not regression:
         values = _numbers(train, "accuracy") * factor
-        _draw_smoothed(axes, np.array([position(e) for e in train]), values, "training tasks, running mean", TRAIN)
+        _draw_smoothed(axes, np.array([position(e) for e in train]), values, "training tasks", TRAIN)
     if tests:
         x = np.array([position(e) for e in tests])
         mean, interval = (_numbers(tests, name) * factor for name in ("mean", "interval"))
@@ -97,7 +97,7 @@ def _scores_panel(
         _log_scale(axes)
     axes.set(xlabel=label, ylabel=unit)
     if axes.lines:
-        axes.legend(loc="upper right" if regression else "lower right")
+        axes.legend(loc="best")
 
 
 def _shares_panel(axes: Axes, train: list[Entry]) -> None:
@@ -121,10 +121,11 @@ def _trace(axes: Axes, train: list[Entry], name: str, label: str, *, log: bool =
 
 
 def _log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at the ticks, and some between the powers of ten where there are few of these."""
+    """Logarithmic, with plain numbers at the ticks; where there are few powers of ten, between them too."""
     axes.set_yscale("log")
-    for axis_ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        axis_ticks(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else NullFormatter())
 
 
 def _draw_smoothed(axes: Axes, x: np.ndarray, y: np.ndarray, label: str | None, colour: str) -> None:

@@ -42,6 +42,7 @@ def test_settings_are_frozen_and_named() -> None:
         ("split", "alphabets", "split: expected 'random'"),
         ("train_classes", 1600, "train_classes: expected less than the 1600.*raise --glyph-classes"),
         ("outer_rate", 0.0, "outer_rate: expected a number above 0"),
+        ("inner_momentum", 1.0, "inner_momentum: expected a number below 1, got 1.0"),
         ("seed", -1, "seed: expected at least 0"),
     ],
 )
@@ -105,6 +106,10 @@ def test_every_preset_is_described_and_every_data_set_has_one() -> None:
         ),
         ({"inner": "gd", "inner_steps": 3, "inner_step_size": 0.0}, GradientDescent(step_size=None, max_steps=3)),
         ({"inner": "agd", "inner_steps": 4, "inner_step_size": 0.2}, NesterovAGD(step_size=0.2, max_steps=4)),
+        (
+            {"inner": "agd", "inner_steps": 4, "inner_step_size": 0.2, "inner_momentum": 0.5},
+            NesterovAGD(step_size=0.2, max_steps=4, momentum=0.5),
+        ),
         (
             {
                 "inner": "newton-cg",
