@@ -14,9 +14,9 @@ class Hessian:
 class GaussNewton:
     """J^T H_out J for the part ``output_loss(predict(phi))`` of G, plus the exact Hessian of the regulariser.
 
-    Positive semi-definite where ``output_loss`` is convex in the outputs, so CG cannot meet negative curvature; the implicit
-    gradient is then biased by what is left out. (Schraudolph 2002; Martens 2010, section 4.2.)
-    The problem must say what its model is: :meth:`bilevel.ProximalProblem.from_model`.
+    Positive semi-definite where ``output_loss`` is convex in the outputs, so CG cannot meet negative curvature; the
+    implicit gradient is then biased by what is left out. (Schraudolph 2002; Martens 2010, section 4.2.) The problem
+    must say what its model is: :meth:`bilevel.ProximalProblem.from_model`.
     """
 
 

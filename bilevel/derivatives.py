@@ -1,13 +1,16 @@
 """The one file that calls autograd.
 
-A *call* of the library is made flat here: phi is one vector ``(*batch, d)``, theta and data are a list of tensors, and the user's
-functions of one task are mapped over the batch with ``torch.func.vmap``. Two faces over the same flat functions:
+A *call* of the library is made flat here: phi is one vector ``(*batch, d)``, theta and data are a list of tensors, and
+the user's functions of one task are mapped over the batch with ``torch.func.vmap``. Two faces over the same flat
+functions:
 
-* :class:`Objective` and :class:`Linearisation`: numbers at base level, with eager autograd and one retained graph (fast);
-* :func:`gradient`, :func:`hessian_product`, ...: compositions of ``torch.func``, differentiable again (for the rules of ``argmin``).
+* :class:`Objective` and :class:`Linearisation`: numbers at base level, with eager autograd and one retained graph
+  (fast);
+* :func:`gradient`, :func:`hessian_product`, ...: compositions of ``torch.func``, differentiable again (for the rules of
+  ``argmin``).
 
-Axes. ``levels`` has one entry for each batch axis, outermost first; an entry says for each argument whether it has that axis. An
-argument without the axis is shared by the problems along it, and is never copied.
+Axes. ``levels`` has one entry for each batch axis, outermost first; an entry says for each argument whether it has that
+axis. An argument without the axis is shared by the problems along it, and is never copied.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Flat:
-    """G and L of *one* task as functions of ``(phi, *tensors)``: phi ``(d,)``, tensors the leaves of theta, then those of data."""
+    """G and L of *one* task as functions of ``(phi, *tensors)``: phi ``(d,)``, tensors the leaves of theta, then
+    those of data.
+    """
 
     problem: BilevelProblem
     phi: Layout
@@ -66,7 +71,10 @@ class Flat:
         assert self.problem.model is not None
         outputs = self.problem.model[0](self.phi.unravel(phi), self.trees(tensors)[1])
         if not isinstance(outputs, Tensor):
-            raise TypeError(f"predict: expected one tensor, got {type(outputs).__name__}. GaussNewton() needs a single tensor of outputs.")
+            raise TypeError(
+                f"predict: expected one tensor, got {type(outputs).__name__}. GaussNewton() needs a single "
+                f"tensor of outputs."
+            )
         return outputs
 
     def output_loss(self, outputs: Tensor, *tensors: Tensor) -> Tensor:
@@ -101,7 +109,9 @@ def _scalar(value: Any, name: str, like: Tensor) -> Tensor:
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name}: expected a 0-d tensor, got {got}. Reduce it, for example with .sum() or .mean().")
     if value.dtype != like.dtype:
-        raise ValueError(f"{name}: expected {like.dtype} like phi, got {value.dtype}. Convert the data to the dtype of theta.")
+        raise ValueError(
+            f"{name}: expected {like.dtype} like phi, got {value.dtype}. Convert the data to the dtype of theta."
+        )
     return value
 
 
@@ -113,11 +123,13 @@ def over_levels(fn: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
 
 
 def with_axis(levels: Levels, count: int = 1) -> Levels:
-    """The levels of ``(x_1, .., x_count, *tensors)`` where the x have every axis and the tensors those of ``levels``."""
+    """The levels of ``(x_1, .., x_count, *tensors)`` where the x have every axis and the tensors those of
+    ``levels``.
+    """
     return tuple((True,) * count + flags for flags in levels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Numbers at base level.
 
 
@@ -150,17 +162,21 @@ class Objective:
             phi = phi.detach().requires_grad_()
             value = self._inner(phi, *self.tensors)
             self._check(value, [phi])
-            (grad,) = torch.autograd.grad(value.sum(), phi)
+            grad = _of_phi(torch.autograd.grad(value.sum(), phi, allow_unused=True)[0])
         self.num_grads += 1
         return value.detach(), grad
 
-    def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Linearisation:
+    def linearise(
+        self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
+    ) -> Linearisation:
         """Gradient, products with the curvature and (``with_theta``) with the cross derivative, on one graph."""
         self.num_grads += 1
         return Linearisation(self, phi, curvature, damping, with_theta)
 
     def outer_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """L ``(*batch,)``, dL/dphi ``(*batch, d)`` and dL/dtheta: a leaf ``(*batch, *shape)``, or None where L does not depend on it."""
+        """L ``(*batch,)``, dL/dphi ``(*batch, d)`` and dL/dtheta: a leaf ``(*batch, *shape)``, or None where L
+        does not depend on it.
+        """
         n = self.flat.num_theta
         with torch.enable_grad():
             phi = phi.detach().requires_grad_()
@@ -195,11 +211,15 @@ class Objective:
         return apply
 
     def tasks(self, phi: Tensor) -> Iterator[tuple[Tree, Any, Tree]]:
-        """(theta, data, phi) of each task, in the order of the flattened batch: for procedures that take one task at a time."""
+        """(theta, data, phi) of each task, in the order of the flattened batch: for procedures that take one task
+        at a time.
+        """
         for index in itertools.product(*map(range, self.sizes)):
             own = []
             for i, tensor in enumerate(self.tensors):
-                own.append(tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])])
+                own.append(
+                    tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])]
+                )
             theta, data = self.flat.trees(own)
             yield theta, data, self.flat.phi.unravel(phi[index])
 
@@ -208,8 +228,10 @@ class Objective:
         if self._checked:
             return
         if not value.requires_grad:
-            raise ValueError("inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached?")
+            _of_phi(None)
         _refuse_captured(value, inputs, "inner_objective")
+        if is_dual(value):
+            raise ValueError(_CAPTURED.format(name="inner_objective", what="a tangent of torch.autograd.forward_ad"))
         self._checked = True
 
 
@@ -223,7 +245,9 @@ class Linearisation:
         grad: dG/dphi ``(*batch, d)``.
     """
 
-    def __init__(self, objective: Objective, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool) -> None:
+    def __init__(
+        self, objective: Objective, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool
+    ) -> None:
         self._objective, self._damping = objective, damping
         flat, n = objective.flat, objective.flat.num_theta
         tensors, levels = objective.tensors, objective.levels
@@ -236,8 +260,10 @@ class Linearisation:
                 levels = tuple((True,) * n + flags[n:] for flags in levels)
             value = over_levels(flat.inner, with_axis(levels))(self._phi, *tensors)
             objective._check(value, [self._phi, *self._theta])
-            (self._grad,) = torch.autograd.grad(value.sum(), self._phi, create_graph=True)
-            self._gauss_newton = _GaussNewtonProduct(objective, self._phi) if isinstance(curvature, GaussNewton) else None
+            self._grad = _of_phi(torch.autograd.grad(value.sum(), self._phi, create_graph=True, allow_unused=True)[0])
+            self._gauss_newton = (
+                _GaussNewtonProduct(objective, self._phi) if isinstance(curvature, GaussNewton) else None
+            )
         self.value, self.grad = value.detach(), self._grad.detach()
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -247,7 +273,9 @@ class Linearisation:
         return product if self._damping == 0 else product + self._damping * v
 
     def cross(self, u: Tensor) -> list[Tensor | None]:
-        """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf. Frees the graph."""
+        """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf.
+        Frees the graph.
+        """
         if not self._grad.requires_grad:
             return [None] * len(self._theta)
         return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True))
@@ -279,12 +307,16 @@ class _GaussNewtonProduct:
         return product + known(v)
 
     def _jacobian_product(self, v: Tensor) -> Tensor:
-        """J v: by forward mode, which is cheaper, unless an operator of the model lacks it or there are several v for each problem."""
+        """J v: by forward mode, which is cheaper, unless an operator of the model lacks it or there are several v
+        for each problem.
+        """
         if self._forward_mode and v.ndim == self._phi.ndim:
             try:
                 return torch.func.jvp(self._predict, (self._phi.detach(),), (v,))[1]
             except NotImplementedError as error:
-                _logger.info("GaussNewton: no forward mode for this model, going on with two reverse passes (%s)", error)
+                _logger.info(
+                    "GaussNewton: no forward mode for this model, going on with two reverse passes (%s)", error
+                )
                 self._forward_mode = False
         if self._transposed is None:
             # J v is the derivative of w -> J^T w
@@ -295,19 +327,27 @@ class _GaussNewtonProduct:
         return _backward(*self._transposed, v)
 
 
+def _of_phi(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        raise ValueError(
+            "inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached?"
+        )
+    return grad
+
+
 def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
     """v^T d(outputs)/d(inputs) on a retained graph; v may have one leading axis more: several vectors at once."""
-    if not outputs.requires_grad:
-        return torch.zeros_like(inputs).expand(v.shape[: v.ndim - outputs.ndim] + inputs.shape)
-    batched = v.ndim > outputs.ndim
-    flat = v.reshape(-1, *outputs.shape) if batched else v
-    (product,) = torch.autograd.grad(outputs, inputs, flat, retain_graph=True, allow_unused=True, is_grads_batched=batched)
-    if product is None:
-        return torch.zeros_like(inputs).expand(v.shape[: v.ndim - outputs.ndim] + inputs.shape)
-    return product.reshape(v.shape[: v.ndim - outputs.ndim] + inputs.shape) if batched else product
+
+    def product(v: Tensor) -> Tensor:
+        if not outputs.requires_grad:
+            return torch.zeros_like(inputs)
+        (result,) = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(inputs) if result is None else result
+
+    return product(v) if v.ndim == outputs.ndim else torch.func.vmap(product)(v)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Compositions of torch.func, differentiable again in every mode.
 
 
@@ -325,7 +365,9 @@ def hessian_product(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
     return over_levels(product, levels)
 
 
-def pullback(fn: Callable[..., Tensor], arguments: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+def pullback(
+    fn: Callable[..., Tensor], arguments: Sequence[Tensor], cotangent: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None]:
     """The vector-Jacobian product of ``fn`` with respect to the wanted arguments; None for the others."""
     chosen = [i for i, want in enumerate(wanted) if want]
     if not chosen:
@@ -344,7 +386,9 @@ def pullback(fn: Callable[..., Tensor], arguments: Sequence[Tensor], cotangent: 
     return result
 
 
-def pushforward(fn: Callable[..., Tensor], arguments: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+def pushforward(
+    fn: Callable[..., Tensor], arguments: Sequence[Tensor], tangents: Sequence[Tensor | None]
+) -> Tensor | None:
     """The Jacobian-vector product of ``fn``; None if every tangent is None."""
     chosen = [i for i, tangent in enumerate(tangents) if tangent is not None]
     if not chosen:
@@ -359,7 +403,7 @@ def pushforward(fn: Callable[..., Tensor], arguments: Sequence[Tensor], tangents
     return torch.func.jvp(of_chosen, tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen))[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What must not go unseen: tensors that the objective captured instead of receiving them.
 
 _CAPTURED = (
@@ -379,8 +423,26 @@ def _refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
-            raise ValueError(_CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)"))
+            raise ValueError(
+                _CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)")
+            )
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def refuse_eager_forward_mode(tensors: Sequence[Tensor]) -> None:
+    """Eager dual numbers do not nest, and the rules of ``argmin`` need a level of their own."""
+    if any(is_dual(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            "argmin: dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
+        )
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Whether the tensor carries a tangent of eager forward mode."""
+    return (
+        torch.autograd.forward_ad._current_level >= 0
+        and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+    )
 
 
 def transforms_active() -> bool:
@@ -396,8 +458,8 @@ def is_transformed(tensor: Tensor) -> bool:
 def refuse_captured_under_transforms(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]) -> None:
     """The same check where a transform may hide the tensor: G of plain tensors must be plain.
 
-    Every level of every input is stripped (one slice of a batch, the primal of a dual), so that whatever the value still carries
-    came in through the side door.
+    Every level of every input is stripped (one slice of a batch, the primal of a dual), so that whatever the value
+    still carries came in through the side door.
     """
     with torch.enable_grad():
         value = flat.inner(_strip(phi), *[_strip(tensor) for tensor in tensors])
@@ -421,7 +483,9 @@ def _strip(tensor: Tensor) -> Tensor:
 
 
 def refuse_nested_forward_mode(tensors: Sequence[Tensor]) -> None:
-    """PyTorch hands a Function's ``jvp`` no tangent of an outer forward mode: the second derivative would be 0 without a word."""
+    """PyTorch hands a Function's ``jvp`` no tangent of an outer forward mode: the second derivative would be 0
+    without a word.
+    """
     forward_levels = {
         interpreter.level()
         for interpreter in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()

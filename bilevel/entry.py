@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.derivatives import TENSOR, Flat, Levels, is_transformed, over_levels
+from bilevel.derivatives import TENSOR, Flat, Levels, is_transformed, over_levels, transforms_active
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
@@ -64,7 +64,14 @@ def prepare(
         TypeError, ValueError: what was expected, what came, what to do.
     """
     if not isinstance(problem, BilevelProblem):
-        raise TypeError(f"problem: expected a BilevelProblem, got {type(problem).__name__}. BilevelProblem.from_functions makes one from two functions.")
+        raise TypeError(
+            f"problem: expected a BilevelProblem, got {type(problem).__name__}. "
+            f"BilevelProblem.from_functions makes one from two functions."
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "bilevel differentiates the objective, which torch.inference_mode() forbids. Use torch.no_grad() around this call."
+        )
     if theta_batched and not batched:
         raise ValueError("theta_batched=True needs batched=True: it says that theta has the task axis of the batch.")
     theta_leaves, theta_structure = flatten(theta)
@@ -76,7 +83,11 @@ def prepare(
     sizes: tuple[int, ...] = ()
     if batched:
         names = [f"theta{path}" for path in theta_structure.paths()]
-        names += [f"data{path}" for path, leaf in zip(data_structure.paths(), data_leaves, strict=True) if isinstance(leaf, Tensor)]
+        names += [
+            f"data{path}"
+            for path, leaf in zip(data_structure.paths(), data_leaves, strict=True)
+            if isinstance(leaf, Tensor)
+        ]
         sizes = (_task_count([(name, t) for name, t, flag in zip(names, tensors, flags, strict=True) if flag]),)
     levels = (flags,) if batched else ()
     static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
@@ -87,20 +98,31 @@ def prepare(
     else:
         layout, phi_leaves = _given(phi, sizes, phi_name)
     _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
-    return Call(Flat(problem, layout, theta_structure, data_structure, static), tensors, levels, sizes, layout.ravel(phi_leaves))
+    return Call(
+        Flat(problem, layout, theta_structure, data_structure, static),
+        tensors,
+        levels,
+        sizes,
+        layout.ravel(phi_leaves).detach(),
+    )
 
 
 def refuse_transforms(call: Call, name: str) -> None:
     """The functions that return numbers cannot be differentiated or mapped from outside."""
-    if any(is_transformed(tensor) for tensor in [*call.tensors, call.phi]):
-        raise TypeError(f"{name} returns plain numbers and cannot run under a torch.func transform. Use bilevel.argmin there, or batched=True instead of vmap.")
+    if transforms_active() or any(is_transformed(tensor) for tensor in [*call.tensors, call.phi]):
+        raise TypeError(
+            f"{name} returns plain numbers and cannot run under a torch.func transform. Use bilevel.argmin "
+            f"there, or batched=True instead of vmap."
+        )
 
 
 def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[Tensor]]:
     leaves, structure = flatten(phi)
     for path, leaf in zip(structure.paths(), leaves, strict=True):
         if isinstance(leaf, Tensor) and leaf.shape[: len(sizes)] != sizes:
-            raise ValueError(f"{name}{path}: expected a leading task axis of {sizes[0]}, got shape {tuple(leaf.shape)}.")
+            raise ValueError(
+                f"{name}{path}: expected a leading task axis of {sizes[0]}, got shape {tuple(leaf.shape)}."
+            )
     _check_variable(name, leaves, structure.paths())
     return layout_of(phi, len(sizes))
 
@@ -126,14 +148,22 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
     first = like
     for path, leaf in zip(paths, leaves, strict=True):
         if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}{path}: expected a tensor, got {type(leaf).__name__}. A tree is a tensor or nested dicts, lists and tuples of tensors.")
+            raise TypeError(
+                f"{name}{path}: expected a tensor, got {type(leaf).__name__}. A tree is a tensor or nested "
+                f"dicts, lists and tuples of tensors."
+            )
         if leaf.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name}{path}: expected float32 or float64, got {leaf.dtype}.")
         first = leaf if first is None else first
         if leaf.dtype != first.dtype:
-            raise TypeError(f"{name}{path}: expected one dtype for theta and phi, got {leaf.dtype} beside {first.dtype}.")
+            raise TypeError(
+                f"{name}{path}: expected one dtype for theta and phi, got {leaf.dtype} beside {first.dtype}."
+            )
         if leaf.device != first.device:
-            raise ValueError(f"{name}{path}: expected one device, got {leaf.device} beside {first.device}. Move everything with .to(device).")
+            raise ValueError(
+                f"{name}{path}: expected one device, got {leaf.device} beside {first.device}. Move "
+                f"everything with .to(device)."
+            )
 
 
 def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.device) -> list[Tensor]:
@@ -141,11 +171,15 @@ def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.devic
     for path, leaf in zip(paths, leaves, strict=True):
         if isinstance(leaf, Tensor):
             if leaf.device != device:
-                raise ValueError(f"data{path}: expected one device, got {leaf.device} beside theta on {device}. Move everything with .to(device).")
+                raise ValueError(
+                    f"data{path}: expected one device, got {leaf.device} beside theta on {device}. Move "
+                    f"everything with .to(device)."
+                )
             tensors.append(leaf)
         elif not isinstance(leaf, _STATIC):
             raise TypeError(
-                f"data{path}: expected tensors, None, numbers or strings, got {type(leaf).__name__}. Convert arrays with torch.as_tensor; "
+                f"data{path}: expected tensors, None, numbers or strings, got {type(leaf).__name__}. "
+                f"Convert arrays with torch.as_tensor; "
                 "keep other objects in the problem itself."
             )
     return tensors
@@ -153,14 +187,21 @@ def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.devic
 
 def _task_count(named: list[tuple[str, Tensor]]) -> int:
     if not named:
-        raise ValueError("batched=True: expected at least one tensor with a leading task axis in data (or theta_batched=True), got none.")
+        raise ValueError(
+            "batched=True: expected at least one tensor with a leading task axis in data (or theta_batched=True), got none."
+        )
     count = None
     for name, tensor in named:
         if tensor.ndim == 0:
-            raise ValueError(f"{name}: expected a leading task axis (batched=True), got a 0-d tensor. Expand it, or make it a Python number.")
+            raise ValueError(
+                f"{name}: expected a leading task axis (batched=True), got a 0-d tensor. Expand it, or make "
+                f"it a Python number."
+            )
         count = len(tensor) if count is None else count
         if len(tensor) != count:
-            raise ValueError(f"{name}: expected {count} tasks along the first axis like {named[0][0]}, got {len(tensor)}.")
+            raise ValueError(
+                f"{name}: expected {count} tasks along the first axis like {named[0][0]}, got {len(tensor)}."
+            )
     if not count:
         raise ValueError(f"{named[0][0]}: expected at least one task, got an empty task axis.")
     return count

@@ -8,8 +8,8 @@ and the hypergradient of F(theta) = L(phi*(theta), theta) is
 
     dF/dtheta = dL/dtheta - (d2G/dphi dtheta)^T u,        H u = dL/dphi.
 
-For the proximal problem, G = train_loss(phi) + lam/2 |phi - theta|^2, the cross derivative is -lam I and H = lam I + H_train, so this is
-(I + H_train / lam)^{-1} dL/dphi: Lemma 1 and Eq. 6 of the paper. No rule here knows that.
+For the proximal problem, G = train_loss(phi) + lam/2 |phi - theta|^2, the cross derivative is -lam I and H = lam I +
+H_train, so this is (I + H_train / lam)^{-1} dL/dphi: Lemma 1 and Eq. 6 of the paper. No rule here knows that.
 
 How phi was found does not enter: this file knows no inner solver.
 """
@@ -33,6 +33,7 @@ from bilevel.derivatives import (
     pullback,
     pushforward,
     refuse_captured_under_transforms,
+    refuse_eager_forward_mode,
     refuse_nested_forward_mode,
     transforms_active,
     with_axis,
@@ -70,7 +71,7 @@ def solve(
         chunk_size: at most this many tasks at once; bounds memory and changes nothing else.
 
     Returns:
-        A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph: see :func:`argmin`.
+        A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`.
     """
     _check_solver(solver)
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
@@ -89,7 +90,7 @@ def implicit_gradient(
     data: Any = None,
     *,
     linsys: LinearSolver,
-    curvature: Curvature = Hessian(),  # noqa: B008 - frozen
+    curvature: Curvature = Hessian(),
     damping: float = 0.0,
     batched: bool = False,
     theta_batched: bool = False,
@@ -108,7 +109,8 @@ def implicit_gradient(
         curvature: what stands for H: ``Hessian()`` or ``GaussNewton()``.
         damping: added to the diagonal of H. Like Gauss-Newton it biases the gradient.
         batched, theta_batched, chunk_size: as in :func:`solve`.
-        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the gradient keeps its
+        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the
+            gradient keeps its
             task axis and is that of the reduced outer loss.
         allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
 
@@ -128,7 +130,7 @@ def hypergradient(
     solver: Any,
     linsys: LinearSolver,
     init: Tree | None = None,
-    curvature: Curvature = Hessian(),  # noqa: B008 - frozen
+    curvature: Curvature = Hessian(),
     damping: float = 0.0,
     batched: bool = False,
     theta_batched: bool = False,
@@ -172,7 +174,13 @@ class _Part:
 
 
 def _hypergradient(
-    call: Call, solver: Any, options: _Options, theta_batched: bool, reduction: Reduction, chunk_size: int | None, name: str
+    call: Call,
+    solver: Any,
+    options: _Options,
+    theta_batched: bool,
+    reduction: Reduction,
+    chunk_size: int | None,
+    name: str,
 ) -> Hypergradient:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}.')
@@ -196,7 +204,11 @@ def _hypergradient(
         scale = torch.where(count > 0, 1 / count if reduction == "mean" else scale, torch.nan)
         grads = [grad * scale for grad in grads]
         reduced = _sum_ok(outer, ok) * scale
-    inner = None if parts[0].inner is None else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
+    inner = (
+        None
+        if parts[0].inner is None
+        else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
+    )
     return Hypergradient(
         grad=unflatten(call.flat.theta, grads),
         outer=reduced,
@@ -226,7 +238,8 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     if unused and not options.allow_unused:
         paths = [f"theta{call.flat.theta.paths()[i]}" for i in unused]
         raise ValueError(
-            f"{', '.join(paths)}: expected every leaf of theta to enter the inner objective or the outer loss, but the graph shows no use. "
+            f"{', '.join(paths)}: expected every leaf of theta to enter the inner objective or the outer "
+            f"loss, but the graph shows no use. "
             "Remove it from theta, or pass allow_unused=True for a zero gradient."
         )
     ok = ~linear.failed if inner is None else ~(inner.failed | linear.failed)
@@ -284,7 +297,10 @@ def _as_tree(result: Result, call: Call) -> Result:
 def _check_solver(solver: Any) -> None:
     if isinstance(solver, type) or not hasattr(solver, "run"):
         hint = f" Did you mean {solver.__name__}(...)?" if isinstance(solver, type) else ""
-        raise TypeError(f"solver: expected an inner solver such as GradientDescent(step_size=0.1, max_steps=100), got {solver!r}.{hint}")
+        raise TypeError(
+            f"solver: expected an inner solver such as GradientDescent(step_size=0.1, max_steps=100), got "
+            f"{solver!r}.{hint}"
+        )
 
 
 def _check_linsys(linsys: Any) -> None:
@@ -293,7 +309,7 @@ def _check_linsys(linsys: Any) -> None:
         raise TypeError(f"linsys: expected a linear solver such as CG(max_steps=20), got {linsys!r}.{hint}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # phi* as a differentiable function of theta and data.
 
 
@@ -310,9 +326,10 @@ def argmin(
 ) -> Tree:
     """phi*(theta, data), differentiable with respect to theta and every floating tensor of data, to second order.
 
-    Works under eager ``backward`` (also double) and under ``torch.func`` grad, vjp, jvp, jacrev, jacfwd, hessian, vmap and their
-    nestings; tasks are batched with ``torch.func.vmap``. The derivative is the implicit one: the path of the solver does not enter, nor
-    does ``init``, and a point that is not solved well gives a derivative that is not right well.
+    Works under eager ``backward`` (also double) and under ``torch.func`` grad, vjp, jvp, jacrev, jacfwd, hessian, vmap
+    and their nestings; tasks are batched with ``torch.func.vmap``. The derivative is the implicit one: the path of the
+    solver does not enter, nor does ``init``, and a point that is not solved well gives a derivative that is not right
+    well.
 
     A failed inner solve gives NaN for that entry, a failed linear solve NaN derivatives.
 
@@ -330,10 +347,14 @@ def argmin(
     _check_solver(solver)
     _check_linsys(linsys)
     if linsys.needs_known_inverse:
-        raise ValueError(f"argmin: {linsys!r} is no solve, so the derivative would not be that of phi*. Use CG, Neumann or Exact.")
+        raise ValueError(
+            f"argmin: {linsys!r} is no solve, so the derivative would not be that of phi*. Use CG, Neumann or Exact."
+        )
     call = prepare(problem, theta, data, init)
     tensors = [call.phi.detach(), *call.tensors]
-    if transforms_active():
+    if not transforms_active():
+        refuse_eager_forward_mode(tensors)
+    else:
         refuse_captured_under_transforms(call.flat, tensors[0], tensors[1:])
     rule = _Rule(call.flat, solver, linsys, check, report)
     return call.flat.phi.unravel(_ArgMin.apply(_Mapped(rule), *_guarded(tensors)))
@@ -367,9 +388,13 @@ class _Mapped:
     levels: Levels = ()
     sizes: tuple[int, ...] = ()
 
-    def mapped(self, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> tuple[_Mapped, list[Tensor]]:
+    def mapped(
+        self, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
+    ) -> tuple[_Mapped, list[Tensor]]:
         """The same with one more axis outside."""
-        moved = [tensor if axis is None else tensor.movedim(axis, 0) for tensor, axis in zip(tensors, in_dims, strict=True)]
+        moved = [
+            tensor if axis is None else tensor.movedim(axis, 0) for tensor, axis in zip(tensors, in_dims, strict=True)
+        ]
         flags = tuple(axis is not None for axis in in_dims)
         return _Mapped(self.rule, (flags, *self.levels), (size, *self.sizes)), moved
 
@@ -402,7 +427,9 @@ class _ArgMin(torch.autograd.Function):
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
         levels = tuple((True, *flags[1:]) for flags in mapped.levels)  # of (phi, *tensors): the solution has every axis
-        u = _LinearSolve.apply(_Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([cotangent, phi, *tensors]))
+        u = _LinearSolve.apply(
+            _Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([cotangent, phi, *tensors])
+        )
         wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
         products = pullback(gradient(mapped.rule.flat, levels), [phi, *tensors], -u, [False, *wanted])
         return (None, None, *products[1:])
@@ -415,7 +442,9 @@ class _ArgMin(torch.autograd.Function):
         change = pushforward(gradient(mapped.rule.flat, levels), [phi, *tensors], [None, *_floating(tangents, tensors)])
         if change is None:
             return torch.zeros_like(phi)
-        return _LinearSolve.apply(_Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([-change, phi, *tensors]))
+        return _LinearSolve.apply(
+            _Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([-change, phi, *tensors])
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
@@ -430,7 +459,8 @@ class _LinearSolve(torch.autograd.Function):
     def forward(mapped: _Mapped, b: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
         rule, levels, sizes = mapped.rule, mapped.levels, mapped.sizes
         b = _expand(b, [flags[0] for flags in levels], sizes)
-        # axes that only b has are several right-hand sides of one matrix: they go in front, and the matrix is linearised once
+        # axes that only b has are several right-hand sides of one matrix: they go in front, and the matrix is
+        # linearised once
         only_b = [axis for axis, flags in enumerate(levels) if not any(flags[1:])]
         shared = [axis for axis, flags in enumerate(levels) if any(flags[1:])]
         b = b.permute(*only_b, *shared, b.ndim - 1)
@@ -457,7 +487,9 @@ class _LinearSolve(torch.autograd.Function):
         mapped = ctx.mapped
         levels = tuple((True, *flags[1:]) for flags in mapped.levels)
         w = _LinearSolve.apply(_Mapped(mapped.rule, levels, mapped.sizes), *_guarded([cotangent, phi, *tensors]))
-        wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)]
+        wanted = [
+            want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)
+        ]
         products = pullback(hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], -w, [False, *wanted])
         return (None, _sum_to(w, mapped.levels), *products[1:])
 
@@ -466,7 +498,9 @@ class _LinearSolve(torch.autograd.Function):
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
         levels = tuple((True, *flags[1:]) for flags in mapped.levels)
-        change = pushforward(hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], [None, *_floating(tangents, [phi, *tensors])])
+        change = pushforward(
+            hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], [None, *_floating(tangents, [phi, *tensors])]
+        )
         rhs = None if b is None else _expand(b, [flags[0] for flags in mapped.levels], mapped.sizes)
         if change is not None:
             rhs = -change if rhs is None else rhs - change
@@ -483,7 +517,9 @@ class _LinearSolve(torch.autograd.Function):
 def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:
     """Give x every batch axis, as a view."""
     own = x.shape[sum(has_axis) :]
-    return x.reshape([size if has else 1 for size, has in zip(sizes, has_axis, strict=True)] + list(own)).expand([*sizes, *own])
+    return x.reshape([size if has else 1 for size, has in zip(sizes, has_axis, strict=True)] + list(own)).expand(
+        [*sizes, *own]
+    )
 
 
 def _sum_to(x: Tensor, levels: Levels) -> Tensor:

@@ -22,7 +22,9 @@ Loss = Callable[[Tree, Any], Tensor]
 
 
 class BilevelProblem(ABC):
-    """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner solve."""
+    """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner
+    solve.
+    """
 
     @abstractmethod
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -35,7 +37,8 @@ class BilevelProblem(ABC):
     def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
         """Where the inner solve starts. It also fixes the structure, shapes and dtype of phi."""
         raise ValueError(
-            f"{type(self).__name__} has no initial_phi, so the library does not know the shape of phi: pass init=, or define initial_phi(theta, data)."
+            f"{type(self).__name__} has no initial_phi, so the library does not know the shape of phi: pass "
+            f"init=, or define initial_phi(theta, data)."
         )
 
     # What a problem may know about its inner Hessian in closed form. Optional: `Identity()`, `GaussNewton()` and the
@@ -71,7 +74,9 @@ class BilevelProblem(ABC):
 
 
 class _FunctionProblem(BilevelProblem):
-    def __init__(self, inner: Callable[..., Tensor], outer: Callable[..., Tensor], initial: Callable[..., Tree] | None) -> None:
+    def __init__(
+        self, inner: Callable[..., Tensor], outer: Callable[..., Tensor], initial: Callable[..., Tree] | None
+    ) -> None:
         _require_callables(inner_objective=inner, outer_loss=outer)
         if initial is not None:
             _require_callables(initial_phi=initial)
@@ -93,7 +98,8 @@ class ProximalProblem(BilevelProblem):
     theta is the proximal centre and the start of the inner solve; phi has the structure and shapes of theta.
 
     Args:
-        lam: Lambda. A positive number or 0-d tensor; a tree of these like theta (one per leaf); a tree of tensors like theta
+        lam: Lambda. A positive number or 0-d tensor; a tree of these like theta (one per leaf); a tree of tensors like
+            theta
             (diagonal); or a symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key).
 
     Raises:
@@ -109,7 +115,10 @@ class ProximalProblem(BilevelProblem):
         self._square = isinstance(self.lam, Tensor) and self.lam.ndim == 2 and self.lam.shape[0] == self.lam.shape[1]
         self._checked_matrix = False
         self._inverses: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
-        self._positive = all(bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all()) for leaf in flatten(self.lam)[0])
+        self._positive = all(
+            bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all())
+            for leaf in flatten(self.lam)[0]
+        )
         if not self._positive and not (self._square and _is_positive_definite(self.lam)):
             raise ValueError(f"lam: expected positive numbers or a symmetric positive definite matrix, got {lam!r}.")
 
@@ -134,7 +143,9 @@ class ProximalProblem(BilevelProblem):
     def regulariser(self, phi: Tree, theta: Tree) -> Tensor:
         """1/2 (phi - theta)^T Lambda (phi - theta)."""
         step = tree_map(torch.sub, phi, theta)
-        terms = [torch.sum(a * b) for a, b in zip(flatten(self.curvature_product(step))[0], flatten(step)[0], strict=True)]
+        terms = [
+            torch.sum(a * b) for a, b in zip(flatten(self.curvature_product(step))[0], flatten(step)[0], strict=True)
+        ]
         return 0.5 * (terms[0] if len(terms) == 1 else torch.stack(terms).sum())
 
     def curvature_product(self, v: Tree) -> Tree:
@@ -173,13 +184,19 @@ class ProximalProblem(BilevelProblem):
         if isinstance(self.lam, float):
             return unflatten(structure, [self.lam] * len(leaves))
         if self._square and not self._positive:
-            raise ValueError(f"lam: expected positive numbers for a theta of the shape of lam (a diagonal), got {self.lam!r}.")
+            raise ValueError(
+                f"lam: expected positive numbers for a theta of the shape of lam (a diagonal), got {self.lam!r}."
+            )
         lams, lam_structure = flatten(self.lam)
         if lam_structure != structure:
-            raise ValueError(f"lam: expected a tree like theta with leaves {structure.paths()}, got leaves {lam_structure.paths()}.")
+            raise ValueError(
+                f"lam: expected a tree like theta with leaves {structure.paths()}, got leaves {lam_structure.paths()}."
+            )
         for path, leaf, lam in zip(structure.paths(), leaves, lams, strict=True):
             if isinstance(lam, Tensor) and lam.shape != leaf.shape:
-                raise ValueError(f"lam{path}: expected a number or shape {tuple(leaf.shape)} like theta, got {tuple(lam.shape)}.")
+                raise ValueError(
+                    f"lam{path}: expected a number or shape {tuple(leaf.shape)} like theta, got {tuple(lam.shape)}."
+                )
         return self.lam
 
     def _require_model(self) -> tuple[Loss, Loss]:

@@ -21,7 +21,7 @@ class Status(IntEnum):
     message: str
     failed: bool
 
-    def __new__(cls, code: int, failed: bool, message: str) -> Status:
+    def __new__(cls, code: int, failed: bool = False, message: str = "") -> Status:
         """A member with its sentence; ``failed`` says whether the value may be used."""
         member = int.__new__(cls, code)
         member._value_ = code
@@ -99,7 +99,10 @@ def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
         hit = codes == int(status)
         if hit.any():
             worst = float(torch.nan_to_num(residual[hit], nan=float("inf")).max())
-            lines.append(f"  {int(hit.sum())} x {status.name} (at most {int(steps[hit].max())} steps, largest residual {worst:.3e}): {status.message}")
+            lines.append(
+                f"  {int(hit.sum())} x {status.name} (at most {int(steps[hit].max())} steps, largest "
+                f"residual {worst:.3e}): {status.message}"
+            )
     return "\n".join(lines)
 
 
@@ -108,13 +111,16 @@ class Result:
     """The outcome of one solve, or of a batch of them at once.
 
     Attributes:
-        value: the answer: a tree like phi (from :func:`bilevel.solve`) or a vector ``(*batch, d)`` (from a linear solver).
+        value: the answer: a tree like phi (from :func:`bilevel.solve`) or a vector ``(*batch, d)`` (from a linear
+            solver).
         codes: status codes, integer tensor ``(*batch,)``.
         steps: steps that each problem took, integer tensor ``(*batch,)``.
-        residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not measured.
+        residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not
+            measured.
         num_grads: gradient evaluations, each over the whole batch.
         num_matvecs: products with the matrix, each over the whole batch.
-        negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from methods that
+        negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from
+            methods that
             cannot see it.
     """
 

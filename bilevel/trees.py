@@ -1,6 +1,7 @@
 """Trees of tensors, and the one vector that stands for a tree inside the library.
 
-A tree is a tensor or a nested dict / list / tuple (named tuples too) of leaves. Dicts are matched by key and never by insertion
+A tree is a tensor or a nested dict / list / tuple (named tuples too) of leaves. Dicts are matched by key and never by
+insertion
 order: leaves are always listed in the order of the sorted keys, which is the *ravel order* of the documentation.
 """
 
@@ -31,7 +32,11 @@ class Structure:
         """The name of each leaf in ravel order, as in ``['conv1']['weight']``; a bare tensor has the name ``''``."""
         if self.kind is None:
             return [prefix]
-        return [path for key, child in zip(self.keys, self.children, strict=True) for path in child.paths(f"{prefix}[{key!r}]")]
+        return [
+            path
+            for key, child in zip(self.keys, self.children, strict=True)
+            for path in child.paths(f"{prefix}[{key!r}]")
+        ]
 
 
 LEAF = Structure(None)
@@ -48,13 +53,17 @@ def _children(tree: Tree) -> tuple[type, tuple[Any, ...], list[Tree], tuple[Any,
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
-    """The leaves of a tree in ravel order, and its structure. Whatever is no dict, list or tuple is a leaf, None included."""
+    """The leaves of a tree in ravel order, and its structure. Whatever is no dict, list or tuple is a leaf, None
+    included.
+    """
     parts = _children(tree)
     if parts is None:
         return [tree], LEAF
     kind, keys, values, order = parts
     flat = [flatten(value) for value in values]
-    return [leaf for leaves, _ in flat for leaf in leaves], Structure(kind, keys, tuple(spec for _, spec in flat), order)
+    return [leaf for leaves, _ in flat for leaf in leaves], Structure(
+        kind, keys, tuple(spec for _, spec in flat), order
+    )
 
 
 def unflatten(structure: Structure, leaves: Iterable[Any]) -> Tree:
@@ -100,14 +109,19 @@ class Layout:
 
     def ravel(self, leaves: Sequence[Tensor]) -> Tensor:
         """Leaves ``(*batch, *shape)`` with one batch shape -> one vector ``(*batch, d)``."""
-        flat = [leaf.reshape(leaf.shape[: leaf.ndim - len(shape)] + (-1,)) for leaf, shape in zip(leaves, self.shapes, strict=True)]
+        flat = [
+            leaf.reshape((*leaf.shape[: leaf.ndim - len(shape)], -1))
+            for leaf, shape in zip(leaves, self.shapes, strict=True)
+        ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 
     def unravel(self, vector: Tensor) -> Tree:
         """A vector ``(*batch, d)`` -> the tree, its leaves ``(*batch, *shape)`` views of the vector."""
         batch = vector.shape[:-1]
         parts = [vector] if len(self.shapes) == 1 else vector.split(self.sizes, dim=-1)
-        return unflatten(self.structure, [part.reshape(batch + shape) for part, shape in zip(parts, self.shapes, strict=True)])
+        return unflatten(
+            self.structure, [part.reshape(batch + shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        )
 
 
 def layout_of(tree: Tree, batch_ndim: int = 0) -> tuple[Layout, list[Tensor]]:

@@ -1,8 +1,9 @@
 """The only list of problems, inner solvers and linear solvers: a row added here is tested everywhere.
 
-Every problem has a closed form that is written without our library (``torch.linalg.inv``, which is right under every transform).
-The problems are chosen so that the likely bug shows: phi and theta of different sizes and structures, leaves coupled through H, a
-cross derivative that is not symmetric, data that are not zero, an outer loss that depends on theta directly, a third derivative.
+Every problem has a closed form that is written without our library (``torch.linalg.inv``, which is right under every
+transform). The problems are chosen so that the likely bug shows: phi and theta of different sizes and structures,
+leaves coupled through H, a cross derivative that is not symmetric, data that are not zero, an outer loss that depends
+on theta directly, a third derivative.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from bilevel.trees import flatten, unflatten
 class Case:
     """A problem with its closed form.
 
-    ``theta``, ``data``: an instance. ``phi_star(theta, data)``: the exact inner solution, a tree. ``lipschitz``: at least the largest
-    eigenvalue of the inner Hessian near the solution.
+    ``theta``, ``data``: an instance. ``phi_star(theta, data)``: the exact inner solution, a tree. ``lipschitz``: at
+    least the largest eigenvalue of the inner Hessian near the solution.
     """
 
     name: str
@@ -43,7 +44,9 @@ class Case:
 
         def cast(tree: Any) -> Any:
             leaves, spec = flatten(tree)
-            return unflatten(spec, [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves])
+            return unflatten(
+                spec, [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+            )
 
         return Case(self.name, self.problem, cast(self.theta), cast(self.data), self.phi_star, self.lipschitz)
 
@@ -73,12 +76,16 @@ def ridge() -> Case:
         return torch.linalg.inv(x.mT @ x + torch.diag_embed(theta.exp())) @ (x.mT @ y)
 
     data = {"train": (_normal(1, 9, 4), _normal(2, 9)), "valid": (_normal(3, 5, 4), _normal(4, 5)), "tag": "ridge"}
-    problem = bilevel.BilevelProblem.from_functions(inner, outer, lambda theta, data: torch.ones_like(data["train"][0][0]))
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, outer, lambda theta, data: torch.ones_like(data["train"][0][0])
+    )
     return Case("ridge", problem, 0.3 * _normal(5, 4), data, phi_star, 30.0)
 
 
 def coupled() -> Case:
-    """phi: 6 numbers in a dict with a list; theta: 4 numbers in a tuple with a dict; H couples the leaves; C is 6 x 4."""
+    """phi: 6 numbers in a dict with a list; theta: 4 numbers in a tuple with a dict; H couples the leaves; C is 6
+    x 4.
+    """
     a, c, d = _spd(11, 6, 0.5, 4.0), _normal(12, 6, 4), _normal(13, 4, 6)
 
     def vector(theta: Any) -> Tensor:
@@ -110,12 +117,14 @@ def coupled() -> Case:
 
 
 def proximal() -> Case:
-    """Least squares with a proximal term, one lambda per leaf: iMAML's problem in closed form. Labels are carried as int64 data."""
+    """Least squares with a proximal term, one lambda per leaf: iMAML's problem in closed form. Labels are carried
+    as int64 data.
+    """
     lam = {"w": 0.7, "b": 2.0}
 
     def residual(phi: Any, part: Any) -> Tensor:
         x, label = part
-        return x @ phi["w"] + phi["b"] - torch.nn.functional.one_hot(label, 2).to(x)
+        return x @ phi["w"] + phi["b"] - torch.eye(2, dtype=x.dtype, device=x.device)[label]
 
     problem = bilevel.ProximalProblem.from_model(
         lambda phi, data: residual(phi, data["train"]),
@@ -127,19 +136,24 @@ def proximal() -> Case:
     def phi_star(theta: Any, data: Any) -> Any:
         x, label = data["train"]
         ones = torch.ones_like(x[:, :1])
-        z, y = torch.cat([x, ones], 1), torch.nn.functional.one_hot(label, 2).to(x)
-        weights = torch.tensor([lam["w"]] * 3 + [lam["b"]], dtype=x.dtype)
+        z, y = torch.cat([x, ones], 1), torch.eye(2, dtype=x.dtype, device=x.device)[label]
+        weights = torch.tensor([lam["w"]] * 3 + [lam["b"]], dtype=x.dtype, device=x.device)
         centre = torch.cat([theta["w"], theta["b"][None]])
         w = torch.linalg.inv(z.mT @ z + torch.diag(weights)) @ (z.mT @ y + weights[:, None] * centre)
         return {"w": w[:3], "b": w[3]}
 
     theta = {"w": _normal(21, 3, 2), "b": _normal(22, 2)}
-    data = {"train": (_normal(23, 7, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0])), "test": (_normal(24, 5, 3), torch.tensor([1, 0, 1, 1, 0]))}
+    data = {
+        "train": (_normal(23, 7, 3), torch.tensor([0, 1, 1, 0, 1, 0, 0])),
+        "test": (_normal(24, 5, 3), torch.tensor([1, 0, 1, 1, 0])),
+    }
     return Case("proximal", problem, theta, data, phi_star, 30.0)
 
 
 def exponential() -> Case:
-    """G = sum exp(phi) - phi^T M theta with a positive 4 x 3 matrix M: phi* = log(M theta). Not quadratic; the third derivative counts."""
+    """G = sum exp(phi) - phi^T M theta with a positive 4 x 3 matrix M: phi* = log(M theta). Not quadratic; the
+    third derivative counts.
+    """
 
     def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
         return phi.exp().sum() - phi @ (data @ theta)

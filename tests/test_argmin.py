@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from bilevel import BilevelProblem, ProximalProblem, Result, SolverError, Status, argmin, hypergradient, solve
+from bilevel import BilevelProblem, Result, SolverError, Status, argmin, hypergradient, solve
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, tree_map, unflatten
@@ -113,7 +113,9 @@ TRANSFORMS: dict[str, Callable[[Subject], Any]] = {
     "jacrev(vmap)": lambda s: jacrev(vmap(s.p))(s.xs),
     "jacfwd(vmap)": lambda s: jacfwd(vmap(s.p))(s.xs),
     "hessian(vmap)": lambda s: hessian(lambda xs: (vmap(s.f)(xs) ** 2).sum())(s.xs),
-    "grad(vmap(grad))": lambda s: grad(lambda xs: sum((leaf**3).sum() for leaf in tree_leaves(vmap(grad(s.f))(xs))))(s.xs),
+    "grad(vmap(grad))": lambda s: grad(lambda xs: sum((leaf**3).sum() for leaf in tree_leaves(vmap(grad(s.f))(xs))))(
+        s.xs
+    ),
 }
 
 
@@ -121,7 +123,10 @@ def subject(case: Case, wrt: str, solution: Callable[[Any, Any], Any]) -> Subjec
     if wrt == "theta":
         x, arguments = case.theta, lambda x: (x, case.data)
     else:
-        x, arguments = tuple(filter(is_floating, flatten(case.data)[0])), lambda x: (case.theta, with_floating(case.data, x))
+        x, arguments = (
+            tuple(filter(is_floating, flatten(case.data)[0])),
+            lambda x: (case.theta, with_floating(case.data, x)),
+        )
 
     def f(x: Any) -> Tensor:
         theta, data = arguments(x)
@@ -139,7 +144,9 @@ def subject(case: Case, wrt: str, solution: Callable[[Any, Any], Any]) -> Subjec
 @pytest.mark.parametrize("linsys", LINSYS)
 @pytest.mark.parametrize("case", PROBLEMS, **IDS)
 def test_every_transform_is_that_of_the_closed_form(case: Case, linsys: str, wrt: str, transform: str) -> None:
-    ours = subject(case, wrt, lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=LINSYS[linsys]))
+    ours = subject(
+        case, wrt, lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=LINSYS[linsys])
+    )
     theirs = subject(case, wrt, case.phi_star)
     expected = TRANSFORMS[transform](theirs)
     assert max(float(leaf.abs().max()) for leaf in tree_leaves(expected)) > 1e-3
@@ -164,7 +171,9 @@ def test_float32(case: Case, transform: str) -> None:
     single = case.to(F32)
     solver = NewtonCG(max_steps=30, cg_steps=20, tol=1e-4)
     ours = subject(
-        single, "theta", lambda theta, data: argmin(single.problem, theta, data, solver=solver, linsys=CG(max_steps=60, rtol=1e-6))
+        single,
+        "theta",
+        lambda theta, data: argmin(single.problem, theta, data, solver=solver, linsys=CG(max_steps=60, rtol=1e-6)),
     )
     got = TRANSFORMS[transform](ours)
     assert {leaf.dtype for leaf in tree_leaves(got)} == {F32}
@@ -284,7 +293,10 @@ def test_vmap_over_theta_or_data_or_both(case: Case, inner: str, in_dims: tuple[
     thetas = stack([scaled(case.theta, k) for k in range(3)]) if in_dims[0] == 0 else case.theta
     datas = tensors
     if in_dims[1] == 0:
-        rolled = [[leaf.roll(k) if not leaf.is_floating_point() else leaf * (1 + 0.07 * k) for leaf in tensors] for k in range(3)]
+        rolled = [
+            [leaf.roll(k) if not leaf.is_floating_point() else leaf * (1 + 0.07 * k) for leaf in tensors]
+            for k in range(3)
+        ]
         datas = tuple(map(torch.stack, zip(*rolled, strict=True)))
 
     def outer(solution: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Tensor]:
@@ -294,7 +306,9 @@ def test_vmap_over_theta_or_data_or_both(case: Case, inner: str, in_dims: tuple[
 
         return f
 
-    ours = outer(lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=CG(max_steps=60, rtol=1e-13)))
+    ours = outer(
+        lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=CG(max_steps=60, rtol=1e-13))
+    )
     wrap = {"value": lambda f: f, "grad": grad, "hessian": hessian, "jacfwd": jacfwd}[inner]
     assert_same(vmap(wrap(ours), in_dims)(thetas, datas), vmap(wrap(outer(case.phi_star)), in_dims)(thetas, datas))
 
@@ -331,10 +345,16 @@ def test_every_task_of_a_vmap_stops_on_its_own() -> None:
     """With steps counted: the batch takes as many as its slowest task, and every task is solved to tol."""
     curvature = torch.tensor([1.0, 0.05, 0.5], dtype=F64)
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: 0.5 * data * ((phi - theta) ** 2).sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+        lambda phi, theta, data: 0.5 * data * ((phi - theta) ** 2).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0 * theta,
     )
     theta = normal(3, 2)
-    got = vmap(lambda c: argmin(problem, theta, c, solver=GradientDescent(step_size=1.0, max_steps=2000, tol=1e-12), linsys=Exact()))(curvature)
+    got = vmap(
+        lambda c: argmin(
+            problem, theta, c, solver=GradientDescent(step_size=1.0, max_steps=2000, tol=1e-12), linsys=Exact()
+        )
+    )(curvature)
     torch.testing.assert_close(got, theta.expand(3, 2), rtol=1e-9, atol=1e-9)
 
 
@@ -346,7 +366,10 @@ def test_every_task_of_a_vmap_stops_on_its_own() -> None:
 def test_a_start_that_is_the_solution_already(case: Case) -> None:
     """A Function that returned its input would raise."""
     init = case.phi_star(case.theta, case.data)
-    for solver in (NewtonCG(max_steps=5, tol=1e-9), GradientDescent(step_size=0.1 / case.lipschitz, max_steps=5, tol=1e-9)):
+    for solver in (
+        NewtonCG(max_steps=5, tol=1e-9),
+        GradientDescent(step_size=0.1 / case.lipschitz, max_steps=5, tol=1e-9),
+    ):
 
         def f(theta: Any, solver: Any = solver) -> Tensor:
             phi = argmin(case.problem, theta, case.data, solver=solver, linsys=Exact(), init=init)
@@ -366,7 +389,9 @@ def test_the_derivative_with_respect_to_the_start_is_zero() -> None:
     """Implicit differentiation knows no path. In iMAML the dependence is the proximal centre."""
 
     def f(init: Tensor) -> Tensor:
-        return argmin(EXPONENTIAL.problem, EXPONENTIAL.theta, EXPONENTIAL.data, solver=NEWTON, linsys=Exact(), init=init).sum()
+        return argmin(
+            EXPONENTIAL.problem, EXPONENTIAL.theta, EXPONENTIAL.data, solver=NEWTON, linsys=Exact(), init=init
+        ).sum()
 
     init = normal(4, 4)
     assert grad(f)(init).tolist() == [0.0] * 4
@@ -393,7 +418,9 @@ def test_the_gradient_of_the_path_does_not_enter(case: Case) -> None:
     solver = GradientDescent(step_size=1 / case.lipschitz, max_steps=4)
 
     def f(theta: Any) -> Tensor:
-        return case.problem.outer_loss(argmin(case.problem, theta, case.data, solver=solver, linsys=Exact()), theta, case.data)
+        return case.problem.outer_loss(
+            argmin(case.problem, theta, case.data, solver=solver, linsys=Exact()), theta, case.data
+        )
 
     expected = hypergradient(case.problem, case.theta, case.data, solver=solver, linsys=Exact())
     assert_same(vector(grad(f)(case.theta)), vector(expected.grad), 1e-10)
@@ -533,7 +560,10 @@ class RidgeLayer(torch.nn.Module):
 def test_inside_a_module_trained_with_backward() -> None:
     x, y = RIDGE.data["train"]
     x_test, y_test = RIDGE.data["valid"]
-    modules = [RidgeLayer(lambda theta, data: argmin(RIDGE.problem, theta, data, solver=NEWTON, linsys=Exact())), RidgeLayer(RIDGE.phi_star)]
+    modules = [
+        RidgeLayer(lambda theta, data: argmin(RIDGE.problem, theta, data, solver=NEWTON, linsys=Exact())),
+        RidgeLayer(RIDGE.phi_star),
+    ]
     losses = []
     for module in modules:
         optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
@@ -600,8 +630,10 @@ def test_an_objective_that_uses_transforms() -> None:
         for fn in (jacrev, jacfwd):
             assert_same(fn(ours)(theta), fn(closed)(theta))
         assert_same(hessian(lambda t: (ours(t) ** 3).sum())(theta), hessian(lambda t: (closed(t) ** 3).sum())(theta))
-        assert_same(vmap(grad(lambda t: (ours(t) ** 3).sum()))(torch.stack([theta, -theta])), 
-                    vmap(grad(lambda t: (closed(t) ** 3).sum()))(torch.stack([theta, -theta])))
+        assert_same(
+            vmap(grad(lambda t: (ours(t) ** 3).sum()))(torch.stack([theta, -theta])),
+            vmap(grad(lambda t: (closed(t) ** 3).sum()))(torch.stack([theta, -theta])),
+        )
 
 
 def test_an_argmin_inside_an_inner_objective() -> None:
@@ -616,12 +648,16 @@ def test_an_argmin_inside_an_inner_objective() -> None:
         y = argmin(lowest, {"x": x, "t": t}, solver=NEWTON, linsys=Exact())
         return 0.5 * (y**2).sum() + 0.5 * ((x - t) ** 2).sum()
 
-    problem = BilevelProblem.from_functions(middle, lambda x, t, data: (x**3).sum(), lambda t, data: torch.zeros_like(t))
+    problem = BilevelProblem.from_functions(
+        middle, lambda x, t, data: (x**3).sum(), lambda t, data: torch.zeros_like(t)
+    )
     t = torch.tensor([0.3, 0.8], dtype=F64)
     closed = grad(lambda t: ((t / (1 + t**2)) ** 3).sum())(t)
     assert_same(hypergradient(problem, t, solver=NEWTON, linsys=Exact()).unwrap(), closed, 1e-9)
     batch = torch.stack([t, 2 * t])
-    each = hypergradient(problem, batch, solver=NEWTON, linsys=Exact(), batched=True, theta_batched=True, reduction="none").unwrap()
+    each = hypergradient(
+        problem, batch, solver=NEWTON, linsys=Exact(), batched=True, theta_batched=True, reduction="none"
+    ).unwrap()
     assert_same(each[0], closed, 1e-9)
     assert_same(grad(lambda t: (argmin(problem, t, solver=NEWTON, linsys=Exact()) ** 3).sum())(t), closed, 1e-9)
 
@@ -649,7 +685,10 @@ def test_captured_constants_are_fine_everywhere() -> None:
     c = 2 * ONES
     for fn in (grad, jacfwd, hessian):
         assert_same(fn(lambda t: solved(c, t))(ONES), fn(lambda t: solved(2.0, t))(ONES), 1e-12)
-    assert_same(vmap(grad(lambda t: solved(c, t)))(torch.stack([ONES, -ONES])), vmap(grad(lambda t: solved(2.0, t)))(torch.stack([ONES, -ONES])))
+    assert_same(
+        vmap(grad(lambda t: solved(c, t)))(torch.stack([ONES, -ONES])),
+        vmap(grad(lambda t: solved(2.0, t)))(torch.stack([ONES, -ONES])),
+    )
     theta = ONES.clone().requires_grad_()
     solved(c, theta).backward()
     assert_same(theta.grad, grad(lambda t: solved(2.0, t))(ONES), 1e-12)
@@ -685,13 +724,21 @@ def test_theta_itself_through_the_side_door_is_an_error() -> None:
         pytest.param(lambda f: jvp(f, (ONES,), (ONES,)), "carries a gradient of a torch.func transform", id="jvp"),
         pytest.param(lambda f: jacfwd(f)(ONES), "carries a", id="jacfwd"),
         pytest.param(lambda f: hessian(f)(ONES), "carries a", id="hessian"),
-        pytest.param(lambda f: vmap(f)(torch.stack([ONES, ONES])), r"carries a batch axis of torch.func.vmap", id="vmap"),
+        pytest.param(
+            lambda f: vmap(f)(torch.stack([ONES, ONES])), r"carries a batch axis of torch.func.vmap", id="vmap"
+        ),
         pytest.param(lambda f: vmap(grad(f))(torch.stack([ONES, ONES])), "carries a", id="vmap(grad)"),
-        pytest.param(lambda f: grad(lambda c: vmap(f)(c).sum())(torch.stack([ONES, ONES])), "carries a", id="grad(vmap)"),
+        pytest.param(
+            lambda f: grad(lambda c: vmap(f)(c).sum())(torch.stack([ONES, ONES])), "carries a", id="grad(vmap)"
+        ),
     ],
 )
-@pytest.mark.parametrize("function_of_it", [lambda c: c, lambda c: 3 * torch.sin(c)], ids=["itself", "a function of it"])
-def test_a_captured_tensor_of_a_transform_is_an_error(transform: Callable[..., Any], match: str, function_of_it: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "function_of_it", [lambda c: c, lambda c: 3 * torch.sin(c)], ids=["itself", "a function of it"]
+)
+def test_a_captured_tensor_of_a_transform_is_an_error(
+    transform: Callable[..., Any], match: str, function_of_it: Callable[..., Any]
+) -> None:
     with pytest.raises(ValueError, match=rf"inner_objective uses a tensor that {match}.*Pass it through theta or data"):
         transform(lambda c: solved(function_of_it(c)))
 
@@ -722,7 +769,9 @@ def test_a_captured_dual_tensor_of_eager_forward_mode_is_an_error() -> None:
 def test_captured_tensors_passed_properly_give_the_derivative() -> None:
     """The advice of the message works."""
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: ((phi - theta * data) ** 2).sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+        lambda phi, theta, data: ((phi - theta * data) ** 2).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0 * theta,
     )
     got = grad(lambda c: argmin(problem, 3 * ONES, c, solver=NEWTON, linsys=Exact()).sum())(ONES)
     assert_same(got, 3 * ONES, 1e-12)
@@ -767,7 +816,9 @@ def test_a_failed_inner_solve_is_nan_and_so_are_its_derivatives() -> None:
 def hill() -> BilevelProblem:
     """G = sum cos(phi - theta): phi = theta is a maximum."""
     return BilevelProblem.from_functions(
-        lambda phi, theta, data: torch.cos(phi - theta).sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+        lambda phi, theta, data: torch.cos(phi - theta).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0 * theta,
     )
 
 
@@ -783,7 +834,12 @@ def test_a_failed_linear_solve_gives_nan_derivatives(linsys: Any) -> None:
 
     theta = normal(7, 3)
     assert_same(phi(theta), theta, 1e-12)
-    for value in (grad(lambda t: phi(t).sum())(theta), jacrev(phi)(theta), jacfwd(phi)(theta), vmap(grad(lambda t: phi(t).sum()))(theta[None])):
+    for value in (
+        grad(lambda t: phi(t).sum())(theta),
+        jacrev(phi)(theta),
+        jacfwd(phi)(theta),
+        vmap(grad(lambda t: phi(t).sum()))(theta[None]),
+    ):
         assert value.isnan().all()
     leaf = theta.clone().requires_grad_()
     phi(leaf).sum().backward()
@@ -801,7 +857,14 @@ def test_an_exact_solve_at_a_saddle_is_the_derivative_of_the_saddle() -> None:
 def test_report_is_handed_every_result() -> None:
     reports: list[Result] = []
     theta = tree_map(lambda leaf: leaf.clone().requires_grad_(), PROXIMAL.theta)
-    phi = argmin(PROXIMAL.problem, theta, PROXIMAL.data, solver=NEWTON, linsys=CG(max_steps=60, rtol=1e-12), report=reports.append)
+    phi = argmin(
+        PROXIMAL.problem,
+        theta,
+        PROXIMAL.data,
+        solver=NEWTON,
+        linsys=CG(max_steps=60, rtol=1e-12),
+        report=reports.append,
+    )
     (inner,) = reports
     assert inner.status is Status.CONVERGED and inner.num_steps >= 1
     assert inner.residual <= 1e-11
@@ -827,7 +890,14 @@ def test_report_of_a_failure() -> None:
 def test_check_raises_in_eager_mode() -> None:
     case = RIDGE
     with pytest.raises(SolverError, match="argmin, inner solve: DIVERGED.*Reduce step_size"):
-        argmin(case.problem, case.theta, case.data, solver=GradientDescent(step_size=1.0, max_steps=1000), linsys=Exact(), check=True)
+        argmin(
+            case.problem,
+            case.theta,
+            case.data,
+            solver=GradientDescent(step_size=1.0, max_steps=1000),
+            linsys=Exact(),
+            check=True,
+        )
     theta = normal(7, 3).requires_grad_()
     phi = argmin(hill(), theta, solver=TOP, linsys=CG(max_steps=5), check=True)
     with pytest.raises(SolverError, match="argmin, linear solve: NEGATIVE_CURVATURE"):
@@ -855,11 +925,15 @@ def test_check_reports_before_it_raises() -> None:
 def test_a_singular_hessian_gives_nan_or_the_minimum_norm_never_zero() -> None:
     """phi_1 does not enter G: there is no derivative."""
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: ((phi[0] - theta) ** 2).sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros(2, dtype=F64)
+        lambda phi, theta, data: ((phi[0] - theta) ** 2).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros(2, dtype=F64),
     )
     theta = torch.ones(1, dtype=F64)
     for linsys in (CG(max_steps=10), Exact()):
-        assert grad(lambda t, linsys=linsys: argmin(problem, t, solver=NEWTON, linsys=linsys).sum())(theta).isnan().all()
+        assert (
+            grad(lambda t, linsys=linsys: argmin(problem, t, solver=NEWTON, linsys=linsys).sum())(theta).isnan().all()
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -884,7 +958,10 @@ def test_the_black_box_is_called_at_base_level() -> None:
 
 
 def test_identity_is_no_solve() -> None:
-    with pytest.raises(ValueError, match=r"argmin: Identity\(\) is no solve, so the derivative would not be that of phi\*.*Use CG, Neumann or Exact"):
+    with pytest.raises(
+        ValueError,
+        match=r"argmin: Identity\(\) is no solve, so the derivative would not be that of phi\*.*Use CG, Neumann or Exact",
+    ):
         argmin(PROXIMAL.problem, PROXIMAL.theta, PROXIMAL.data, solver=NEWTON, linsys=Identity())
 
 
@@ -893,14 +970,19 @@ def test_what_the_objective_raises_reaches_the_caller() -> None:
         raise KeyError("in the objective")
 
     problem = BilevelProblem.from_functions(inner, lambda phi, theta, data: phi.sum(), lambda theta, data: theta)
-    for call in (lambda t: argmin(problem, t, solver=NEWTON, linsys=Exact()), lambda t: grad(lambda t: argmin(problem, t, solver=NEWTON, linsys=Exact()).sum())(t)):
+    for call in (
+        lambda t: argmin(problem, t, solver=NEWTON, linsys=Exact()),
+        lambda t: grad(lambda t: argmin(problem, t, solver=NEWTON, linsys=Exact()).sum())(t),
+    ):
         with pytest.raises(KeyError, match="in the objective"):
             call(ONES)
 
 
 def test_integer_and_static_data_are_carried() -> None:
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: data["k"] * ((phi - theta[data["index"]]) ** 2).sum() + (0 if data["none"] is None else torch.nan),
+        lambda phi, theta, data: (
+            data["k"] * ((phi - theta[data["index"]]) ** 2).sum() + (0 if data["none"] is None else torch.nan)
+        ),
         lambda phi, theta, data: phi.sum(),
         lambda theta, data: torch.zeros(3, dtype=F64),
     )
@@ -913,14 +995,20 @@ def test_integer_and_static_data_are_carried() -> None:
     assert_same(jacrev(phi)(ONES), expected, 1e-12)
     assert_same(jacfwd(phi)(ONES), expected, 1e-12)
     indices = torch.tensor([[0, 0, 0], [1, 0, 1]])
-    got = vmap(lambda index: grad(lambda t: argmin(problem, t, {**data, "index": index}, solver=NEWTON, linsys=Exact()).sum())(ONES))(indices)
+    got = vmap(
+        lambda index: grad(lambda t: argmin(problem, t, {**data, "index": index}, solver=NEWTON, linsys=Exact()).sum())(
+            ONES
+        )
+    )(indices)
     assert_same(got, torch.tensor([[3.0, 0.0], [1.0, 2.0]], dtype=F64), 1e-12)
 
 
 def test_a_theta_that_the_inner_objective_ignores_has_derivative_zero() -> None:
     """argmin cannot know whether the caller uses it elsewhere: phi* truly does not depend on it."""
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: ((phi - theta["a"]) ** 2).sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta["a"]
+        lambda phi, theta, data: ((phi - theta["a"]) ** 2).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0 * theta["a"],
     )
     got = grad(lambda t: argmin(problem, t, solver=NEWTON, linsys=Exact()).sum())({"a": ONES, "b": ONES})
     assert got["b"].tolist() == [0.0, 0.0]
@@ -940,7 +1028,9 @@ def test_the_users_tensors_are_as_they_were() -> None:
             for leaf in flatten(phi)[0]:
                 leaf.fill_(9.0)  # no alias of init or theta
     for leaf, (value, flag, version) in zip(tensors, before, strict=True):
-        assert torch.equal(leaf, value) and leaf.requires_grad == flag and leaf._version == version and leaf.grad is None
+        assert (
+            torch.equal(leaf, value) and leaf.requires_grad == flag and leaf._version == version and leaf.grad is None
+        )
 
 
 def test_argmin_agrees_with_solve_and_hypergradient() -> None:

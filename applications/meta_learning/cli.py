@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.allocator import keep_freed_memory
+from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config, ConfigError, option_name
 from applications.meta_learning.demo import Plan, demo_config, run_demo
 from applications.meta_learning.display import Display

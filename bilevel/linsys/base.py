@@ -1,8 +1,8 @@
 """What a linear solver is: a method that turns ``v -> A v`` and ``b`` into ``u`` with ``A u = b``. It knows no bilevel problem.
 
-One shape for everything: vectors are ``(*batch, d)``, every per-problem scalar is ``(*batch,)``, a single problem has batch shape
-``()``. Each algorithm is written once over that shape, with masks instead of branches on tensor values, so that one problem of a
-batch cannot disturb another.
+One shape for everything: vectors are ``(*batch, d)``, every per-problem scalar is ``(*batch,)``, a single problem has
+batch shape ``()``. Each algorithm is written once over that shape, with masks instead of branches on tensor values, so
+that one problem of a batch cannot disturb another.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class LinearSolver(ABC):
     """Whether the method only works with the inverse of a known part of A, and so is no solve."""
 
     @abstractmethod
-    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+    def solve(
+        self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
+    ) -> Result:
         """Solve A u = b for every problem of the batch.
 
         Args:
@@ -55,7 +57,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch,)`` or ``(*batch, d)``. Never mixes in a NaN of the other side."""
+    """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch,)`` or ``(*batch, d)``. Never mixes in a
+    NaN of the other side.
+    """
     return torch.where(mask.unsqueeze(-1) if yes.ndim > mask.ndim else mask, yes, no)
 
 
@@ -67,9 +71,13 @@ def mark(codes: Tensor, mask: Tensor, status: Status) -> Tensor:
 def check_system(b: Tensor, init: Tensor | None) -> None:
     """Refuse a right-hand side or a start that is no ``(*batch, d)`` floating tensor."""
     if not b.is_floating_point() or b.ndim == 0:
-        raise ValueError(f"b: expected a real floating tensor of shape (*batch, d), got {b.dtype} of shape {tuple(b.shape)}.")
+        raise ValueError(
+            f"b: expected a real floating tensor of shape (*batch, d), got {b.dtype} of shape {tuple(b.shape)}."
+        )
     if init is not None and (init.shape != b.shape or init.dtype != b.dtype):
-        raise ValueError(f"init: expected shape {tuple(b.shape)} and {b.dtype} like b, got {tuple(init.shape)} and {init.dtype}.")
+        raise ValueError(
+            f"init: expected shape {tuple(b.shape)} and {b.dtype} like b, got {tuple(init.shape)} and {init.dtype}."
+        )
 
 
 def check_number(name: str, value: float, *, at_least: float = 0.0, positive: bool = False) -> None:
@@ -77,7 +85,9 @@ def check_number(name: str, value: float, *, at_least: float = 0.0, positive: bo
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
     if not (value > 0 if positive else value >= at_least) or value == float("inf"):
-        raise ValueError(f"{name}: expected a finite number {'> 0' if positive else f'>= {at_least:g}'}, got {value!r}.")
+        raise ValueError(
+            f"{name}: expected a finite number {'> 0' if positive else f'>= {at_least:g}'}, got {value!r}."
+        )
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> None:

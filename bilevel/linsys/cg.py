@@ -15,8 +15,9 @@ from bilevel.result import Result, Status
 class CG(LinearSolver):
     """Conjugate gradients for symmetric positive definite A; the solver of the paper (section 3.1).
 
-    Stops where ``|b - A u| <= max(rtol |b|, atol)``. With ``rtol = atol = 0`` it takes ``max_steps`` steps without reading a number
-    back to the host, and reports the residual of the recurrence instead of spending a product on the true one.
+    Stops where ``|b - A u| <= max(rtol |b|, atol)``. With ``rtol = atol = 0`` it takes ``max_steps`` steps without
+    reading a number back to the host, and reports the residual of the recurrence instead of spending a product on the
+    true one.
 
     Negative curvature (p^T A p <= 0) shows that A is not positive definite. Then the problem fails with
     ``Status.NEGATIVE_CURVATURE``, or with ``SINGULAR`` where A p = 0; unless ``steihaug=True``.
@@ -25,9 +26,10 @@ class CG(LinearSolver):
         max_steps: at most this many products, >= 1.
         rtol: tolerance relative to ``|b|``.
         atol: absolute tolerance.
-        steihaug: keep the iterate found before the negative curvature (Steihaug 1983; at the very first direction: M b, with M the
-            preconditioner) and end with ``Status.STOPPED_AT_NEGATIVE_CURVATURE``, which is no failure. Without a preconditioner
-            there is nothing to keep at the first direction, and it fails all the same.
+        steihaug: keep the iterate found before the negative curvature (Steihaug 1983; at the very first direction: M b,
+            with M the
+            preconditioner) and end with ``Status.STOPPED_AT_NEGATIVE_CURVATURE``, which is no failure. Without a
+            preconditioner there is nothing to keep at the first direction, and it fails all the same.
     """
 
     max_steps: int
@@ -40,7 +42,9 @@ class CG(LinearSolver):
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
 
-    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+    def solve(
+        self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
+    ) -> Result:
         check_system(b, init)
         fixed_steps = self.rtol == 0 and self.atol == 0
         threshold = (self.rtol * norm(b)).clamp_min(self.atol)
@@ -88,5 +92,10 @@ class CG(LinearSolver):
         codes = mark(codes, kept, Status.STOPPED_AT_NEGATIVE_CURVATURE)
         codes = mark(codes, ~(residual.isfinite() & x.isfinite().all(-1)), Status.NON_FINITE)
         return Result(
-            value=x, codes=codes, steps=steps, residual=residual, num_matvecs=num_matvecs, negative_curvature=stopped.long()
+            value=x,
+            codes=codes,
+            steps=steps,
+            residual=residual,
+            num_matvecs=num_matvecs,
+            negative_curvature=stopped.long(),
         )

@@ -16,8 +16,8 @@ from bilevel.result import Result, Status
 class Identity(LinearSolver):
     """u = M b, with M the inverse of the known part of A, which the caller hands in as the preconditioner.
 
-    For the proximal problem the known part is the regulariser Lambda, u = Lambda^{-1} dL/dphi, and the gradient is that of
-    first-order MAML (paper, Appendix A). The name: I + Lambda^{-1} H is replaced by the identity.
+    For the proximal problem the known part is the regulariser Lambda, u = Lambda^{-1} dL/dphi, and the gradient is that
+    of first-order MAML (paper, Appendix A). The name: I + Lambda^{-1} H is replaced by the identity.
 
     It spends no product, so ``residual`` is NaN: not measured.
 
@@ -27,7 +27,9 @@ class Identity(LinearSolver):
 
     needs_known_inverse: ClassVar[bool] = True
 
-    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+    def solve(
+        self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
+    ) -> Result:
         check_system(b, init)
         if preconditioner is None:
             raise ValueError(

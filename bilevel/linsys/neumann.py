@@ -17,8 +17,9 @@ POWER_STEPS = 12
 class Neumann(LinearSolver):
     """Sum the Neumann series of A^{-1} b (Lorraine, Vicol and Duvenaud 2020), which is Richardson's iteration from zero.
 
-    It converges if and only if every eigenvalue of A lies in (0, 2 / step_size). For symmetric A the residual norms of the series are
-    log-convex in the number of terms, so a residual that grows once grows for ever: this is how ``Status.DIVERGED`` is found.
+    It converges if and only if every eigenvalue of A lies in (0, 2 / step_size). For symmetric A the residual norms of
+    the series are log-convex in the number of terms, so a residual that grows once grows for ever: this is how
+    ``Status.DIVERGED`` is found.
 
     Args:
         num_terms: terms of the series after the first, one product each, >= 1.
@@ -36,7 +37,9 @@ class Neumann(LinearSolver):
         if self.step_size is not None:
             check_number("step_size", self.step_size, positive=True)
 
-    def solve(self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None) -> Result:
+    def solve(
+        self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
+    ) -> Result:
         """As the base class says. A preconditioner is not used."""
         check_system(b, init)
         x = torch.zeros_like(b) if init is None else init
@@ -82,7 +85,9 @@ class Neumann(LinearSolver):
 
 
 def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
-    """An estimate ``(*batch,)`` of max |eigenvalue| of a symmetric A by the power method from one fixed pseudo-random start."""
+    """An estimate ``(*batch,)`` of max |eigenvalue| of a symmetric A by the power method from one fixed
+    pseudo-random start.
+    """
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64).to(b)
     v = start.expand_as(b)

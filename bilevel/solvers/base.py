@@ -1,8 +1,8 @@
 """The loop of every iterative inner solver, written once. A method is a step.
 
-The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which answers with
-the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem that is done keeps its state;
-what another problem of the batch does never changes it.
+The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which
+answers with the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem
+that is done keeps its state; what another problem of the batch does never changes it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class State:
     point: Tensor
     stalled: Tensor
 
-    @classmethod
-    def start(cls, phi: Tensor) -> State:
-        """The state that every method starts from."""
-        return State(phi, phi, torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device))
+
+def nowhere(phi: Tensor) -> Tensor:
+    """A mask ``(*batch,)`` that is False for every problem of the batch."""
+    return torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
 
 
 S = TypeVar("S", bound=State)
@@ -50,7 +50,7 @@ S = TypeVar("S", bound=State)
 class Run:
     """What a solver found, before the gradient at phi is known: the caller has that gradient anyway, so nobody pays for it twice.
 
-    ``steps`` is ``(*batch,)``; ``start`` is |dG/dphi| at the start, NaN where nobody measured it.
+    ``steps`` is ``(*batch,)``; ``start`` is ``|dG/dphi|`` at the start, NaN where nobody measured it.
     """
 
     phi: Tensor
@@ -75,12 +75,21 @@ class Run:
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
             codes = torch.where(mask, int(status), codes)
-        return Result(value=value, codes=codes, steps=self.steps, residual=residual, 
-            negative_curvature=self.negative_curvature, num_grads=num_grads, num_matvecs=num_matvecs)
+        return Result(
+            value=value,
+            codes=codes,
+            steps=self.steps,
+            residual=residual,
+            negative_curvature=self.negative_curvature,
+            num_grads=num_grads,
+            num_matvecs=num_matvecs,
+        )
 
 
 class InnerSolver(ABC):
-    """A procedure that finds a point phi. Subclasses are frozen keyword-only dataclasses; their fields are the options."""
+    """A procedure that finds a point phi. Subclasses are frozen keyword-only dataclasses; their fields are the
+    options.
+    """
 
     @abstractmethod
     def run(self, objective: Objective, phi: Tensor) -> Run:
@@ -150,11 +159,15 @@ class Local:
 
 def choose(mask: Tensor, new: S, old: S) -> S:
     """The new state where the mask is set, field by field."""
-    return replace(old, **{field.name: select(mask, getattr(new, field.name), getattr(old, field.name)) for field in fields(old)})
+    return replace(
+        old, **{field.name: select(mask, getattr(new, field.name), getattr(old, field.name)) for field in fields(old)}
+    )
 
 
 def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
-    """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a line search."""
+    """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a
+    line search.
+    """
     _, grad = objective.value_and_grad(phi)
     size = norm(grad)
     eps = torch.finfo(phi.dtype).eps ** 0.5 * (1 + norm(phi)) / size

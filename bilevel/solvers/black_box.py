@@ -20,8 +20,10 @@ class BlackBox(InnerSolver):
     """A procedure of the user's. The implicit gradient needs the point only, not the way to it (paper, section 3.1).
 
     Args:
-        fn: ``fn(problem, theta, data, init) -> phi``; called with detached tensors, outside every transform, with gradient mode on,
-            once for each task. Its answer must have the structure, shapes and dtype of ``init``. What it raises reaches the caller.
+        fn: ``fn(problem, theta, data, init) -> phi``; called with detached tensors, outside every transform, with
+            gradient mode on,
+            once for each task. Its answer must have the structure, shapes and dtype of ``init``. What it raises reaches
+            the caller.
         tol: its answer counts as CONVERGED where ``|dG/dphi| <= tol``, else as MAX_STEPS.
 
     Raises:
@@ -44,11 +46,16 @@ class BlackBox(InnerSolver):
                 answer = self.fn(objective.flat.problem, theta, data, init)
             leaves, structure = flatten(answer)
             if structure != layout.structure:
-                raise ValueError(f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got leaves {structure.paths()}.")
+                raise ValueError(
+                    f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got "
+                    f"leaves {structure.paths()}."
+                )
             for path, leaf, shape in zip(structure.paths(), leaves, layout.shapes, strict=True):
                 if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:
                     got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                    raise ValueError(f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}.")
+                    raise ValueError(
+                        f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}."
+                    )
             answers.append(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]))
         found = torch.stack(answers).reshape(phi.shape)
         zero = torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)

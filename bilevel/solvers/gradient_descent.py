@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size
+from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, nowhere
 
 GROW, SHRINK = 1.25, 0.5
 SUFFICIENT_DECREASE = 1e-4
@@ -27,8 +27,10 @@ class GradientDescent(IterativeSolver):
     """phi <- phi - step_size dG/dphi; with a fixed step size the inner solver of iMAML-GD (paper, section 4).
 
     Args:
-        step_size: fixed, > 0; stable below 2 / (largest eigenvalue of the Hessian of G). None: backtracking. Then each problem has a
-            step size of its own; a trial that does not lower G enough is a step that halves it, an accepted one lets it grow.
+        step_size: fixed, > 0; stable below 2 / (largest eigenvalue of the Hessian of G). None: backtracking. Then each
+            problem has a
+            step size of its own; a trial that does not lower G enough is a step that halves it, an accepted one lets it
+            grow.
         max_steps: gradient evaluations, >= 1.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
@@ -47,11 +49,10 @@ class GradientDescent(IterativeSolver):
         check_count("check_every", self.check_every)
 
     def init(self, objective: Objective, phi: Tensor) -> State:
-        start = State.start(phi)
         if self.step_size is not None:
-            return start
-        infinite = torch.full_like(phi[..., 0], torch.inf)
-        return _State(*vars(start).values(), initial_step_size(objective, phi), infinite, torch.full_like(phi, torch.inf))
+            return State(phi, phi, nowhere(phi))
+        infinite = torch.full_like(phi, torch.inf)
+        return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
 
     def step(self, objective: Objective, state: State, local: Local) -> State:
         if isinstance(state, _State):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot
-from bilevel.solvers.base import IterativeSolver, Local, State, choose, initial_step_size
+from bilevel.solvers.base import IterativeSolver, Local, State, choose, initial_step_size, nowhere
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class _State(State):
 class NesterovAGD(IterativeSolver):
     """Accelerated gradient descent; O(sqrt(kappa)) steps (paper, Lemma 2; Nesterov 2004, section 2.2).
 
-    The momentum is (1 - q) / (1 + q) with q = sqrt(strong_convexity * step_size) where the constant is known, ``momentum`` where it is
-    given, and else Nesterov's growing sequence, restarted for each problem whenever the gradient points against the last movement
-    (O'Donoghue and Candes 2015), which needs no constant.
+    The momentum is (1 - q) / (1 + q) with q = sqrt(strong_convexity * step_size) where the constant is known,
+    ``momentum`` where it is given, and else Nesterov's growing sequence, restarted for each problem whenever the
+    gradient points against the last movement (O'Donoghue and Candes 2015), which needs no constant.
 
     Args:
         step_size: 1 / (largest eigenvalue of the Hessian of G); None: backtracking for each problem.
@@ -54,7 +54,8 @@ class NesterovAGD(IterativeSolver):
             check_number("strong_convexity", self.strong_convexity, positive=True)
             if self.step_size is not None and self.strong_convexity * self.step_size > 1:
                 raise ValueError(
-                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the smallest eigenvalue, and step_size "
+                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the "
+                    f"smallest eigenvalue, and step_size "
                     f"at most 1 / the largest), got {self.strong_convexity:g}."
                 )
         if self.momentum is not None:
@@ -65,7 +66,7 @@ class NesterovAGD(IterativeSolver):
     def init(self, objective: Objective, phi: Tensor) -> _State:
         one = torch.ones_like(phi[..., 0])
         step_size = initial_step_size(objective, phi) if self.step_size is None else one * self.step_size
-        return _State(*vars(State.start(phi)).values(), step_size, one)
+        return _State(phi, phi, nowhere(phi), step_size, one)
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         y, grad = state.point, local.grad
@@ -85,7 +86,9 @@ class NesterovAGD(IterativeSolver):
         decrease = 0.5 * state.step_size * dot(grad, grad)
         at_floor = decrease <= 10 * torch.finfo(decrease.dtype).eps * local.value.abs()
         accept = at_floor | (objective.value(x) <= local.value - decrease)
-        return replace(choose(accept | stalled, new, state), step_size=torch.where(accept, state.step_size, 0.5 * state.step_size))
+        return replace(
+            choose(accept | stalled, new, state), step_size=torch.where(accept, state.step_size, 0.5 * state.step_size)
+        )
 
     def _momentum(self, step_size: Tensor) -> Tensor:
         if self.momentum is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, State
+from bilevel.solvers.base import IterativeSolver, State, nowhere
 
 SUFFICIENT_DECREASE = 1e-4
 
@@ -24,10 +24,10 @@ class _State(State):
 class NewtonCG(IterativeSolver):
     """Newton-CG, the Hessian-free method of the paper (section 4 and Appendix F.2; Nocedal and Wright 2006, algorithm 7.1).
 
-    The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature it goes on
-    with the direction found so far, or with the negative gradient at the first. The step length 1, 1/2, 1/4, .. is the first that
-    lowers G enough (Armijo). Near the rounding floor of G, where that test says nothing, the full step is taken while it lowers the
-    gradient norm, and the method stops at the best point when it does not.
+    The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature
+    it goes on with the direction found so far, or with the negative gradient at the first. The step length 1, 1/2, 1/4,
+    .. is the first that lowers G enough (Armijo). Near the rounding floor of G, where that test says nothing, the full
+    step is taken while it lowers the gradient norm, and the method stops at the best point when it does not.
 
     Args:
         max_steps: Newton steps, >= 1.
@@ -44,7 +44,7 @@ class NewtonCG(IterativeSolver):
     tol: float = 0.0
     cg_rtol: float = 0.0
     max_backtracks: int = 20
-    curvature: Curvature = Hessian()  # noqa: RUF009 - frozen
+    curvature: Curvature = Hessian()
     damping: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,7 +57,7 @@ class NewtonCG(IterativeSolver):
         check_number("damping", self.damping)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
-        return _State(*vars(State.start(phi)).values(), torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device))
+        return _State(phi, phi, nowhere(phi), nowhere(phi).long())
 
     def counted(self, state: _State) -> Tensor:
         return state.negative_curvature

@@ -26,45 +26,17 @@ TINY = Config(
     checkpoint_interval=2,
 )
 
-# the same as command line options
-TINY_OPTIONS = [
-    "--glyph-classes",
-    "12",
-    "--train-classes",
-    "7",
-    "--image-size",
-    "12",
-    "--ways",
-    "3",
-    "--channels",
-    "4",
-    "--lam",
-    "1",
-    "--inner-steps",
-    "2",
-    "--curvature",
-    "gauss-newton",
-    "--linear-steps",
-    "2",
-    "--meta-batch",
-    "3",
-    "--outer-rate",
-    "0.01",
-    "--outer-steps",
-    "6",
-    "--device",
-    "cpu",
-    "--eval-interval",
-    "2",
-    "--eval-tasks",
-    "4",
-    "--eval-query-shots",
-    "2",
-    "--log-interval",
-    "2",
-    "--checkpoint-interval",
-    "2",
-]
+
+def as_options(config: Config) -> list[str]:
+    """The settings as the command line takes them."""
+    options = []
+    for name, value in config.to_dict().items():
+        words = name.replace("_", "-")
+        options += [f"--{'' if value else 'no-'}{words}"] if isinstance(value, bool) else [f"--{words}", str(value)]
+    return options
+
+
+TINY_OPTIONS = as_options(TINY)
 
 SINUSOID = replace(TINY, dataset="sinusoid", shots=5, query_shots=5, channels=8)
 
