@@ -336,7 +336,7 @@ def _of_phi(grad: Tensor | None) -> Tensor:
 
 
 def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
-    """v^T d(outputs)/d(inputs) on a retained graph; v may have one leading axis more: several vectors at once."""
+    """v^T d(outputs)/d(inputs) on a retained graph; v may have further leading axes: several vectors at once."""
 
     def product(v: Tensor) -> Tensor:
         if not outputs.requires_grad:
@@ -344,7 +344,10 @@ def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
         (result,) = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(inputs) if result is None else result
 
-    return product(v) if v.ndim == outputs.ndim else torch.func.vmap(product)(v)
+    extra = v.shape[: v.ndim - outputs.ndim]
+    if not extra:
+        return product(v)
+    return torch.func.vmap(product)(v.reshape(-1, *outputs.shape)).reshape(*extra, *inputs.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

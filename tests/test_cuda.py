@@ -74,11 +74,18 @@ def test_a_batch_with_a_sick_task(case: Case, reduction: str) -> None:
     data = stack([perturbed(case.data, k) for k in range(4)])
     first = next(leaf for leaf in flatten(data)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
     first[2] = torch.nan
-    options: dict[str, Any] = {"solver": NEWTON, "linsys": CG(max_steps=60, rtol=1e-12), "batched": True, "reduction": reduction}
+    options: dict[str, Any] = {
+        "solver": NEWTON,
+        "linsys": CG(max_steps=60, rtol=1e-12),
+        "batched": True,
+        "reduction": reduction,
+    }
     got = hypergradient(case.problem, on_gpu(case.theta), on_gpu(data), **options)
     expected = hypergradient(case.problem, case.theta, data, **options)
     assert got.ok.cpu().tolist() == expected.ok.tolist() == [True, True, False, True]
-    assert torch.equal(got.inner.codes.cpu(), expected.inner.codes) and torch.equal(got.linear.codes.cpu(), expected.linear.codes)
+    assert torch.equal(got.inner.codes.cpu(), expected.inner.codes) and torch.equal(
+        got.linear.codes.cpu(), expected.linear.codes
+    )
     for one, other in zip(flatten(got.grad)[0], flatten(expected.grad)[0], strict=True):
         assert one.is_cuda
         torch.testing.assert_close(one.cpu(), other, rtol=1e-8, atol=1e-8, equal_nan=True)
@@ -96,7 +103,13 @@ def test_gauss_newton_damping_and_a_dense_lambda(linsys: Any) -> None:
         root @ root.T + torch.eye(6, dtype=F64),  # a matrix on the CPU; theta decides where it goes
     )
     theta, data = normal(3, 2), {"x": normal(4, 5, 3), "label": torch.randint(2, (4, 5), generator=generator)}
-    options: dict[str, Any] = {"solver": NEWTON, "linsys": linsys, "curvature": GaussNewton(), "damping": 0.2, "batched": True}
+    options: dict[str, Any] = {
+        "solver": NEWTON,
+        "linsys": linsys,
+        "curvature": GaussNewton(),
+        "damping": 0.2,
+        "batched": True,
+    }
     got = hypergradient(problem, theta.cuda(), on_gpu(data), **options)
     assert_on_gpu_and_same(got.unwrap(), hypergradient(problem, theta, data, **options).unwrap())
 
@@ -146,7 +159,12 @@ def test_a_fixed_step_run_never_waits_for_the_device() -> None:
     case = moved(PROBLEMS[0])
     data = stack([case.data] * 3)
     call = lambda: hypergradient(  # noqa: E731
-        case.problem, case.theta, data, solver=GradientDescent(step_size=0.01, max_steps=5), linsys=CG(max_steps=3, rtol=0.0), batched=True
+        case.problem,
+        case.theta,
+        data,
+        solver=GradientDescent(step_size=0.01, max_steps=5),
+        linsys=CG(max_steps=3, rtol=0.0),
+        batched=True,
     )
     call()  # what is set up once may wait
     torch.cuda.synchronize()

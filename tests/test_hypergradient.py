@@ -86,7 +86,7 @@ def reversed_dicts(tree: Any) -> Any:
     return tree
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # One task: closed forms.
 
 
@@ -140,7 +140,6 @@ def test_float32_stays_float32_and_is_right_to_its_rounding(case: Case, solver_n
 @pytest.mark.parametrize("case", PROBLEMS, **IDS)
 def test_central_differences_of_the_solved_problem(case: Case) -> None:
     """No derivative of anybody: F is evaluated by solving again at theta +- h e_i."""
-    leaves, structure = flatten(case.theta)
     layout, _ = layout_of(case.theta)
     flat = vector(case.theta)
     h = 1e-5  # truncation h^2 and rounding 1e-15 / h are both about 1e-10
@@ -155,7 +154,7 @@ def test_central_differences_of_the_solved_problem(case: Case) -> None:
     assert_near(vector(got.grad), numeric, 1e-7)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Dense algebra.
 
 
@@ -230,7 +229,7 @@ def dense_gauss_newton(problem: ProximalProblem, phi: Any, data: Any, lam: dict[
     """J^T H_out J + Lambda."""
     assert problem.model is not None
     predict, output_loss = problem.model
-    layout, leaves = layout_of(phi)
+    layout, _ = layout_of(phi)
     j = torch.func.jacrev(lambda x: predict(layout.unravel(x), data).reshape(-1))(vector(phi))
     z = predict(phi, data)
     h_out = torch.func.hessian(lambda z: output_loss(z.reshape(6, 3), data))(z.reshape(-1))
@@ -300,7 +299,7 @@ def test_gauss_newton_without_a_model_is_an_error() -> None:
         implicit_gradient(losses, torch.ones(2), torch.ones(2), linsys=Exact(), curvature=GaussNewton())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Identity: first-order MAML.
 
 
@@ -347,7 +346,7 @@ def test_identity_on_other_problems_is_an_error(case: Case) -> None:
         hypergradient(case.problem, case.theta, case.data, solver=NEWTON, linsys=Identity())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Trees.
 
 
@@ -425,7 +424,7 @@ def test_theta_and_phi_of_different_structure_and_a_theta_of_many_leaves() -> No
     assert_near(vector(got.grad), dense_implicit_gradient(problem, got.phi, theta, None), 1e-10)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Batches.
 
 BATCH_SOLVERS = {
@@ -594,7 +593,7 @@ def test_random_quadratic_batches(
     np.testing.assert_allclose(got.grad.double().numpy(), expected, rtol=0, atol=2e3 * eps * kappa * scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # One task fails; all fail.
 
 
@@ -810,7 +809,7 @@ def test_a_singular_inner_problem_is_no_gradient() -> None:
         assert got.linear.status.failed
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What depends on what, found from the graph.
 
 
@@ -916,7 +915,7 @@ def test_an_inner_objective_that_is_linear_in_phi_has_no_solution_and_no_gradien
         assert got.linear.status is Status.SINGULAR
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # What the objectives capture.
 
 
@@ -958,7 +957,7 @@ def test_captured_constants_are_fine() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The user's tensors and modes.
 
 
@@ -1079,7 +1078,7 @@ def test_the_functions_that_return_numbers_refuse_transforms(what: str, call: st
         apply[call]()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Counting.
 
 

@@ -242,8 +242,8 @@ def test_cg_starts_from_init() -> None:
 def first_negative_step(a: np.ndarray, b: np.ndarray) -> int:
     """How many steps CG takes before p^T A p <= 0.
 
-    CG's curvatures are the pivots of the tridiagonal Q_k^T A Q_k, so the first that is not positive comes with the first k
-    at which this matrix is not positive definite.
+    CG's curvatures are the pivots of the tridiagonal Q_k^T A Q_k, so the first that is not positive comes with the
+    first k at which this matrix is not positive definite.
     """
     for k in range(1, len(b) + 1):
         krylov = np.stack([np.linalg.matrix_power(a, j) @ b for j in range(k)], axis=1)

@@ -549,7 +549,7 @@ def test_truncated_cg_takes_the_steps_asked_for() -> None:
 
 
 def test_the_line_search_halves_the_step() -> None:
-    """G = sqrt(1 + phi^2): a full Newton step goes from phi to -phi^3, away for |phi| > 1; with halvings it converges."""
+    """G = sqrt(1 + phi^2): a full Newton step goes from phi to -phi^3, away for |phi| > 1; halvings help."""
     problem = of(lambda phi, theta, data: torch.sqrt(1 + phi**2).sum())
     start = torch.tensor([2.0], dtype=F64)
     result = solve(problem, start, init=start, solver=NewtonCG(max_steps=30, cg_steps=2, tol=1e-12))

@@ -50,6 +50,32 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_old_checkpoint_stands_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(TINY, tiny_source())
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, trainer.checkpoint(None))
+    trainer.meta_step()
+    seen = []
+
+    def replace(new: Path, old: Path) -> None:
+        seen.append((load_checkpoint(old)["progress"]["step"], load_checkpoint(new)["progress"]["step"]))
+        new.rename(old)
+
+    monkeypatch.setattr(module.os, "replace", replace)
+    save_checkpoint(path, trainer.checkpoint(None))
+    assert seen == [(0, 1)] and load_checkpoint(path)["progress"]["step"] == 1
+
+
+def test_the_global_random_state_comes_back() -> None:
+    trainer = Trainer(TINY, tiny_source())
+    torch.manual_seed(5)
+    stored = trainer.checkpoint(None)
+    torch.manual_seed(6)
+    trainer.restore(stored)
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

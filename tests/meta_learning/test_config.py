@@ -146,6 +146,17 @@ def test_linear_solvers(settings: dict[str, object], linsys: object) -> None:
     assert build_method(replace(config, curvature="hessian"), build_network(config)).curvature == Hessian()
 
 
+def test_lambda_of_head_and_body() -> None:
+    config = Config(channels=2, lam=2.0, lam_head=0.5)
+    net = build_network(config)
+    ones = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    for settings, head in ((config, 0.5), (replace(config, lam_head=0.0), 2.0)):
+        product = build_method(settings, net).problem.curvature_product(ones)  # lambda times a vector of ones
+        assert {name: float(leaf.max()) for name, leaf in product.items()} == {
+            name: head if name.startswith("head") else 2.0 for name in ones
+        }
+
+
 def test_exact_on_a_large_network_is_refused() -> None:
     config = Config(linear="exact")
     with pytest.raises(

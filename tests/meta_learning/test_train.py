@@ -236,6 +236,19 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(config: Config, sto
     assert without_time(tmp_path / "whole" / "log.jsonl") == without_time(tmp_path / "parts" / "log.jsonl")
 
 
+def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path) -> None:
+    """The evaluation at its end is not repeated."""
+    source = tiny_source()
+    whole, first = Trainer(TINY, source), Trainer(replace(TINY, outer_steps=4), source)
+    run(whole, tmp_path / "whole")
+    run(first, tmp_path / "parts")
+    second = Trainer(TINY, source)
+    second.restore(load_checkpoint(tmp_path / "parts"))
+    assert run(second, tmp_path / "parts") is Ending.DONE
+    assert all(torch.equal(second.theta[name], leaf) for name, leaf in whole.theta.items())
+    assert without_time(tmp_path / "whole" / "log.jsonl") == without_time(tmp_path / "parts" / "log.jsonl")
+
+
 def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     with RunLog(tmp_path, at_step=0, tensorboard=False) as log:
         for step in (2, 4, 6):
