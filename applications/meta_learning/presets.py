@@ -26,6 +26,7 @@ def _paper(ways: int, shots: int, algorithm: str) -> Config:
 _CPU = Config(
     dataset="omniglot",
     query_shots=10,
+    zero_head=True,
     lam=0.5,
     lam_head=0.1,
     inner="agd",
