@@ -230,8 +230,6 @@ class Objective:
         if not value.requires_grad:
             _of_phi(None)
         _refuse_captured(value, inputs, "inner_objective")
-        if is_dual(value):
-            raise ValueError(_CAPTURED.format(name="inner_objective", what="a tangent of torch.autograd.forward_ad"))
         self._checked = True
 
 
@@ -432,12 +430,16 @@ def _refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def refuse_eager_forward_mode(tensors: Sequence[Tensor]) -> None:
-    """Eager dual numbers do not nest, and the rules of ``argmin`` need a level of their own."""
+def refuse_eager_forward_mode(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Eager dual numbers do not nest, and a Function's forward does not even see them."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
     if any(is_dual(tensor) for tensor in tensors):
         raise NotImplementedError(
             "argmin: dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
         )
+    if is_dual(flat.inner(phi.detach(), *[tensor.detach() for tensor in tensors])):
+        raise ValueError(_CAPTURED.format(name="inner_objective", what="a tangent of torch.autograd.forward_ad"))
 
 
 def is_dual(tensor: Tensor) -> bool:

@@ -353,7 +353,7 @@ def argmin(
     call = prepare(problem, theta, data, init)
     tensors = [call.phi.detach(), *call.tensors]
     if not transforms_active():
-        refuse_eager_forward_mode(tensors)
+        refuse_eager_forward_mode(call.flat, tensors[0], tensors[1:])
     else:
         refuse_captured_under_transforms(call.flat, tensors[0], tensors[1:])
     rule = _Rule(call.flat, solver, linsys, check, report)
