@@ -96,6 +96,7 @@ def implicit_gradient(
     theta_batched: bool = False,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
+    outer_chunk_size: int | None = None,
     allow_unused: bool = False,
 ) -> Hypergradient:
     """The hypergradient at a point phi that you bring, however it was found (the formula at the top of this module).
@@ -112,13 +113,15 @@ def implicit_gradient(
         reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the
             gradient keeps its
             task axis and is that of the reduced outer loss.
+        outer_chunk_size: at most this many tasks at once in the outer loss alone: for tasks with more test data than
+            training data, whose outer loss needs the most memory. Changes nothing else.
         allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
 
     Returns:
         A :class:`~bilevel.Hypergradient`; ``inner`` is None.
     """
     call = prepare(problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi")
-    options = _Options(linsys, curvature, damping, allow_unused)
+    options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
     return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
 
 
@@ -136,6 +139,7 @@ def hypergradient(
     theta_batched: bool = False,
     reduction: Reduction = "mean",
     chunk_size: int | None = None,
+    outer_chunk_size: int | None = None,
     allow_unused: bool = False,
 ) -> Hypergradient:
     """Solve the inner problem and take the hypergradient there: Algorithm 2 of the paper for a whole meta-batch. The fast path.
@@ -144,7 +148,7 @@ def hypergradient(
     """
     _check_solver(solver)
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
-    options = _Options(linsys, curvature, damping, allow_unused)
+    options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
     return _hypergradient(call, solver, options, theta_batched, reduction, chunk_size, "hypergradient")
 
 
@@ -154,9 +158,12 @@ class _Options:
     curvature: Curvature
     damping: float
     allow_unused: bool
+    outer_chunk_size: int | None
 
     def __post_init__(self) -> None:
         _check_linsys(self.linsys)
+        if self.outer_chunk_size is not None:
+            check_count("outer_chunk_size", self.outer_chunk_size)
         check_curvature(self.curvature)
         check_number("damping", self.damping)
 
@@ -229,7 +236,7 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     run = None if solver is None else solver.run(objective, call.phi)
     phi = call.phi.detach() if run is None else run.phi
     inner_grads = objective.num_grads
-    outer, b, direct = objective.outer_gradient(phi)
+    outer, b, direct = _outer_gradient(call, phi, options.outer_chunk_size)
     local = objective.linearise(phi, options.curvature, options.damping, with_theta=True)
     inner = None if run is None else run.result(local.grad, phi, inner_grads + 1, objective.num_matvecs)
     linear = options.linsys.solve(local.matvec, b, preconditioner=objective.curvature_inverse(options.damping))
@@ -253,6 +260,17 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
     return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
+
+
+def _outer_gradient(call: Call, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """L and its gradients, for at most ``chunk_size`` tasks at once."""
+    pieces = replace(call, phi=phi).chunks(chunk_size)
+    parts = [Objective(p.flat, p.levels, p.tensors, p.sizes).outer_gradient(p.phi) for p in pieces]
+    if len(parts) == 1:
+        return parts[0]
+    values, grads, directs = zip(*parts, strict=True)
+    direct = [None if leaf[0] is None else torch.cat(leaf) for leaf in zip(*directs, strict=True)]
+    return torch.cat(values), torch.cat(grads), direct
 
 
 def _solve(objective: Objective, phi: Tensor, solver: Any) -> Result:

@@ -485,6 +485,7 @@ def test_reductions_and_chunks(reduction: str, theta_batched: bool, chunk_size: 
         theta_batched=theta_batched,
         reduction=reduction,
         chunk_size=chunk_size,
+        outer_chunk_size=None if chunk_size == 100 else chunk_size % 3 + 1,
     )
     scale = 1 / n if reduction == "mean" else 1
     keep = theta_batched or reduction == "none"

@@ -121,6 +121,9 @@ class Config:
     dtype: Literal["float32", "float64"] = setting("float32", RUN, "float32 or float64", fixed=True)
     threads: int = setting(0, RUN, "CPU threads; 0: what PyTorch chooses", at_least=0)
     chunk_size: int = setting(0, RUN, "tasks that are worked on at once, to save memory; 0: all", at_least=0)
+    outer_chunk_size: int = setting(
+        0, RUN, "the same for the query loss alone, which needs the most memory; 0: as --chunk-size", at_least=0
+    )
     eval_interval: int = setting(100, RUN, "meta-steps between evaluations on held-out classes; 0: none", at_least=0)
     eval_tasks: int = setting(100, RUN, "tasks of such an evaluation", at_least=2)
     log_interval: int = setting(10, RUN, "meta-steps between lines of the log", at_least=1)

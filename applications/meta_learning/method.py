@@ -32,6 +32,7 @@ class Method:
     curvature: Hessian | GaussNewton
     damping: float
     chunk_size: int | None
+    outer_chunk_size: int | None
 
 
 def build_network(config: Config) -> nn.Module:
@@ -77,6 +78,7 @@ def build_method(config: Config, module: nn.Module) -> Method:
         curvature=_curvature(config.curvature),
         damping=config.damping,
         chunk_size=config.chunk_size or None,
+        outer_chunk_size=config.outer_chunk_size or None,
     )
 
 

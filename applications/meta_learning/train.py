@@ -95,6 +95,7 @@ class Trainer:
             damping=method.damping,
             batched=True,
             chunk_size=method.chunk_size,
+            outer_chunk_size=method.outer_chunk_size,
         )
         self.progress.step += 1
         record = self._record(meta, data)
