@@ -37,6 +37,11 @@ class State:
     point: Tensor
     stalled: Tensor
 
+    @staticmethod
+    def start(phi: Tensor) -> State:
+        """The state of a method that carries nothing else, at the start."""
+        return State(phi, phi, nowhere(phi))
+
 
 def nowhere(phi: Tensor) -> Tensor:
     """A mask ``(*batch,)`` that is False for every problem of the batch."""

@@ -50,7 +50,7 @@ class GradientDescent(IterativeSolver):
 
     def init(self, objective: Objective, phi: Tensor) -> State:
         if self.step_size is not None:
-            return State(phi, phi, nowhere(phi))
+            return State.start(phi)
         infinite = torch.full_like(phi, torch.inf)
         return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
 
