@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import threading
 import time
@@ -23,6 +22,7 @@ import torch
 
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
+from applications.meta_learning.logs import environment
 from applications.meta_learning.models import ConvNet
 from applications.meta_learning.problem import cross_entropy, few_shot_problem
 from bilevel.curvature import GaussNewton, Hessian
@@ -30,6 +30,11 @@ from bilevel.linsys import CG, Identity
 from bilevel.solvers import GradientDescent
 
 QUERIES = 15
+METHODS = {
+    "iMAML": (CG(max_steps=5, rtol=0.0), Hessian()),
+    "iMAML, Gauss-Newton": (CG(max_steps=5, rtol=0.0), GaussNewton()),
+    "first-order MAML": (Identity(), Hessian()),
+}
 
 
 class PeakMemory:
@@ -80,7 +85,8 @@ def main() -> None:
         "inner-steps": 16,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--method", choices=METHODS, default="iMAML")
+    parser.add_argument("--json", type=Path, help="add the numbers to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -89,7 +95,6 @@ def main() -> None:
     problem = few_shot_problem(net, cross_entropy, 2.0)
     theta = {name: p.detach() for name, p in net.named_parameters()}
     data = tasks(args.tasks, args.ways, args.shots)
-    cg = CG(max_steps=5, rtol=0.0)
 
     def meta_gradient(data: Any, linsys: Any, curvature: Any) -> None:
         got = bilevel.hypergradient(
@@ -105,35 +110,28 @@ def main() -> None:
         )
         assert got.ok.all()
 
-    meta_gradient(tasks(1, args.ways, args.shots), cg, Hessian())
-    rows = {}
-    for name, (linsys, curvature) in {
-        "iMAML": (cg, Hessian()),
-        "iMAML, Gauss-Newton": (cg, GaussNewton()),
-        "first-order MAML": (Identity(), Hessian()),
-    }.items():
-        before, seconds = PeakMemory.now(), []
-        with PeakMemory() as memory:
-            for _ in range(args.repeats + 1):
-                start = time.perf_counter()
-                meta_gradient(data, linsys, curvature)
-                seconds.append(time.perf_counter() - start)
-        rows[name] = {
-            "seconds": statistics.median(seconds[1:]),
-            "fastest": min(seconds[1:]),
-            "slowest": max(seconds[1:]),
-            "peak_mb": memory.peak - before,
-        }
-        print(
-            f"{name:20} {rows[name]['seconds']:.3f} s ({rows[name]['fastest']:.3f} .. {rows[name]['slowest']:.3f}), "
-            f"+{rows[name]['peak_mb']:.0f} MB"
-        )
+    linsys, curvature = METHODS[args.method]
+    meta_gradient(tasks(1, args.ways, args.shots), linsys, curvature)
+    before, seconds = PeakMemory.now(), []
+    with PeakMemory() as memory:
+        for _ in range(args.repeats + 1):
+            start = time.perf_counter()
+            meta_gradient(data, linsys, curvature)
+            seconds.append(time.perf_counter() - start)
+    row = {
+        "seconds": statistics.median(seconds[1:]),
+        "fastest": min(seconds[1:]),
+        "slowest": max(seconds[1:]),
+        "peak_mb": memory.peak - before,
+        "options": {key: value for key, value in vars(args).items() if key != "json"},
+        "environment": environment(torch.device("cpu")),
+    }
+    print(
+        f"{args.method}: {row['seconds']:.3f} s ({row['fastest']:.3f} .. {row['slowest']:.3f}), +{row['peak_mb']:.0f} MB"
+    )
     if args.json:
-        options = {key: value for key, value in vars(args).items() if key != "json"}
-        environment = {"torch": torch.__version__, "processor": platform.processor() or platform.machine()}
-        args.json.write_text(
-            json.dumps({"options": options, "environment": environment, "rows": rows}, indent=1) + "\n"
-        )
+        rows = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps(rows | {args.method: row}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Turn the folder of a training run into a result that can be committed: JSON, a figure, and the page made from the JSON.
+"""Turn measurements into results that can be committed: JSON, a figure, and the page made from the JSON.
 
-    python docs/results/publish.py RUN NAME [EVALUATION.json ...]
+    python docs/results/publish.py run RUN NAME [EVALUATION.json ...]
+    python docs/results/publish.py benchmark NAME
 
 RUN is the folder of ``imaml train``; each EVALUATION is what ``imaml evaluate RUN --json`` printed. Writes NAME.json, NAME.png and
-NAME.md beside this file. No number in the page is typed by hand.
+NAME.md beside this file. ``benchmark`` makes NAME.md from the NAME.json that benchmarks/meta_gradient.py wrote. No number in a page
+is typed by hand; what is to be said in words comes from NAME.note.txt.
 """
 
 from __future__ import annotations
@@ -95,17 +97,77 @@ def page(name: str, result: dict[str, Any]) -> str:
         f"{100 * share:.1f} %; of failed tasks: {100 * lost:.1f} %.",
         "",
     ]
-    note = HERE / f"{name}.note.md"
-    return "\n".join(lines) + ("\n" + note.read_text() if note.exists() else "")
+    return "\n".join(lines) + note(name)
+
+
+def note(name: str) -> str:
+    """The words that go under the numbers of a page."""
+    path = HERE / f"{name}.note.txt"
+    return "\n" + path.read_text() if path.exists() else ""
+
+
+def benchmark_page(name: str, rows: dict[str, Any]) -> str:
+    """The page of benchmarks/meta_gradient.py, in Markdown."""
+    lines = [
+        "# One meta-gradient",
+        "",
+        "| method | seconds, median (fastest .. slowest) | peak memory above the start | tasks at once, outer loss |",
+        "|---|---|---|---|",
+    ]
+    for method, row in rows.items():
+        options = row["options"]
+        lines.append(
+            f"| {method} | {row['seconds']:.3f} ({row['fastest']:.3f} .. {row['slowest']:.3f}) | {row['peak_mb']:.0f} MB | "
+            f"{options['chunk_size']}, {options['outer_chunk_size']} |"
+        )
+    first = next(iter(rows.values()))
+    options, environment = first["options"], first["environment"]
+    lines += [
+        "",
+        f"{options['tasks']} tasks {options['ways']}-way {options['shots']}-shot, 15 queries per class, {options['inner_steps']} gradient "
+        f"steps and 5 CG steps, float32, {options['threads']} thread. Command: `{public(environment['command'])}` and the like, "
+        f"{options['repeats']} repetitions. Hardware: {environment['processor']}; torch {environment['torch']}; "
+        f"commit `{environment['commit'][:12]}`. Not measured on a GPU yet.",
+        "",
+    ]
+    return "\n".join(lines) + note(name)
+
+
+def into_readme(name: str, result: dict[str, Any]) -> None:
+    """The table of the README, between its two marks."""
+    readme = HERE.parents[1] / "README.md"
+    before, rest = readme.read_text().split("<!-- results -->\n", 1)
+    after = rest.split("<!-- end of results -->", 1)[1]
+    environment, minutes = result["environment"], result["training"][-1]["seconds"] / 60
+    rows = [
+        f"| {protocol} | {100 * row['mean']:.2f} ± {100 * row['interval']:.2f} % | {row['tasks']} | {row['query_shots']} |"
+        for protocol, row in result["evaluations"][0]["evaluations"].items()
+    ]
+    table = [
+        f"Real Omniglot, 5-way 1-shot, held-out characters, after {minutes:.0f} minutes of training on {environment['threads']} CPU cores "
+        f"(one seed; transductive batch norm; the curve, the command and the caveats are [on this page](docs/results/{name}.md)):",
+        "",
+        "| protocol | accuracy, 95 % interval | test tasks | queries per class |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+        "Not measured on a GPU yet.",
+    ]
+    readme.write_text(before + "<!-- results -->\n" + "\n".join(table) + "\n<!-- end of results -->" + after)
 
 
 def main() -> None:
     """The command line."""
-    run, name, evaluations = Path(sys.argv[1]), sys.argv[2], [Path(arg) for arg in sys.argv[3:]]
+    if sys.argv[1] == "benchmark":
+        name = sys.argv[2]
+        (HERE / f"{name}.md").write_text(benchmark_page(name, json.loads((HERE / f"{name}.json").read_text())))
+        return
+    run, name, evaluations = Path(sys.argv[2]), sys.argv[3], [Path(arg) for arg in sys.argv[4:]]
     result = read_run(run, evaluations)
     (HERE / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     shutil.copy(run / "curves.png", HERE / f"{name}.png")
     (HERE / f"{name}.md").write_text(page(name, result))
+    into_readme(name, result)
 
 
 if __name__ == "__main__":
