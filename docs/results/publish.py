@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 
 def public(text: str) -> str:
     """A command or name without the folders of the machine that ran it."""
-    return re.sub(r"(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", text).replace("__main__.py", "imaml")
+    return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", text).replace("__main__.py", "imaml")
 
 
 def read_run(run: Path, evaluations: list[Path]) -> dict[str, Any]:
