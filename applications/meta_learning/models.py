@@ -12,7 +12,7 @@ class _TasksAsChannels(torch.autograd.Function):
     """Batch norm whose rule under `vmap` is one call over (n, tasks * channels, ...), for any number of tasks.
 
     PyTorch's own rule normalises without weight and bias and applies these in two more passes, with copies in between. The
-    result is the same; a meta-gradient takes a fifth less time and a third less memory.
+    result is the same; a meta-gradient of eight tasks at once took a tenth less time and a quarter less memory.
     """
 
     @staticmethod

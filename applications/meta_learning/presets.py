@@ -20,8 +20,8 @@ def _paper(ways: int, shots: int, algorithm: str) -> Config:
     return replace(base, linear="identity")
 
 
-# Ours. The last layer may move far and the rest little, which makes the inner problem well conditioned: five
-# accelerated steps come near its solution. Gauss-Newton because the Hessian is indefinite. Ten query images per class
+# Ours. The last layer may move far and the rest little, which makes the inner problem better conditioned; what
+# five accelerated steps leave of its gradient is in docs/results. Gauss-Newton because the Hessian is indefinite. Ten query images per class
 # make the meta-gradient less noisy.
 _CPU = Config(
     dataset="omniglot",
