@@ -20,9 +20,9 @@ def _paper(ways: int, shots: int, algorithm: str) -> Config:
     return replace(base, linear="identity")
 
 
-# Ours. The last layer may move far and the rest little, which makes the inner problem better conditioned; what
-# five accelerated steps leave of its gradient is in docs/results. Gauss-Newton because the Hessian is indefinite. Ten query images per class
-# make the meta-gradient less noisy.
+# Ours. The last layer may move far and the rest little, which makes the inner problem better conditioned; what five
+# accelerated steps leave of its gradient is in docs/results. Gauss-Newton because the Hessian is indefinite. Ten query
+# images per class make the meta-gradient less noisy.
 _CPU = Config(
     dataset="omniglot",
     query_shots=10,
