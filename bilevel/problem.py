@@ -9,7 +9,7 @@ Everything here is written for *one* task; the library applies it to a batch of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from typing import Any
 
@@ -143,10 +143,18 @@ class ProximalProblem(BilevelProblem):
     def regulariser(self, phi: Tree, theta: Tree) -> Tensor:
         """1/2 (phi - theta)^T Lambda (phi - theta)."""
         step = tree_map(torch.sub, phi, theta)
-        terms = [
-            torch.sum(a * b) for a, b in zip(flatten(self.curvature_product(step))[0], flatten(step)[0], strict=True)
-        ]
+        if self._is_matrix_for(step):
+            terms = [torch.sum(a * b) for a, b in self._pairs(self.curvature_product(step), step)]
+        else:  # numbers outside the sum, for they then cost nothing
+            terms = [
+                lam * s.square().sum() if isinstance(lam, float) else (_like(s, lam) * s.square()).sum()
+                for s, lam in self._pairs(step, self._per_leaf(step))
+            ]
         return 0.5 * (terms[0] if len(terms) == 1 else torch.stack(terms).sum())
+
+    @staticmethod
+    def _pairs(a: Tree, b: Tree) -> Iterable[tuple[Any, Any]]:
+        return zip(flatten(a)[0], flatten(b)[0], strict=True)
 
     def curvature_product(self, v: Tree) -> Tree:
         if self._is_matrix_for(v):

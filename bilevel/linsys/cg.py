@@ -72,13 +72,15 @@ class CG(LinearSolver):
                 x = select(bad & (steps == 0), x + z, x)
             active = active & ~bad
             steps = steps + active
-            alpha = rz / curvature
-            x = select(active, x + alpha.unsqueeze(-1) * p, x)
-            r = select(active, r - alpha.unsqueeze(-1) * ap, r)
+            # one pass for each vector: a problem that is done keeps its iterate because its alpha is zero, and its direction, finite as
+            # it is, does no harm
+            alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
+            x = torch.addcmul(x, alpha, p)
+            r = torch.addcmul(r, alpha, ap, value=-1)
             z = r if preconditioner is None else preconditioner(r)
             rz_new = dot(r, z)
-            p = select(active, z + (rz_new / rz).unsqueeze(-1) * p, p)
-            rz = select(active, rz_new, rz)
+            p = torch.addcmul(z, torch.where(active, rz_new / rz, 0).unsqueeze(-1), p)
+            rz = rz_new
             active = active & (norm(r) > threshold)
         if not fixed_steps:
             r = b - matvec(x)
