@@ -1,15 +1,18 @@
 """Implicit differentiation and bilevel optimisation in PyTorch."""
 
 from bilevel import curvature, linsys, solvers
+from bilevel.accuracy import Tolerances, tolerances
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.implicit import argmin, hypergradient, implicit_gradient, solve
-from bilevel.problem import BilevelProblem, ProximalProblem
-from bilevel.result import Hypergradient, Result, SolverError, Status
+from bilevel.problem import BilevelProblem, Constants, ProximalProblem
+from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BilevelProblem",
+    "Constants",
+    "Diagnosis",
     "GaussNewton",
     "Hessian",
     "Hypergradient",
@@ -17,6 +20,7 @@ __all__ = [
     "Result",
     "SolverError",
     "Status",
+    "Tolerances",
     "argmin",
     "curvature",
     "hypergradient",
@@ -24,4 +28,5 @@ __all__ = [
     "linsys",
     "solve",
     "solvers",
+    "tolerances",
 ]

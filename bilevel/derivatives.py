@@ -270,13 +270,13 @@ class Linearisation:
         product = _backward(self._grad, self._phi, v) if self._gauss_newton is None else self._gauss_newton(v)
         return product if self._damping == 0 else product + self._damping * v
 
-    def cross(self, u: Tensor) -> list[Tensor | None]:
+    def cross(self, u: Tensor, *, keep: bool = False) -> list[Tensor | None]:
         """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf.
-        Frees the graph.
+        Frees the graph unless ``keep``.
         """
         if not self._grad.requires_grad:
             return [None] * len(self._theta)
-        return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True))
+        return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True, retain_graph=keep))
 
 
 class _GaussNewtonProduct:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel.derivatives import TENSOR, Flat, Levels, is_transformed, over_levels, transforms_active
+from bilevel.derivatives import TENSOR, Flat, Levels, Objective, is_transformed, over_levels, transforms_active
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
@@ -26,6 +26,7 @@ class Call:
         levels: one entry for the task axis if there is one: which tensors have it.
         sizes: the batch shape, ``()`` or ``(tasks,)``.
         phi: the start of the inner solve, or the point that was handed in, ``(*sizes, d)``.
+        u: the start of the linear solve, ``(*sizes, d)``; None: zero.
     """
 
     flat: Flat
@@ -33,6 +34,7 @@ class Call:
     levels: Levels
     sizes: tuple[int, ...]
     phi: Tensor
+    u: Tensor | None = None
 
     def chunks(self, chunk_size: int | None) -> list[Call]:
         """The call cut along the task axis into pieces of at most ``chunk_size`` tasks."""
@@ -43,9 +45,22 @@ class Call:
         for start in range(0, self.sizes[0], chunk_size):
             cut = slice(start, start + chunk_size)
             tensors = [tensor[cut] if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)]
-            phi = self.phi[cut]
-            pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi))
+            phi, u = self.phi[cut], None if self.u is None else self.u[cut]
+            pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi, u))
         return pieces
+
+    def objective(self) -> Objective:
+        """G over the tasks of this call."""
+        return Objective(self.flat, self.levels, self.tensors, self.sizes)
+
+    def outer_gradient(self, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """L and its gradients at phi, for at most ``chunk_size`` tasks at once: :meth:`Objective.outer_gradient`."""
+        parts = [piece.objective().outer_gradient(piece.phi) for piece in replace(self, phi=phi).chunks(chunk_size)]
+        if len(parts) == 1:
+            return parts[0]
+        values, grads, directs = zip(*parts, strict=True)
+        direct = [None if leaf[0] is None else torch.cat(leaf) for leaf in zip(*directs, strict=True)]
+        return torch.cat(values), torch.cat(grads), direct
 
 
 def prepare(

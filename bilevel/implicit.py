@@ -23,6 +23,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bilevel.accuracy import to_accuracy, warmed
+from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import (
     Flat,
@@ -78,8 +80,7 @@ def solve(
     refuse_transforms(call, "solve")
     parts = []
     for piece in _chunks(call, chunk_size):
-        objective = Objective(piece.flat, piece.levels, piece.tensors, piece.sizes)
-        parts.append(_solve(objective, piece.phi, solver))
+        parts.append(_solve(piece.objective(), piece.phi, solver))
     return _as_tree(_concatenate(parts), call)
 
 
@@ -98,6 +99,7 @@ def implicit_gradient(
     chunk_size: int | None = None,
     outer_chunk_size: int | None = None,
     allow_unused: bool = False,
+    warm_start: Hypergradient | None = None,
 ) -> Hypergradient:
     """The hypergradient at a point phi that you bring, however it was found (the formula at the top of this module).
 
@@ -116,11 +118,14 @@ def implicit_gradient(
         outer_chunk_size: at most this many tasks at once in the outer loss alone: for tasks with more test data than
             training data, whose outer loss needs the most memory. Changes nothing else.
         allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
+        warm_start: the result for a theta nearby (of the previous outer step): the linear solve starts from its solution. Tasks that
+            failed there start from zero.
 
     Returns:
         A :class:`~bilevel.Hypergradient`; ``inner`` is None.
     """
     call = prepare(problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi")
+    call = warmed(call, warm_start, phi_too=False)
     options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
     return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
 
@@ -141,15 +146,35 @@ def hypergradient(
     chunk_size: int | None = None,
     outer_chunk_size: int | None = None,
     allow_unused: bool = False,
+    warm_start: Hypergradient | None = None,
+    accuracy: float | None = None,
 ) -> Hypergradient:
     """Solve the inner problem and take the hypergradient there: Algorithm 2 of the paper for a whole meta-batch. The fast path.
 
-    Arguments as in :func:`solve` and :func:`implicit_gradient`.
+    Arguments as in :func:`solve` and :func:`implicit_gradient`, and:
+
+    Args:
+        warm_start: the result of an earlier call, in the place of ``init``: the inner solve starts from its point, the linear solve
+            from its solution.
+        accuracy: wanted relative error of the gradient of each task. The tolerances of both solvers (their fields ``tol`` and
+            ``rtol``) are then chosen, checked by the error estimate and tightened until it is met, each round from where the one
+            before ended. Where it cannot be met (max_steps, or the rounding floor), the status says so. The bias of
+            ``GaussNewton()`` and of damping is not counted. See :func:`bilevel.tolerances` for what it costs.
     """
     _check_solver(solver)
+    if warm_start is not None and init is not None:
+        raise ValueError("expected init or warm_start, got both: each says where the inner solve starts.")
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
     options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
-    return _hypergradient(call, solver, options, theta_batched, reduction, chunk_size, "hypergradient")
+
+    def run(call: Call, solver: Any, linsys: LinearSolver) -> Hypergradient:
+        return _hypergradient(
+            call, solver, replace(options, linsys=linsys), theta_batched, reduction, chunk_size, "hypergradient"
+        )
+
+    if accuracy is None:
+        return run(warmed(call, warm_start, phi_too=True), solver, linsys)
+    return to_accuracy(run, call, solver, linsys, accuracy, warm_start)
 
 
 @dataclass(frozen=True)
@@ -216,30 +241,49 @@ def _hypergradient(
         if parts[0].inner is None
         else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
     )
+    linear = _concatenate([part.linear for part in parts])
+    phi = torch.cat([part.phi for part in parts]) if call.sizes else parts[0].phi
+    certificate = Certificate(
+        call=replace(call, phi=phi, u=None),
+        u=linear.value,
+        ok=ok,
+        scale=scale,
+        per_task=keep,
+        none=reduction == "none",
+        curvature=options.curvature,
+        damping=options.damping,
+        chunk_size=chunk_size,
+        outer_chunk_size=options.outer_chunk_size,
+        measured=not options.linsys.needs_known_inverse,
+        versions=Certificate.versions_of(call),
+    )
     return Hypergradient(
         grad=unflatten(call.flat.theta, grads),
         outer=reduced,
         outer_per_task=outer,
-        phi=call.flat.phi.unravel(torch.cat([part.phi for part in parts]) if call.sizes else parts[0].phi),
+        phi=call.flat.phi.unravel(phi),
         inner=inner,
-        linear=_as_tree(_concatenate([part.linear for part in parts]), call),
+        linear=_as_tree(linear, call),
         curvature=options.curvature,
         damping=options.damping,
         ok_per_task=ok,
         reduction=reduction,
+        certificate=certificate,
     )
 
 
 def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     """The formula at the top of this module, for the tasks of one chunk."""
-    objective = Objective(call.flat, call.levels, call.tensors, call.sizes)
+    objective = call.objective()
     run = None if solver is None else solver.run(objective, call.phi)
     phi = call.phi.detach() if run is None else run.phi
     inner_grads = objective.num_grads
-    outer, b, direct = _outer_gradient(call, phi, options.outer_chunk_size)
+    outer, b, direct = call.outer_gradient(phi, options.outer_chunk_size)
     local = objective.linearise(phi, options.curvature, options.damping, with_theta=True)
     inner = None if run is None else run.result(local.grad, phi, inner_grads + 1, objective.num_matvecs)
-    linear = options.linsys.solve(local.matvec, b, preconditioner=objective.curvature_inverse(options.damping))
+    linear = options.linsys.solve(
+        local.matvec, b, init=call.u, preconditioner=objective.curvature_inverse(options.damping)
+    )
     cross = local.cross(linear.value)
     unused = [i for i, (a, c) in enumerate(zip(direct, cross, strict=True)) if a is None and c is None]
     if unused and not options.allow_unused:
@@ -260,17 +304,6 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
     return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
-
-
-def _outer_gradient(call: Call, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """L and its gradients, for at most ``chunk_size`` tasks at once."""
-    pieces = replace(call, phi=phi).chunks(chunk_size)
-    parts = [Objective(p.flat, p.levels, p.tensors, p.sizes).outer_gradient(p.phi) for p in pieces]
-    if len(parts) == 1:
-        return parts[0]
-    values, grads, directs = zip(*parts, strict=True)
-    direct = [None if leaf[0] is None else torch.cat(leaf) for leaf in zip(*directs, strict=True)]
-    return torch.cat(values), torch.cat(grads), direct
 
 
 def _solve(objective: Objective, phi: Tensor, solver: Any) -> Result:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
@@ -19,6 +20,45 @@ from torch import Tensor
 from bilevel.trees import Tree, flatten, layout_of, tree_map, unflatten
 
 Loss = Callable[[Tree, Any], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """What is known of a problem, for rigorous error bounds (paper, Assumption 2). State what you know; None is unknown.
+
+    Each is a number that holds for every task, or a tensor ``(tasks,)`` with one for each. A bound is as true as they are.
+
+    Attributes:
+        mu: at most the smallest eigenvalue of d2G/dphi2. For a proximal problem whose training loss is convex: lam.
+        rho: Lipschitz constant, in phi, of d2G/dphi2 and of d2G/dphi dtheta. 0 where G is quadratic in (phi, theta).
+        B: Lipschitz constant of the outer loss in phi. Not needed; may sharpen the bound.
+        L: Lipschitz constant, in phi, of the gradient of the outer loss (with respect to phi and theta).
+        C: at least the spectral norm of d2G/dphi dtheta. A proximal problem knows it: the largest eigenvalue of Lambda.
+        everywhere: mu holds at every phi, and not only at the point where the hypergradient is taken. The bound is then sharper
+            and needs no condition.
+    """
+
+    mu: float | Tensor | None = None
+    rho: float | Tensor | None = None
+    B: float | Tensor | None = None
+    L: float | Tensor | None = None
+    C: float | Tensor | None = None
+    everywhere: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self)[:-1]:
+            value = getattr(self, field.name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+                raise TypeError(f"Constants: {field.name}: expected a number, got {type(value).__name__} {value!r}.")
+            numbers = torch.as_tensor(value)
+            if not bool(
+                ((numbers > 0) if field.name == "mu" else (numbers >= 0)).logical_and(numbers.isfinite()).all()
+            ):
+                raise ValueError(
+                    f"Constants: {field.name}: expected {'a positive number' if field.name == 'mu' else 'a number >= 0'}, got {value!r}."
+                )
 
 
 class BilevelProblem(ABC):
@@ -40,6 +80,14 @@ class BilevelProblem(ABC):
             f"{type(self).__name__} has no initial_phi, so the library does not know the shape of phi: pass "
             f"init=, or define initial_phi(theta, data)."
         )
+
+    constants: Constants | None = None
+    """What is known of the problem, for :attr:`bilevel.Hypergradient.error_bound`."""
+
+    @property
+    def constant_cross_norm(self) -> float | None:
+        """The spectral norm of d2G/dphi dtheta where that is the same at every phi and known; else None."""
+        return None
 
     # What a problem may know about its inner Hessian in closed form. Optional: `Identity()`, `GaussNewton()` and the
     # preconditioner of the linear solve need it.
@@ -155,6 +203,15 @@ class ProximalProblem(BilevelProblem):
     @staticmethod
     def _pairs(a: Tree, b: Tree) -> Iterable[tuple[Any, Any]]:
         return zip(flatten(a)[0], flatten(b)[0], strict=True)
+
+    @property
+    def constant_cross_norm(self) -> float:
+        """The largest eigenvalue of Lambda: the cross derivative is -Lambda."""
+        if self._square and not self._positive:
+            return float(torch.linalg.eigvalsh(self.lam)[-1])
+        if self._square:  # in full or a diagonal: theta decides, so the larger of the two
+            return max(float(self.lam.max()), float(torch.linalg.matrix_norm(self.lam, ord=2)))
+        return max(float(torch.as_tensor(leaf).max()) for leaf in flatten(self.lam)[0])
 
     def curvature_product(self, v: Tree) -> Tree:
         if self._is_matrix_for(v):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -162,6 +163,34 @@ class Result:
         return self.value
 
 
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a closer look at a hypergradient found.
+
+    Attributes:
+        error: estimate of ``|grad - exact|`` over all leaves, reduced as ``outer``.
+        linear: the part that the linear solve left, for each task ``(*batch,)``.
+        inner: the part that the inner solve left ``(*batch,)``.
+        size: the norm of the gradient of each task ``(*batch,)``.
+        slope: ``|dG/dphi|`` at phi ``(*batch,)``.
+        residual: ``|b - H u|``, measured anew ``(*batch,)``.
+        rhs: ``|b| = |dL/dphi|`` ``(*batch,)``.
+        smallest: what Lanczos sees of the spectrum of H (or Gauss-Newton, with damping) at phi in 30 products: the smallest
+            eigenvalue is at most this ``(*batch,)``.
+        largest: and the largest at least this ``(*batch,)``.
+    """
+
+    error: Tensor
+    linear: Tensor
+    inner: Tensor
+    size: Tensor
+    slope: Tensor
+    residual: Tensor
+    rhs: Tensor
+    smallest: Tensor
+    largest: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hypergradient:
     """The gradient of the outer loss with respect to theta, with everything that tells how good it is.
@@ -177,6 +206,8 @@ class Hypergradient:
         damping: what was added to its diagonal. Either one makes the gradient biased.
         ok: True where both solves succeeded and the gradient is finite: a bool, or a bool tensor ``(tasks,)``.
         num_ok: the number of tasks in ``grad`` and ``outer``.
+        certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph; change none of these
+            tensors in place before you ask.
     """
 
     grad: Tree
@@ -189,6 +220,7 @@ class Hypergradient:
     damping: float
     ok_per_task: Tensor
     reduction: str
+    certificate: Any = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool | Tensor:
@@ -199,6 +231,46 @@ class Hypergradient:
     def num_ok(self) -> int:
         """The number of tasks that entered ``grad`` and ``outer``."""
         return int(self.ok_per_task.sum())
+
+    @cached_property
+    def error_bound(self) -> Tensor | None:
+        """A rigorous bound on ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; inf where its condition fails.
+
+        None where it cannot be had: ``problem.constants`` does not state mu, rho and L (and C, unless the problem is proximal), the
+        curvature is Gauss-Newton or damped, or the linear solver measures no residual (``Identity``). Mean and sum are over the
+        tasks that are ok. The first use costs about ten Hessian products. Derivation: :mod:`bilevel.certificates`.
+        """
+        return self._certificate().error_bound()
+
+    @property
+    def error_estimate(self) -> Tensor:
+        """An estimate of ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; :meth:`diagnose` has its parts.
+
+        No bound. What ``GaussNewton()`` and damping change is not counted.
+        """
+        return self._diagnosis.error
+
+    def diagnose(self) -> Diagnosis:
+        """The estimated error with its parts, and the eigenvalues that were seen.
+
+        Costs two gradients and up to 240 products on the first use, nothing after.
+        """
+        return self._diagnosis
+
+    def explain(self) -> str:
+        """What happened, how good the gradient is and what to change, in a few sentences. Asks for the bound and the estimate."""
+        return self._certificate().explain(self)
+
+    @cached_property
+    def _diagnosis(self) -> Diagnosis:
+        return self._certificate().diagnose()
+
+    def _certificate(self) -> Any:
+        if self.certificate is None:
+            raise ValueError(
+                "expected a Hypergradient of hypergradient() or implicit_gradient(), got one that was put together by hand."
+            )
+        return self.certificate
 
     def describe(self) -> str:
         """What happened in both solves, in sentences."""

@@ -1,0 +1,67 @@
+"""The Lanczos process: what a few products say about the eigenvalues of a symmetric matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm
+
+
+def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> Tensor:
+    """Eigenvalues of a symmetric A as seen from the Krylov space of b (Golub and Van Loan 2013, section 10.1).
+
+    The smallest and the largest come near those of A long before num_steps reaches d, always from inside: the smallest is
+    never too small (but for rounding), the largest never too large. The basis is reorthogonalised, so there are no ghosts.
+
+    Args:
+        matvec: ``v -> A v`` over ``(*batch, d)``.
+        b: start ``(*batch, d)``; not zero.
+        num_steps: products; d at most are taken.
+
+    Returns:
+        ``(*batch, k)`` in ascending order, k <= num_steps. A Krylov space that ends earlier repeats its largest value; NaN where
+        a product is not finite, or b is zero.
+    """
+    check_system(b, None)
+    check_count("num_steps", num_steps)
+    num_steps = min(num_steps, b.shape[-1])
+    q = b / norm(b).unsqueeze(-1)
+    basis, diagonal, off = [q], [], []
+    scale = torch.zeros_like(b[..., 0])
+    alive = torch.ones_like(scale, dtype=torch.bool)
+    for k in range(num_steps):
+        v = matvec(q)
+        alpha = dot(q, v)
+        scale = torch.maximum(scale, norm(v))
+        space = torch.stack(basis, dim=-2)  # (*batch, k + 1, d)
+        for _ in range(2):  # once is not enough (Parlett 1998, section 6.9)
+            v = v - (space.mT @ (space @ v.unsqueeze(-1))).squeeze(-1)
+        beta = norm(v)
+        # an invariant subspace: what goes on from here would be noise
+        ended = beta <= b.shape[-1] * torch.finfo(b.dtype).eps * scale
+        diagonal.append(torch.where(alive, alpha, -torch.inf))
+        alive = alive & ~ended
+        off.append(torch.where(alive, beta, 0))
+        q = torch.where(alive.unsqueeze(-1), v / beta.unsqueeze(-1), 0 * v)
+        if k + 1 < num_steps:
+            basis.append(q)
+    return _eigenvalues(torch.stack(diagonal, -1), torch.stack(off[:-1], -1) if num_steps > 1 else None)
+
+
+def _eigenvalues(diagonal: Tensor, off: Tensor | None) -> Tensor:
+    """Of tridiagonal matrices, whose unused tail is marked by -inf on the diagonal."""
+    unused = diagonal == -torch.inf
+    t = torch.diag_embed(torch.where(unused, 0, diagonal))
+    if off is not None:
+        t = t + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
+    bad = ~t.isfinite().all(-1).all(-1)
+    t = torch.where(bad[..., None, None], 0, t)
+    # the tail gets a value above all others, which is then replaced by the largest of the used ones
+    top = t.abs().sum(-1).amax(-1) + 1
+    t = t + torch.diag_embed(torch.where(unused, 2 * top.unsqueeze(-1), 0))
+    values = torch.linalg.eigvalsh(t)
+    used = (~unused).sum(-1, keepdim=True)
+    largest = values.gather(-1, used - 1)
+    values = torch.where(torch.arange(values.shape[-1], device=values.device) < used, values, largest)
+    return torch.where(bad.unsqueeze(-1), torch.nan, values)
