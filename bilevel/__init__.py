@@ -1,11 +1,12 @@
 """Implicit differentiation and bilevel optimisation in PyTorch."""
 
-from bilevel import curvature, linsys, solvers
+from bilevel import curvature, linsys, solvers, theory
 from bilevel.accuracy import Tolerances, tolerances
 from bilevel.curvature import GaussNewton, Hessian
-from bilevel.implicit import argmin, hypergradient, implicit_gradient, solve
+from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.problem import BilevelProblem, Constants, ProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
+from bilevel.solution import argmin, fixed_point, root
 
 __version__ = "0.1.0"
 
@@ -23,10 +24,13 @@ __all__ = [
     "Tolerances",
     "argmin",
     "curvature",
+    "fixed_point",
     "hypergradient",
     "implicit_gradient",
     "linsys",
+    "root",
     "solve",
     "solvers",
+    "theory",
     "tolerances",
 ]

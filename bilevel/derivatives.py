@@ -19,7 +19,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,21 @@ class Flat:
     theta: Structure
     data: Structure
     data_static: tuple[Any, ...]  # the leaves of data, TENSOR in the place of each tensor
+
+    symmetric: ClassVar[bool] = True  # the derivative of the condition in phi
+    source: ClassVar[str] = "inner_objective"  # what the user calls the function behind the condition
+
+    def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """What is zero at the solution ``(d,)``: dG/dphi."""
+        return torch.func.grad(self.inner)(phi, *tensors)
+
+    def probe(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """Any number that carries whatever the condition depends on."""
+        return self.inner(phi, *tensors)
+
+    def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        """Numbers at base level, over a batch."""
+        return Objective(self, levels, tensors, sizes)
 
     @property
     def num_theta(self) -> int:
@@ -185,7 +200,7 @@ class Objective:
             value = over_levels(self.flat.outer, levels)(phi, *theta, *self.tensors[n:])
             if not value.requires_grad:
                 return value.detach(), torch.zeros_like(phi), [None] * n
-            _refuse_captured(value, [phi, *theta], "outer_loss")
+            refuse_captured(value, [phi, *theta], "outer_loss")
             grad, *direct = torch.autograd.grad(value.sum(), [phi, *theta], allow_unused=True)
         return value.detach(), torch.zeros_like(phi) if grad is None else grad, list(direct)
 
@@ -229,7 +244,7 @@ class Objective:
             return
         if not value.requires_grad:
             _of_phi(None)
-        _refuse_captured(value, inputs, "inner_objective")
+        refuse_captured(value, inputs, "inner_objective")
         self._checked = True
 
 
@@ -267,8 +282,12 @@ class Linearisation:
     def matvec(self, v: Tensor) -> Tensor:
         """(curvature + damping I) v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
         self._objective.num_matvecs += 1
-        product = _backward(self._grad, self._phi, v) if self._gauss_newton is None else self._gauss_newton(v)
+        product = backward_product(self._grad, self._phi, v) if self._gauss_newton is None else self._gauss_newton(v)
         return product if self._damping == 0 else product + self._damping * v
+
+    def transposed_matvec(self, v: Tensor) -> Tensor:
+        """The same: the curvature is symmetric."""
+        return self.matvec(v)
 
     def cross(self, u: Tensor, *, keep: bool = False) -> list[Tensor | None]:
         """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf.
@@ -300,7 +319,9 @@ class _GaussNewtonProduct:
         self._transposed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
-        product = _backward(self._outputs, self._phi, _backward(self._dz, self._z, self._jacobian_product(v)))
+        product = backward_product(
+            self._outputs, self._phi, backward_product(self._dz, self._z, self._jacobian_product(v))
+        )
         known = over_levels(self._flat.curvature_product, ((True,),) * (v.ndim - 1))
         return product + known(v)
 
@@ -322,7 +343,7 @@ class _GaussNewtonProduct:
                 w = torch.zeros_like(self._outputs, requires_grad=True)
                 (jt_w,) = torch.autograd.grad(self._outputs, self._phi, w, create_graph=True)
             self._transposed = (jt_w, w)
-        return _backward(*self._transposed, v)
+        return backward_product(*self._transposed, v)
 
 
 def _of_phi(grad: Tensor | None) -> Tensor:
@@ -333,7 +354,7 @@ def _of_phi(grad: Tensor | None) -> Tensor:
     return grad
 
 
-def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
+def backward_product(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
     """v^T d(outputs)/d(inputs) on a retained graph; v may have further leading axes: several vectors at once."""
 
     def product(v: Tensor) -> Tensor:
@@ -352,16 +373,20 @@ def _backward(outputs: Tensor, inputs: Tensor, v: Tensor) -> Tensor:
 # Compositions of torch.func, differentiable again in every mode.
 
 
-def gradient(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
-    """``(phi, *tensors) -> dG/dphi``; ``levels`` over (phi, *tensors)."""
-    return over_levels(torch.func.grad(flat.inner), levels)
+def condition(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
+    """``(phi, *tensors) -> condition``; ``levels`` over (phi, *tensors)."""
+    return over_levels(flat.condition, levels)
 
 
-def hessian_product(flat: Flat, levels: Levels) -> Callable[..., Tensor]:
-    """``(u, phi, *tensors) -> (d2G/dphi2) u``; ``levels`` over (u, phi, *tensors)."""
+def condition_product(flat: Flat, levels: Levels, transposed: bool) -> Callable[..., Tensor]:
+    """``(u, phi, *tensors) -> A u``, or A^T u, with A the derivative of the condition in phi; ``levels`` over (u, phi, *tensors)."""
 
     def product(u: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
-        return torch.func.vjp(lambda p: torch.func.grad(flat.inner)(p, *tensors), phi)[1](u)[0]
+        pull = torch.func.vjp(lambda p: flat.condition(p, *tensors), phi)[1]
+        if flat.symmetric or transposed:
+            return pull(u)[0]
+        # A u is the derivative of w -> A^T w, which is linear
+        return torch.func.vjp(lambda w: pull(w)[0], torch.zeros_like(phi))[1](u)[0]
 
     return over_levels(product, levels)
 
@@ -413,7 +438,7 @@ _CAPTURED = (
 )
 
 
-def _refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
+def refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
     """Walk the graph of ``value``: every leaf must be one of ``inputs``."""
     known = {id(tensor) for tensor in inputs}
     seen, stack = set(), [value.grad_fn]
@@ -438,8 +463,8 @@ def refuse_eager_forward_mode(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]
         raise NotImplementedError(
             "argmin: dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
         )
-    if is_dual(flat.inner(phi.detach(), *[tensor.detach() for tensor in tensors])):
-        raise ValueError(_CAPTURED.format(name="inner_objective", what="a tangent of torch.autograd.forward_ad"))
+    if is_dual(flat.probe(phi.detach(), *[tensor.detach() for tensor in tensors])):
+        raise ValueError(_CAPTURED.format(name=flat.source, what="a tangent of torch.autograd.forward_ad"))
 
 
 def is_dual(tensor: Tensor) -> bool:
@@ -467,15 +492,15 @@ def refuse_captured_under_transforms(flat: Flat, phi: Tensor, tensors: Sequence[
     still carries came in through the side door.
     """
     with torch.enable_grad():
-        value = flat.inner(_strip(phi), *[_strip(tensor) for tensor in tensors])
+        value = flat.probe(_strip(phi), *[_strip(tensor) for tensor in tensors])
     while is_transformed(value):
         if torch._C._functorch.is_batchedtensor(value):
-            raise ValueError(_CAPTURED.format(name="inner_objective", what="a batch axis of torch.func.vmap"))
+            raise ValueError(_CAPTURED.format(name=flat.source, what="a batch axis of torch.func.vmap"))
         if value.requires_grad or torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
-            raise ValueError(_CAPTURED.format(name="inner_objective", what="a gradient of a torch.func transform"))
+            raise ValueError(_CAPTURED.format(name=flat.source, what="a gradient of a torch.func transform"))
         value = torch._C._functorch.get_unwrapped(value)
     if value.requires_grad:
-        raise ValueError(_CAPTURED.format(name="inner_objective", what="a gradient"))
+        raise ValueError(_CAPTURED.format(name=flat.source, what="a gradient"))
 
 
 def _strip(tensor: Tensor) -> Tensor:

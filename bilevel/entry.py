@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import TENSOR, Flat, Levels, Objective, is_transformed, over_levels, transforms_active
+from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
+from bilevel.result import Result
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -51,7 +53,7 @@ class Call:
 
     def objective(self) -> Objective:
         """G over the tasks of this call."""
-        return Objective(self.flat, self.levels, self.tensors, self.sizes)
+        return self.flat.objective(self.levels, self.tensors, self.sizes)
 
     def outer_gradient(self, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """L and its gradients at phi, for at most ``chunk_size`` tasks at once: :meth:`Objective.outer_gradient`."""
@@ -72,8 +74,9 @@ def prepare(
     batched: bool = False,
     theta_batched: bool = False,
     phi_name: str = "init",
+    flat_type: type[Flat] = Flat,
 ) -> Call:
-    """Check the arguments of a call and make them flat. ``phi`` None: the problem's own start.
+    """Check the arguments of a call and make them flat. ``phi`` None: the problem's own start. ``flat_type``: the kind of condition.
 
     Raises:
         TypeError, ValueError: what was expected, what came, what to do.
@@ -106,7 +109,7 @@ def prepare(
         sizes = (_task_count([(name, t) for name, t, flag in zip(names, tensors, flags, strict=True) if flag]),)
     levels = (flags,) if batched else ()
     static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
-    flat = Flat(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
+    flat = flat_type(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
     if phi is None:
         layout, phi_leaves = _initial(flat, tensors, levels)
         phi_name = "initial_phi"
@@ -114,7 +117,7 @@ def prepare(
         layout, phi_leaves = _given(phi, sizes, phi_name)
     _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
     return Call(
-        Flat(problem, layout, theta_structure, data_structure, static),
+        flat_type(problem, layout, theta_structure, data_structure, static),
         tensors,
         levels,
         sizes,
@@ -220,3 +223,27 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
     if not count:
         raise ValueError(f"{named[0][0]}: expected at least one task, got an empty task axis.")
     return count
+
+
+def run_solver(objective: Objective, phi: Tensor, solver: Any) -> Result:
+    """The result of an inner solver, its value a vector ``(*batch, d)``."""
+    run = solver.run(objective, phi.detach())
+    _, grad = objective.value_and_grad(run.phi)
+    return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
+
+
+def check_solver(solver: Any) -> None:
+    """Refuse what is no inner solver."""
+    if isinstance(solver, type) or not hasattr(solver, "run"):
+        hint = f" Did you mean {solver.__name__}(...)?" if isinstance(solver, type) else ""
+        raise TypeError(
+            f"solver: expected an inner solver such as GradientDescent(step_size=0.1, max_steps=100), got "
+            f"{solver!r}.{hint}"
+        )
+
+
+def check_linsys(linsys: Any) -> None:
+    """Refuse what is no linear solver."""
+    if not isinstance(linsys, LinearSolver):
+        hint = f" Did you mean {linsys.__name__}(...)?" if isinstance(linsys, type) else ""
+        raise TypeError(f"linsys: expected a linear solver such as CG(max_steps=20), got {linsys!r}.{hint}")

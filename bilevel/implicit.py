@@ -1,4 +1,4 @@
-"""The theorem, and the four functions that apply it.
+"""The theorem, and the functions that return its numbers.
 
 Let phi*(theta) solve dG/dphi(phi, theta) = 0 and let H = d2G/dphi2 be invertible there. Differentiating the condition,
 
@@ -16,7 +16,7 @@ How phi was found does not enter: this file knows no inner solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,24 +26,10 @@ from torch import Tensor
 from bilevel.accuracy import to_accuracy, warmed
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
-from bilevel.derivatives import (
-    Flat,
-    Levels,
-    Objective,
-    gradient,
-    hessian_product,
-    pullback,
-    pushforward,
-    refuse_captured_under_transforms,
-    refuse_eager_forward_mode,
-    refuse_nested_forward_mode,
-    transforms_active,
-    with_axis,
-)
-from bilevel.entry import Call, prepare, refuse_transforms
+from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
 from bilevel.linsys.base import LinearSolver, check_count, check_number
 from bilevel.problem import BilevelProblem
-from bilevel.result import Hypergradient, Result, SolverError, Status, failed
+from bilevel.result import Hypergradient, Result, Status
 from bilevel.trees import Tree, unflatten
 
 Reduction = Literal["mean", "sum", "none"]
@@ -75,12 +61,12 @@ def solve(
     Returns:
         A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`.
     """
-    _check_solver(solver)
+    check_solver(solver)
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
     refuse_transforms(call, "solve")
     parts = []
     for piece in _chunks(call, chunk_size):
-        parts.append(_solve(piece.objective(), piece.phi, solver))
+        parts.append(run_solver(piece.objective(), piece.phi, solver))
     return _as_tree(_concatenate(parts), call)
 
 
@@ -161,7 +147,7 @@ def hypergradient(
             before ended. Where it cannot be met (max_steps, or the rounding floor), the status says so. The bias of
             ``GaussNewton()`` and of damping is not counted. See :func:`bilevel.tolerances` for what it costs.
     """
-    _check_solver(solver)
+    check_solver(solver)
     if warm_start is not None and init is not None:
         raise ValueError("expected init or warm_start, got both: each says where the inner solve starts.")
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
@@ -186,7 +172,7 @@ class _Options:
     outer_chunk_size: int | None
 
     def __post_init__(self) -> None:
-        _check_linsys(self.linsys)
+        check_linsys(self.linsys)
         if self.outer_chunk_size is not None:
             check_count("outer_chunk_size", self.outer_chunk_size)
         check_curvature(self.curvature)
@@ -306,12 +292,6 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
 
 
-def _solve(objective: Objective, phi: Tensor, solver: Any) -> Result:
-    run = solver.run(objective, phi.detach())
-    _, grad = objective.value_and_grad(run.phi)
-    return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
-
-
 def _like(mask: Tensor, x: Tensor) -> Tensor:
     return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
 
@@ -343,241 +323,3 @@ def _concatenate(parts: Sequence[Result]) -> Result:
 
 def _as_tree(result: Result, call: Call) -> Result:
     return replace(result, value=call.flat.phi.unravel(result.value))
-
-
-def _check_solver(solver: Any) -> None:
-    if isinstance(solver, type) or not hasattr(solver, "run"):
-        hint = f" Did you mean {solver.__name__}(...)?" if isinstance(solver, type) else ""
-        raise TypeError(
-            f"solver: expected an inner solver such as GradientDescent(step_size=0.1, max_steps=100), got "
-            f"{solver!r}.{hint}"
-        )
-
-
-def _check_linsys(linsys: Any) -> None:
-    if not isinstance(linsys, LinearSolver):
-        hint = f" Did you mean {linsys.__name__}(...)?" if isinstance(linsys, type) else ""
-        raise TypeError(f"linsys: expected a linear solver such as CG(max_steps=20), got {linsys!r}.{hint}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# phi* as a differentiable function of theta and data.
-
-
-def argmin(
-    problem: BilevelProblem,
-    theta: Tree,
-    data: Any = None,
-    *,
-    solver: Any,
-    linsys: LinearSolver,
-    init: Tree | None = None,
-    check: bool = False,
-    report: Callable[[Result], None] | None = None,
-) -> Tree:
-    """phi*(theta, data), differentiable with respect to theta and every floating tensor of data, to second order.
-
-    Works under eager ``backward`` (also double) and under ``torch.func`` grad, vjp, jvp, jacrev, jacfwd, hessian, vmap
-    and their nestings; tasks are batched with ``torch.func.vmap``. The derivative is the implicit one: the path of the
-    solver does not enter, nor does ``init``, and a point that is not solved well gives a derivative that is not right
-    well.
-
-    A failed inner solve gives NaN for that entry, a failed linear solve NaN derivatives.
-
-    Args:
-        problem, theta, data, solver, init: as in :func:`solve`.
-        linsys: linear solver for every derivative.
-        check: raise on failure (eager mode; transforms cannot raise on values).
-        report: called with the :class:`Result` of every solve, inner and linear, in eager mode.
-
-    Raises:
-        SolverError: with ``check``, a solve failed.
-        ValueError: the objective uses a tensor that carries a gradient and is no part of theta or data.
-        NotImplementedError: forward mode over forward mode, which could not be right.
-    """
-    _check_solver(solver)
-    _check_linsys(linsys)
-    if linsys.needs_known_inverse:
-        raise ValueError(
-            f"argmin: {linsys!r} is no solve, so the derivative would not be that of phi*. Use CG, Neumann or Exact."
-        )
-    call = prepare(problem, theta, data, init)
-    tensors = [call.phi.detach(), *call.tensors]
-    if not transforms_active():
-        refuse_eager_forward_mode(call.flat, tensors[0], tensors[1:])
-    else:
-        refuse_captured_under_transforms(call.flat, tensors[0], tensors[1:])
-    rule = _Rule(call.flat, solver, linsys, check, report)
-    return call.flat.phi.unravel(_ArgMin.apply(_Mapped(rule), *_guarded(tensors)))
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """What the differentiation rules of one ``argmin`` share."""
-
-    flat: Flat
-    solver: Any
-    linsys: LinearSolver
-    check: bool
-    report: Callable[[Result], None] | None
-
-    def tell(self, result: Result, value: Any, what: str) -> None:
-        """Report and check, where there is somebody to hear it."""
-        if transforms_active():
-            return
-        if self.report is not None:
-            self.report(replace(result, value=value))
-        if self.check and bool(result.failed.any()):
-            raise SolverError(result.describe(what))
-
-
-@dataclass(frozen=True)
-class _Mapped:
-    """A rule under ``vmap``: the batch axes that its arguments have, outermost first, and their sizes."""
-
-    rule: _Rule
-    levels: Levels = ()
-    sizes: tuple[int, ...] = ()
-
-    def mapped(
-        self, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
-    ) -> tuple[_Mapped, list[Tensor]]:
-        """The same with one more axis outside."""
-        moved = [
-            tensor if axis is None else tensor.movedim(axis, 0) for tensor, axis in zip(tensors, in_dims, strict=True)
-        ]
-        flags = tuple(axis is not None for axis in in_dims)
-        return _Mapped(self.rule, (flags, *self.levels), (size, *self.sizes)), moved
-
-
-def _guarded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    refuse_nested_forward_mode(tensors)
-    return list(tensors)
-
-
-class _ArgMin(torch.autograd.Function):
-    """(phi0, *tensors) -> phi*. Its rules solve with :class:`_LinearSolve`, and so have derivatives themselves."""
-
-    @staticmethod
-    def forward(mapped: _Mapped, phi: Tensor, *tensors: Tensor) -> Tensor:
-        rule = mapped.rule
-        phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
-        objective = Objective(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
-        result = _solve(objective, phi.clone(), rule.solver)
-        rule.tell(result, rule.flat.phi.unravel(result.value), "argmin, inner solve")
-        return torch.where(result.failed.unsqueeze(-1), torch.nan, result.value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mapped = inputs[0]
-        ctx.save_for_backward(output, *inputs[2:])
-        ctx.save_for_forward(output, *inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        phi, *tensors = ctx.saved_tensors
-        mapped = ctx.mapped
-        levels = tuple((True, *flags[1:]) for flags in mapped.levels)  # of (phi, *tensors): the solution has every axis
-        u = _LinearSolve.apply(
-            _Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([cotangent, phi, *tensors])
-        )
-        wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
-        products = pullback(gradient(mapped.rule.flat, levels), [phi, *tensors], -u, [False, *wanted])
-        return (None, None, *products[1:])
-
-    @staticmethod
-    def jvp(ctx: Any, _mapped: None, _phi: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        phi, *tensors = ctx.saved_tensors
-        mapped = ctx.mapped
-        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
-        change = pushforward(gradient(mapped.rule.flat, levels), [phi, *tensors], [None, *_floating(tangents, tensors)])
-        if change is None:
-            return torch.zeros_like(phi)
-        return _LinearSolve.apply(
-            _Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([-change, phi, *tensors])
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
-        more, moved = mapped.mapped(info.batch_size, in_dims[1:], tensors)
-        return _ArgMin.apply(more, *moved), 0
-
-
-class _LinearSolve(torch.autograd.Function):
-    """(b, phi, *tensors) -> u with H(phi, tensors) u = b."""
-
-    @staticmethod
-    def forward(mapped: _Mapped, b: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
-        rule, levels, sizes = mapped.rule, mapped.levels, mapped.sizes
-        b = _expand(b, [flags[0] for flags in levels], sizes)
-        # axes that only b has are several right-hand sides of one matrix: they go in front, and the matrix is
-        # linearised once
-        only_b = [axis for axis, flags in enumerate(levels) if not any(flags[1:])]
-        shared = [axis for axis, flags in enumerate(levels) if any(flags[1:])]
-        b = b.permute(*only_b, *shared, b.ndim - 1)
-        point_levels = tuple(levels[axis] for axis in shared)
-        point_sizes = tuple(sizes[axis] for axis in shared)
-        phi = _expand(phi, [flags[1] for flags in point_levels], point_sizes)
-        objective = Objective(rule.flat, tuple(flags[2:] for flags in point_levels), tensors, point_sizes)
-        local = objective.linearise(phi, Hessian(), 0.0)
-        result = rule.linsys.solve(local.matvec, b, preconditioner=objective.curvature_inverse(0.0))
-        rule.tell(result, rule.flat.phi.unravel(result.value), "argmin, linear solve")
-        u = torch.where(failed(result.codes).unsqueeze(-1), torch.nan, result.value)
-        back = sorted(range(len(levels)), key=lambda axis: [*only_b, *shared][axis])
-        return u.permute(*back, u.ndim - 1).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mapped = inputs[0]
-        ctx.save_for_backward(output, *inputs[2:])
-        ctx.save_for_forward(output, *inputs[2:])
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
-        u, phi, *tensors = ctx.saved_tensors
-        mapped = ctx.mapped
-        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
-        w = _LinearSolve.apply(_Mapped(mapped.rule, levels, mapped.sizes), *_guarded([cotangent, phi, *tensors]))
-        wanted = [
-            want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)
-        ]
-        products = pullback(hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], -w, [False, *wanted])
-        return (None, _sum_to(w, mapped.levels), *products[1:])
-
-    @staticmethod
-    def jvp(ctx: Any, _mapped: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:
-        u, phi, *tensors = ctx.saved_tensors
-        mapped = ctx.mapped
-        levels = tuple((True, *flags[1:]) for flags in mapped.levels)
-        change = pushforward(
-            hessian_product(mapped.rule.flat, levels), [u, phi, *tensors], [None, *_floating(tangents, [phi, *tensors])]
-        )
-        rhs = None if b is None else _expand(b, [flags[0] for flags in mapped.levels], mapped.sizes)
-        if change is not None:
-            rhs = -change if rhs is None else rhs - change
-        if rhs is None:
-            return torch.zeros_like(u)
-        return _LinearSolve.apply(_Mapped(mapped.rule, levels, mapped.sizes), *_guarded([rhs, phi, *tensors]))
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
-        more, moved = mapped.mapped(info.batch_size, in_dims[1:], tensors)
-        return _LinearSolve.apply(more, *moved), 0
-
-
-def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:
-    """Give x every batch axis, as a view."""
-    own = x.shape[sum(has_axis) :]
-    return x.reshape([size if has else 1 for size, has in zip(sizes, has_axis, strict=True)] + list(own)).expand(
-        [*sizes, *own]
-    )
-
-
-def _sum_to(x: Tensor, levels: Levels) -> Tensor:
-    """The cotangent of a first argument that was expanded by :func:`_expand`."""
-    axes = [axis for axis, flags in enumerate(levels) if not flags[0]]
-    return x.sum(axes) if axes else x
-
-
-def _floating(tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [tangent if tensor.is_floating_point() else None for tangent, tensor in zip(tangents, tensors, strict=True)]

@@ -57,7 +57,8 @@ class Status(IntEnum):
     DIVERGED = (
         5,
         True,
-        "diverged: the residual grew instead of falling. Reduce step_size (or leave it None), or raise the regularisation.",
+        "diverged: the residual grew instead of falling, or did not fall at all. Reduce step_size (or leave it None), raise the "
+        "regularisation, or use Anderson or Newton for a map that is no contraction.",
     )
     NON_FINITE = (
         6,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,30 @@ from bilevel.result import Result, Status
 
 Matvec = Callable[[Tensor], Tensor]
 """``v -> A v`` over ``(*batch, d)``; also over ``(k, *batch, d)``: several vectors for each problem at once."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A matvec, and what its maker knows of A. A plain function counts as ``Operator(function)``.
+
+    Attributes:
+        apply: ``v -> A v``.
+        symmetric: A is symmetric.
+        shared: the first ``shared`` batch axes of b are several right-hand sides of the same A: apply also takes vectors without
+            them, ``(*batch[shared:], d)``, and any number of axes in front of these.
+    """
+
+    apply: Matvec
+    symmetric: bool = True
+    shared: int = 0
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.apply(v)
+
+
+def as_operator(matvec: Matvec) -> Operator:
+    """The operator, or one made of a plain function."""
+    return matvec if isinstance(matvec, Operator) else Operator(matvec)
 
 
 class LinearSolver(ABC):
@@ -36,7 +61,8 @@ class LinearSolver(ABC):
         """Solve A u = b for every problem of the batch.
 
         Args:
-            matvec: ``v -> A v`` over ``(*batch, d)``, and over ``(k, *batch, d)`` if the method needs it.
+            matvec: ``v -> A v`` over ``(*batch, d)``, and over ``(k, *batch, d)`` if the method needs it. An :class:`Operator` says
+                more of A than a function can.
             b: right-hand side ``(*batch, d)``.
             init: start ``(*batch, d)``; zero if None.
             preconditioner: ``v -> M v`` with M an approximate inverse of A, symmetric positive definite.
@@ -57,10 +83,10 @@ def norm(x: Tensor) -> Tensor:
 
 
 def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
-    """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch,)`` or ``(*batch, d)``. Never mixes in a
+    """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch, ...)``. Never mixes in a
     NaN of the other side.
     """
-    return torch.where(mask.unsqueeze(-1) if yes.ndim > mask.ndim else mask, yes, no)
+    return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
 def mark(codes: Tensor, mask: Tensor, status: Status) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from bilevel.trees import Tree
 
 GROWTH = 1e6
 """A gradient norm that has grown by more than this factor counts as divergence even while it is finite."""
+
+NO_PROGRESS = 1 - 1e-6
+"""The factor for methods that make nothing smaller by themselves: an iteration that ends where it began has failed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Run:
     start: Tensor
     negative_curvature: Tensor | None
     tol: float
+    growth: float = GROWTH
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
@@ -75,7 +79,7 @@ class Run:
         for mask, status in (
             (self.stalled, Status.LINE_SEARCH_FAILED),
             (self.converged | (residual <= self.tol), Status.CONVERGED),
-            (residual > GROWTH * self.start.clamp_min(floor), Status.DIVERGED),
+            (residual > self.growth * self.start.clamp_min(floor), Status.DIVERGED),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
@@ -96,6 +100,9 @@ class InnerSolver(ABC):
     options.
     """
 
+    minimises: ClassVar[bool] = True
+    """Whether it needs an objective to lower. Solvers of equations do not: ``root`` and ``fixed_point`` take only these."""
+
     @abstractmethod
     def run(self, objective: Objective, phi: Tensor) -> Run:
         """From the start phi ``(*batch, d)`` to an answer."""
@@ -106,6 +113,8 @@ class IterativeSolver(InnerSolver):
 
     max_steps: int
     tol: float
+    growth: ClassVar[float] = GROWTH
+    """A residual that ends larger than this multiple of the first one counts as divergence."""
     check_every: int = 1
     """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
 
@@ -151,7 +160,7 @@ class IterativeSolver(InnerSolver):
             steps = steps + active
         if start is None:
             start = torch.full_like(phi[..., 0], torch.nan)
-        return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol)
+        return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol, self.growth)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class BlackBox(InnerSolver):
     Raises:
         ValueError: at use, the answer is not like ``init``.
     """
+
+    minimises: ClassVar[bool] = False
 
     fn: Callable[..., Any]
     tol: float = field(default=1e-6, kw_only=True)

@@ -1,0 +1,147 @@
+"""Conditions that are no gradients, F(phi) = 0 and phi = T(phi): their values and derivatives, beside those of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Curvature
+from bilevel.derivatives import Flat, Levels, Objective, backward_product, over_levels, refuse_captured, with_axis
+from bilevel.problem import BilevelProblem
+from bilevel.trees import Tree, flatten
+
+
+class Condition(BilevelProblem):
+    """A user's function of (phi, theta, data) in the place of a problem: it has no objective."""
+
+    def __init__(self, fn: Any) -> None:
+        self.fn = fn
+
+    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        raise NotImplementedError
+
+    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        raise NotImplementedError
+
+    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
+        raise ValueError("init: expected a start, a tree like phi, got None.")
+
+
+class RootFlat(Flat):
+    """F = 0."""
+
+    symmetric: ClassVar[bool] = False
+    source: ClassVar[str] = "F"
+
+    def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """F ``(d,)``."""
+        assert isinstance(self.problem, Condition)
+        value = self.problem.fn(self.phi.unravel(phi), *self.trees(tensors))
+        leaves, structure = flatten(value)
+        if structure != self.phi.structure:
+            raise ValueError(
+                f"{self.source}: expected a tree like phi with leaves {self.phi.structure.paths()}, got leaves {structure.paths()}."
+            )
+        for path, leaf, shape in zip(structure.paths(), leaves, self.phi.shapes, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:
+                got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"{self.source}{path}: expected {phi.dtype} {tuple(shape)} like phi, got {got}.")
+        return self.phi.ravel(leaves)
+
+    def probe(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """F itself."""
+        return self.condition(phi, *tensors)
+
+    def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Residual:
+        """Numbers at base level, over a batch."""
+        return Residual(self, levels, tensors, sizes)
+
+
+class FixedPointFlat(RootFlat):
+    """phi - T(phi) = 0."""
+
+    source: ClassVar[str] = "T"
+
+    def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """phi - T ``(d,)``."""
+        return phi - super().condition(phi, *tensors)
+
+
+class Residual(Objective):
+    """F over a batch at base level. To a solver it looks like an objective |F|^2 / 2 whose "gradient" is F: what it drives to zero."""
+
+    def __init__(self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
+        super().__init__(flat, levels, tensors, sizes)
+        self._condition = over_levels(flat.condition, with_axis(levels))
+
+    def value(self, phi: Tensor) -> Tensor:
+        """|F|^2 / 2 ``(*batch,)``."""
+        return self.value_and_grad(phi)[0]
+
+    def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """|F|^2 / 2 ``(*batch,)`` and F ``(*batch, d)``."""
+        self.num_grads += 1
+        if not self._checked:
+            with torch.enable_grad():
+                point = phi.detach().requires_grad_()
+                residual = self._condition(point, *self.tensors)
+                self._check(residual, [point])
+            residual = residual.detach()
+        else:
+            with torch.no_grad():
+                residual = self._condition(phi.detach(), *self.tensors)
+        return 0.5 * torch.linalg.vecdot(residual, residual), residual
+
+    def linearise(  # type: ignore[override]  # what a solver of equations needs of it
+        self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
+    ) -> ResidualLinearisation:
+        """Products with the derivative of F and its transpose, on one graph."""
+        self.num_grads += 1
+        return ResidualLinearisation(self, phi)
+
+    def curvature_inverse(self, damping: float) -> None:
+        """Nothing is known."""
+
+    def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
+        # a residual that does not depend on phi is singular, which the linear solver finds out
+        if value.requires_grad:
+            refuse_captured(value, inputs, self.flat.source)
+        self._checked = True
+
+
+class ResidualLinearisation:
+    """F to first order at one point. The graph lives as long as this object.
+
+    Attributes:
+        value: |F|^2 / 2 ``(*batch,)``.
+        grad: F ``(*batch, d)``.
+    """
+
+    def __init__(self, residual: Residual, phi: Tensor) -> None:
+        self._residual = residual
+        with torch.enable_grad():
+            self._phi = phi.detach().requires_grad_()
+            self._value = residual._condition(self._phi, *residual.tensors)
+            residual._check(self._value, [self._phi])
+            # A v is the derivative of w -> A^T w, which is linear: right for every operator that has a double backward
+            self._w = torch.zeros_like(self._value, requires_grad=True)
+            self._pull = (
+                torch.autograd.grad(self._value, self._phi, self._w, create_graph=True, allow_unused=True)[0]
+                if self._value.requires_grad
+                else None
+            )
+        self.grad = self._value.detach()
+        self.value = 0.5 * torch.linalg.vecdot(self.grad, self.grad)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
+        self._residual.num_matvecs += 1
+        return torch.zeros_like(v) if self._pull is None else backward_product(self._pull, self._w, v)
+
+    def transposed_matvec(self, v: Tensor) -> Tensor:
+        """A^T v."""
+        self._residual.num_matvecs += 1
+        return backward_product(self._value, self._phi, v)

@@ -1,0 +1,89 @@
+"""Anderson acceleration of a fixed-point iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.derivatives import Objective
+from bilevel.linsys.base import check_count, check_number, norm
+from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State, nowhere
+
+
+@dataclass(frozen=True)
+class _State(State):
+    last: Tensor  # F at the last point (*batch, d)
+    points: Tensor  # differences of successive points, newest first (*batch, memory, d); zero where there is none yet
+    residuals: Tensor  # differences of successive F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(IterativeSolver):
+    """Anderson mixing (Anderson 1965; Walker and Ni 2011, "type II").
+
+    The next point is a plain step from that combination of the last points whose residual F, if F were linear, would be the
+    smallest. It needs no derivative, and converges for many maps that are no contraction. On a linear problem it is GMRES.
+
+    Args:
+        max_steps: evaluations of F, >= 1.
+        tol: stop a problem where ``|F| <= tol``; 0 takes all steps without reading a number back to the host.
+        memory: differences kept, >= 1; the memory is 2 * memory vectors for each problem.
+        relaxation: length of the plain step, > 0.
+        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+    """
+
+    minimises: ClassVar[bool] = False
+    growth: ClassVar[float] = NO_PROGRESS
+
+    max_steps: int
+    tol: float = 0.0
+    memory: int = 5
+    relaxation: float = 1.0
+    check_every: int = 10
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps)
+        check_number("tol", self.tol)
+        check_count("memory", self.memory)
+        check_number("relaxation", self.relaxation, positive=True)
+        check_count("check_every", self.check_every)
+
+    def init(self, objective: Objective, phi: Tensor) -> _State:
+        none = torch.zeros((*phi.shape[:-1], self.memory, phi.shape[-1]), dtype=phi.dtype, device=phi.device)
+        return _State(phi, phi, nowhere(phi), torch.full_like(phi, torch.nan), none, none)
+
+    def step(self, objective: Objective, state: _State, local: Local) -> _State:
+        x, f = state.point, local.grad
+        points, residuals = state.points, state.residuals
+        # state.phi is the point before this one; at the first step there is none
+        first = state.last.isnan().all(-1)
+        points = torch.cat([torch.where(first[..., None], 0, x - state.phi).unsqueeze(-2), points[..., :-1, :]], dim=-2)
+        change = torch.where(first[..., None], 0, f - state.last)
+        residuals = torch.cat([change.unsqueeze(-2), residuals[..., :-1, :]], dim=-2)
+        weights = _least_squares(residuals, f)
+        mixed_x = x - (weights.unsqueeze(-2) @ points).squeeze(-2)
+        mixed_f = f - (weights.unsqueeze(-2) @ residuals).squeeze(-2)
+        stalled = state.stalled | ~local.value.isfinite()
+        return _State(x, mixed_x - self.relaxation * mixed_f, stalled, f, points, residuals)
+
+
+def _least_squares(rows: Tensor, f: Tensor) -> Tensor:
+    """The weights ``(*batch, memory)`` that minimise |f - sum_i weights_i rows_i|; rows ``(*batch, memory, d)``, some zero.
+
+    Normal equations of rows scaled to length one, with a shift that keeps dependent rows from cancelling: an error in the weights
+    costs a little speed and no accuracy.
+    """
+    length = norm(rows)
+    unit = torch.where(length[..., None] > 0, rows / length[..., None], 0)
+    unit = torch.where(unit.isfinite(), unit, 0)
+    gram = unit @ unit.mT
+    shift = 10 * gram.shape[-1] * torch.finfo(f.dtype).eps
+    eye = torch.eye(gram.shape[-1], dtype=f.dtype, device=f.device)
+    empty = torch.diag_embed((length == 0).to(f.dtype))
+    chol, _ = torch.linalg.cholesky_ex(gram + shift * eye + empty)
+    rhs = unit @ torch.where(f.isfinite(), f, 0).unsqueeze(-1)
+    weights = torch.cholesky_solve(rhs, chol).squeeze(-1)
+    return torch.where(length > 0, weights / length, 0)

@@ -1,0 +1,71 @@
+"""Newton's method for equations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Hessian
+from bilevel.derivatives import Objective
+from bilevel.linsys.base import LinearSolver, Operator, check_count, check_number, norm, select
+from bilevel.linsys.exact import Exact
+from bilevel.solvers.base import IterativeSolver, State
+
+SUFFICIENT_DECREASE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newton(IterativeSolver):
+    """phi <- phi - t A^{-1} F(phi), with A = dF/dphi and a step length t from backtracking on |F| (Dennis and Schnabel 1996, ch. 6).
+
+    Quadratic convergence near a regular solution. Where A is singular, or no step length lowers |F|, the problem stops with
+    ``LINE_SEARCH_FAILED`` at the best point found.
+
+    Args:
+        max_steps: >= 1.
+        tol: stop a problem where ``|F| <= tol``; 0 takes all steps.
+        linsys: a linear solver that needs no symmetric matrix: ``Exact()``, ``GMRES`` or ``BiCGStab``.
+        max_backtracks: halvings of the step before it gives up.
+    """
+
+    minimises: ClassVar[bool] = False
+
+    max_steps: int = 20
+    tol: float = 0.0
+    linsys: LinearSolver = field(default_factory=Exact)
+    max_backtracks: int = 20
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps)
+        check_number("tol", self.tol)
+        check_count("max_backtracks", self.max_backtracks, at_least=0)
+        if not isinstance(self.linsys, LinearSolver) or self.linsys.requires_symmetric:
+            raise ValueError(
+                f"linsys: expected a linear solver that needs no symmetric matrix (Exact, GMRES, BiCGStab), got {self.linsys!r}."
+            )
+
+    def init(self, objective: Objective, phi: Tensor) -> State:
+        return State.start(phi)
+
+    def evaluate(self, objective: Objective, point: Tensor) -> Any:
+        return objective.linearise(point, Hessian(), 0.0)
+
+    def step(self, objective: Objective, state: State, local: Any) -> State:
+        solved = self.linsys.solve(Operator(local.matvec, symmetric=False), -local.grad)
+        direction = select(solved.failed, torch.zeros_like(local.grad), solved.value)
+        size = norm(local.grad)
+        best, length = state.point, torch.ones_like(size)
+        searching = ~(state.stalled | solved.failed)
+        for _ in range(self.max_backtracks + 1):
+            trial = state.point + length.unsqueeze(-1) * direction
+            fallen = norm(objective.value_and_grad(trial)[1]) <= (1 - SUFFICIENT_DECREASE * length) * size
+            accept = searching & fallen
+            best = select(accept, trial, best)
+            searching = searching & ~accept
+            if not bool(searching.any()):
+                break
+            length = torch.where(searching, 0.5 * length, length)
+        return State(best, best, state.stalled | solved.failed | searching)
