@@ -16,23 +16,20 @@ How phi was found does not enter: this file knows no inner solver.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel.accuracy import to_accuracy, warmed
+from bilevel.batching import Part, Reduction, as_tree, chunks, concatenate, gather, nan_where_not, ok_where_finite
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
 from bilevel.linsys.base import LinearSolver, check_count, check_number
 from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Result, Status
-from bilevel.trees import Tree, unflatten
-
-Reduction = Literal["mean", "sum", "none"]
+from bilevel.trees import Tree
 
 
 def solve(
@@ -65,9 +62,11 @@ def solve(
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
     refuse_transforms(call, "solve")
     parts = []
-    for piece in _chunks(call, chunk_size):
+    for piece in chunks(call, chunk_size):
         parts.append(run_solver(piece.objective(), piece.phi, solver))
-    return _as_tree(_concatenate(parts), call)
+    found = concatenate(parts)
+    assert found is not None
+    return as_tree(found, call)
 
 
 def implicit_gradient(
@@ -179,18 +178,6 @@ class _Options:
         check_number("damping", self.damping)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one chunk of tasks gives: everything per task."""
-
-    phi: Tensor
-    outer: Tensor
-    grads: list[Tensor]
-    inner: Result | None
-    linear: Result
-    ok: Tensor
-
-
 def _hypergradient(
     call: Call,
     solver: Any,
@@ -200,41 +187,14 @@ def _hypergradient(
     chunk_size: int | None,
     name: str,
 ) -> Hypergradient:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}.')
-    refuse_transforms(call, name)
-    keep = theta_batched or reduction == "none" or not call.sizes
-    parts = []
-    for piece in _chunks(call, chunk_size):
-        part = _implicit(piece, solver, options)
-        # one gradient of the size of theta for each chunk, not for each task
-        parts.append(part if keep else replace(part, grads=[_sum_ok(grad, part.ok) for grad in part.grads]))
-    ok = torch.cat([part.ok for part in parts]) if call.sizes else parts[0].ok
-    outer = torch.cat([part.outer for part in parts]) if call.sizes else parts[0].outer
-    grads = []
-    for leaf in zip(*[part.grads for part in parts], strict=True):
-        grads.append(leaf[0] if not call.sizes else torch.cat(leaf) if keep else torch.stack(leaf).sum(0))
-    scale = torch.ones((), dtype=outer.dtype, device=outer.device)
-    reduced = torch.where(ok, outer, torch.nan)
-    if call.sizes and reduction != "none":
-        count = ok.sum().to(outer.dtype)
-        # no task is ok: NaN, never zero
-        scale = torch.where(count > 0, 1 / count if reduction == "mean" else scale, torch.nan)
-        grads = [grad * scale for grad in grads]
-        reduced = _sum_ok(outer, ok) * scale
-    inner = (
-        None
-        if parts[0].inner is None
-        else _as_tree(_concatenate([part.inner for part in parts if part.inner is not None]), call)
-    )
-    linear = _concatenate([part.linear for part in parts])
-    phi = torch.cat([part.phi for part in parts]) if call.sizes else parts[0].phi
+    found = gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
+    assert found.part.linear is not None
     certificate = Certificate(
-        call=replace(call, phi=phi, u=None),
-        u=linear.value,
-        ok=ok,
-        scale=scale,
-        per_task=keep,
+        call=replace(call, phi=found.part.phi, u=None),
+        u=found.part.linear.value,
+        ok=found.part.ok,
+        scale=found.scale,
+        per_task=found.per_task,
         none=reduction == "none",
         curvature=options.curvature,
         damping=options.damping,
@@ -243,22 +203,10 @@ def _hypergradient(
         measured=not options.linsys.needs_known_inverse,
         versions=Certificate.versions_of(call),
     )
-    return Hypergradient(
-        grad=unflatten(call.flat.theta, grads),
-        outer=reduced,
-        outer_per_task=outer,
-        phi=call.flat.phi.unravel(phi),
-        inner=inner,
-        linear=_as_tree(linear, call),
-        curvature=options.curvature,
-        damping=options.damping,
-        ok_per_task=ok,
-        reduction=reduction,
-        certificate=certificate,
-    )
+    return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 
 
-def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
+def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     """The formula at the top of this module, for the tasks of one chunk."""
     objective = call.objective()
     run = None if solver is None else solver.run(objective, call.phi)
@@ -284,42 +232,7 @@ def _implicit(call: Call, solver: Any, options: _Options) -> _Part:
     for leaf, a, c in zip(objective.theta_per_task(), direct, cross, strict=True):
         grad = torch.zeros_like(leaf) if a is None else a
         grads.append(grad.detach() if c is None else grad - c)
-    finite = outer.isfinite()
-    for grad in grads:
-        finite = finite & grad.reshape([*ok.shape, -1]).isfinite().all(-1)
+    finite = ok_where_finite(torch.ones_like(ok), outer, grads)
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
-    return _Part(phi, outer, [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads], inner, linear, ok)
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
-
-
-def _sum_ok(x: Tensor, ok: Tensor) -> Tensor:
-    return torch.where(_like(ok, x), x, 0).sum(0)
-
-
-def _chunks(call: Call, chunk_size: int | None) -> list[Call]:
-    if chunk_size is not None:
-        check_count("chunk_size", chunk_size)
-    return call.chunks(chunk_size)
-
-
-def _concatenate(parts: Sequence[Result]) -> Result:
-    if len(parts) == 1:
-        return parts[0]
-    counts = [part.negative_curvature for part in parts]
-    return Result(
-        value=torch.cat([part.value for part in parts]),
-        codes=torch.cat([part.codes for part in parts]),
-        steps=torch.cat([part.steps for part in parts]),
-        residual=torch.cat([part.residual for part in parts]),
-        num_grads=sum(part.num_grads for part in parts),
-        num_matvecs=sum(part.num_matvecs for part in parts),
-        negative_curvature=None if counts[0] is None else torch.cat([count for count in counts if count is not None]),
-    )
-
-
-def _as_tree(result: Result, call: Call) -> Result:
-    return replace(result, value=call.flat.phi.unravel(result.value))
+    return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok)

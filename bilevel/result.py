@@ -202,7 +202,7 @@ class Hypergradient:
         outer_per_task: outer loss of each task ``(*batch,)``, whatever the reduction.
         phi: the point at which the gradient was taken, one per task.
         inner: the :class:`Result` of the inner solve; None where the point was handed in.
-        linear: the :class:`Result` of the linear solve; its value is u, a tree like phi.
+        linear: the :class:`Result` of the linear solve; its value is u, a tree like phi. None from :func:`bilevel.unrolled`.
         curvature: what stood for the Hessian.
         damping: what was added to its diagonal. Either one makes the gradient biased.
         ok: True where both solves succeeded and the gradient is finite: a bool, or a bool tensor ``(tasks,)``.
@@ -269,14 +269,15 @@ class Hypergradient:
     def _certificate(self) -> Any:
         if self.certificate is None:
             raise ValueError(
-                "expected a Hypergradient of hypergradient() or implicit_gradient(), got one that was put together by hand."
+                "error_bound, error_estimate and explain() are for hypergradient() and implicit_gradient(); an unrolled gradient has no "
+                "certificate: it is exact for the path of the solver, and how far that is from phi* it does not know."
             )
         return self.certificate
 
     def describe(self) -> str:
         """What happened in both solves, in sentences."""
-        parts = [] if self.inner is None else [self.inner.describe("inner solve")]
-        return "\n".join([*parts, self.linear.describe("linear solve")])
+        solves: tuple[tuple[str, Result | None], ...] = (("inner solve", self.inner), ("linear solve", self.linear))
+        return "\n".join(solve.describe(what) for what, solve in solves if solve is not None)
 
     def unwrap(self) -> Tree:
         """``grad``.

@@ -100,7 +100,7 @@ def theorem2_tolerances(
 
     ``delta = 1 / (2 (B_1 / eps + rho / mu))``, with B_1 the factor of delta in Lemma 3, is below ``eps / (2 B_1)`` and below
     ``mu / (2 rho)``. The proof of Theorem 2 takes the smaller of these two; the second one itself is not below ``mu / (2 rho)``, as Lemma 3
-    asks. With ``everywhere`` it is ``eps / (2 B_1)``, with the smaller B_1. It is inf where the bound does not depend on it.
+    asks. With ``everywhere``, delta is ``eps / (2 B_1)``, with the smaller B_1. It is inf where the bound does not depend on delta.
 
     Solvers measure residuals. Where G is mu-strongly convex everywhere, ``|dG/dphi| <= mu delta`` implies ``|phi - phi*| <= delta``;
     and ``|dL/dphi - H u| <= mu delta_prime / lam`` implies Definition 2 for ``g = lam u``.

@@ -5,6 +5,7 @@ from bilevel.solvers.base import InnerSolver, IterativeSolver, State
 from bilevel.solvers.black_box import BlackBox
 from bilevel.solvers.fixed_point_iteration import FixedPointIteration
 from bilevel.solvers.gradient_descent import GradientDescent
+from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.nesterov import NesterovAGD
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.newton_cg import NewtonCG
@@ -16,6 +17,7 @@ __all__ = [
     "GradientDescent",
     "InnerSolver",
     "IterativeSolver",
+    "LBFGS",
     "NesterovAGD",
     "Newton",
     "NewtonCG",

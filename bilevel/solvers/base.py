@@ -51,7 +51,7 @@ def nowhere(phi: Tensor) -> Tensor:
     return torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,15 @@ class Local:
 
 def choose(mask: Tensor, new: S, old: S) -> S:
     """The new state where the mask is set, field by field."""
-    return replace(
-        old, **{field.name: select(mask, getattr(new, field.name), getattr(old, field.name)) for field in fields(old)}
-    )
+
+    def of_field(yes: Any, no: Any) -> Any:
+        if yes is no:
+            return no
+        if not isinstance(no, Tensor):
+            return choose(mask, yes, no)
+        return torch.where(mask.reshape(mask.shape + (1,) * (no.ndim - mask.ndim)), yes, no)
+
+    return replace(old, **{f.name: of_field(getattr(new, f.name), getattr(old, f.name)) for f in fields(old)})
 
 
 def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
