@@ -7,6 +7,7 @@ from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.problem import BilevelProblem, Constants, ProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 from bilevel.solution import argmin, fixed_point, root
+from bilevel.unrolling import unrolled
 
 __version__ = "0.1.0"
 
@@ -33,4 +34,5 @@ __all__ = [
     "solvers",
     "theory",
     "tolerances",
+    "unrolled",
 ]

@@ -166,6 +166,9 @@ class Objective:
         self._inner = over_levels(flat.inner, with_axis(levels))
         self._checked = False
 
+    def begin_step(self, k: int) -> None:
+        """Told by a solver at the start of its step k."""
+
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)`` at phi ``(*batch, d)``."""
         with torch.no_grad():

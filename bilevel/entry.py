@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.derivatives import TENSOR, Flat, Levels, Objective, is_transformed, over_levels, transforms_active
+from bilevel.derivatives import (
+    TENSOR,
+    Flat,
+    Levels,
+    Objective,
+    is_transformed,
+    over_levels,
+    transforms_active,
+    with_axis,
+)
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
 from bilevel.result import Result
@@ -54,6 +63,10 @@ class Call:
     def objective(self) -> Objective:
         """G over the tasks of this call."""
         return self.flat.objective(self.levels, self.tensors, self.sizes)
+
+    def outer_loss(self, phi: Tensor, tensors: Sequence[Tensor], levels: Levels) -> Tensor:
+        """L ``(*batch,)`` of these tensors, with its graph."""
+        return over_levels(self.flat.outer, with_axis(levels))(phi, *tensors)
 
     def outer_gradient(self, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """L and its gradients at phi, for at most ``chunk_size`` tasks at once: :meth:`Objective.outer_gradient`."""
@@ -143,6 +156,12 @@ def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[T
             )
     _check_variable(name, leaves, structure.paths())
     return layout_of(phi, len(sizes))
+
+
+def initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> Tensor:
+    """``initial_phi`` of every task as vectors ``(*batch, d)``, with its dependence on the tensors."""
+    layout, leaves = _initial(flat, tensors, levels)
+    return layout.ravel(leaves)
 
 
 def _initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> tuple[Layout, list[Tensor]]:

@@ -141,6 +141,7 @@ class IterativeSolver(InnerSolver):
         steps = torch.zeros_like(active, dtype=torch.int64)
         start = None
         for k in range(self.max_steps):
+            objective.begin_step(k)
             local = self.evaluate(objective, state.point)
             residual = norm(local.grad)
             if start is None:

@@ -13,7 +13,10 @@ from bilevel.linsys.base import check_count, check_number, dot, norm, select
 from bilevel.solvers.base import IterativeSolver, Local, State, choose, nowhere
 
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c1 and c2 of the Wolfe conditions
-MARGIN, GROWTH = 0.1, 10.0  # a trial keeps this distance to the ends of a bracket; an open bracket grows at most so much
+MARGIN, GROWTH = (
+    0.1,
+    10.0,
+)  # a trial keeps this distance to the ends of a bracket; an open bracket grows at most so much
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,7 @@ class LBFGS(IterativeSolver):
         healthy = local.value.isfinite() & slope.isfinite()
         # near the rounding floor of G, where its values say nothing, the slopes decide (Hager and Zhang 2005, section 4)
         noise = 10 * torch.finfo(slope.dtype).eps * state.value.abs()
-        low_enough = healthy & (
-            local.value <= state.value + SUFFICIENT_DECREASE * state.length * state.slope + noise
-        )
+        low_enough = healthy & (local.value <= state.value + SUFFICIENT_DECREASE * state.length * state.slope + noise)
         s, y = state.point - state.phi, local.grad - state.grad
         sy = dot(s, y)
         convex = sy > torch.finfo(slope.dtype).eps * norm(s) * norm(y)

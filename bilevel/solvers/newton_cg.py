@@ -88,11 +88,13 @@ class NewtonCG(IterativeSolver):
             if k == 0:
                 x = select(bad, p, x)
             active = active & ~bad
-            alpha = rr / curvature
+            # quotients of one where a problem is done: 0 / 0 there would be NaN in the derivative of the path, mask or not
+            alpha = rr / torch.where(active, curvature, 1)
             x = select(active, x + alpha.unsqueeze(-1) * p, x)
             r = select(active, r - alpha.unsqueeze(-1) * ap, r)
             rr_new = dot(r, r)
-            p = select(active, r + (rr_new / rr).unsqueeze(-1) * p, p)
+            beta = rr_new / torch.where(active, rr, 1)
+            p = select(active, r + beta.unsqueeze(-1) * p, p)
             rr = torch.where(active, rr_new, rr)
             active = active & (rr > threshold)
         return x, negative
