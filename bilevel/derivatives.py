@@ -19,6 +19,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -97,13 +98,13 @@ class Flat:
         assert self.problem.model is not None
         return _scalar(self.problem.model[1](outputs, self.trees(tensors)[1]), "output_loss", outputs)
 
-    def curvature_product(self, v: Tensor) -> Tensor:
-        """(known part of the Hessian) v, for one vector ``(d,)``."""
-        return self._known(self.problem.curvature_product, v)
+    def curvature_product(self, v: Tensor, *theta: Tensor) -> Tensor:
+        """(known part of the Hessian) v, for one vector ``(d,)`` and the leaves of theta."""
+        return self._known(lambda tree: self.problem.curvature_product(tree, unflatten(self.theta, theta)), v)
 
-    def curvature_inverse(self, v: Tensor, damping: float) -> Tensor:
-        """(known part of the Hessian + damping I)^{-1} v, for one vector ``(d,)``."""
-        return self._known(lambda tree: self.problem.curvature_inverse(tree, damping), v)
+    def curvature_inverse(self, damping: float, v: Tensor, *theta: Tensor) -> Tensor:
+        """(known part of the Hessian + damping I)^{-1} v, for one vector ``(d,)`` and the leaves of theta."""
+        return self._known(lambda tree: self.problem.curvature_inverse(tree, unflatten(self.theta, theta), damping), v)
 
     def _known(self, fn: Callable[[Tree], Tree], v: Tensor) -> Tensor:
         return self.phi.ravel(flatten(fn(self.phi.unravel(v)))[0])
@@ -222,9 +223,16 @@ class Objective:
         if not self.flat.problem.knows_curvature:
             return None
 
+        return self.with_theta(partial(self.flat.curvature_inverse, damping))
+
+    def with_theta(self, fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        """``fn(v, *theta)`` of one problem as a function of v ``(*batch, d)``, or with further axes in front."""
+        n = self.flat.num_theta
+
         def apply(v: Tensor) -> Tensor:
-            fn = over_levels(lambda x: self.flat.curvature_inverse(x, damping), ((True,),) * (v.ndim - 1))
-            return fn(v)
+            extra = ((True, *[False] * n),) * (v.ndim - 1 - len(self.levels))
+            levels = extra + tuple((True, *flags[:n]) for flags in self.levels)
+            return over_levels(fn, levels)(v, *self.tensors[:n])
 
         return apply
 
@@ -313,20 +321,20 @@ class _GaussNewtonProduct:
             )
         levels = with_axis(objective.levels)
         predict = over_levels(flat.predict, levels)
-        self._phi, self._flat, self._forward_mode = phi, flat, True
+        self._phi, self._forward_mode = phi, True
         self._predict = lambda point: predict(point, *objective.tensors)
         self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
         loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
+        self._known = objective.with_theta(flat.curvature_product)
         self._transposed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         product = backward_product(
             self._outputs, self._phi, backward_product(self._dz, self._z, self._jacobian_product(v))
         )
-        known = over_levels(self._flat.curvature_product, ((True,),) * (v.ndim - 1))
-        return product + known(v)
+        return product + self._known(v)
 
     def _jacobian_product(self, v: Tensor) -> Tensor:
         """J v: by forward mode, which is cheaper, unless an operator of the model lacks it or there are several v

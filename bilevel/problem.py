@@ -95,11 +95,11 @@ class BilevelProblem(ABC):
     knows_curvature: bool = False
     """Whether part of the inner Hessian is known in closed form: the next two methods."""
 
-    def curvature_product(self, v: Tree) -> Tree:
-        """(known part of the inner Hessian) v, for a tree like phi."""
+    def curvature_product(self, v: Tree, theta: Tree) -> Tree:
+        """(known part of the inner Hessian at theta) v, for a tree like phi."""
         raise NotImplementedError
 
-    def curvature_inverse(self, v: Tree, damping: float = 0.0) -> Tree:
+    def curvature_inverse(self, v: Tree, theta: Tree, damping: float = 0.0) -> Tree:
         """(known part + damping I)^{-1} v, for a tree like phi."""
         raise NotImplementedError
 
@@ -213,12 +213,12 @@ class ProximalProblem(BilevelProblem):
             return max(float(self.lam.max()), float(torch.linalg.matrix_norm(self.lam, ord=2)))
         return max(float(torch.as_tensor(leaf).max()) for leaf in flatten(self.lam)[0])
 
-    def curvature_product(self, v: Tree) -> Tree:
+    def curvature_product(self, v: Tree, theta: Tree = None) -> Tree:
         if self._is_matrix_for(v):
             return self._through_vector(lambda x: _like(x, self.lam) @ x, v)
         return tree_map(lambda x, lam: _like(x, lam) * x, v, self._per_leaf(v))
 
-    def curvature_inverse(self, v: Tree, damping: float = 0.0) -> Tree:
+    def curvature_inverse(self, v: Tree, theta: Tree = None, damping: float = 0.0) -> Tree:
         if self._is_matrix_for(v):
             return self._through_vector(lambda x: self._inverse(x, damping) @ x, v)
         return tree_map(lambda x, lam: x / (_like(x, lam) + damping), v, self._per_leaf(v))

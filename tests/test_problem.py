@@ -81,7 +81,7 @@ def test_lambda_is_its_dense_matrix(form: str, permute: bool) -> None:
     np.testing.assert_allclose(vector(problem.curvature_inverse(v)), np.linalg.solve(dense, vector(v)), rtol=1e-11)
     for damping in (0.3, 2.0, 0.3):
         damped = np.linalg.solve(dense + damping * np.eye(6), vector(v))
-        np.testing.assert_allclose(vector(problem.curvature_inverse(v, damping)), damped, rtol=1e-11)
+        np.testing.assert_allclose(vector(problem.curvature_inverse(v, damping=damping)), damped, rtol=1e-11)
     assert list(problem.curvature_product(v)) == list(v) and problem.knows_curvature
 
 

@@ -1,0 +1,1 @@
+"""For users who test problems and solvers of their own."""
