@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,32 +112,50 @@ def train(
     with reported_errors():
         if resume and overwrite:
             raise ConfigError("expected one of --resume and --overwrite, got both")
-        name = preset_name or DEFAULT_PRESET[settings.get("dataset", "glyphs")]
-        folder = folder or Path("runs") / name
-        base = preset(name)
+        chosen = _Chosen(settings, preset_name, data_dir, download)
+        folder = folder or Path("runs") / chosen.name
         stored = prepare_folder(folder, resume=resume, overwrite=overwrite)
-        if stored is None:
-            config, changes = replace(base, **settings), []
-        else:
-            old = Config.from_dict(stored["config"])
-            config = replace(base if preset_name else old, **settings)
-            changes = [
-                {"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)
-            ]
-        use_threads(config)
-        with out.status("loading the data ..."):
-            source = (
-                load_source(config, data_dir=data_dir, download=download)
-                if stored is None
-                else matching_source(stored, config, data_dir=data_dir, download=download)
-            )
-        trainer = Trainer(config, source)
-        if stored is None:
-            clear_folder(folder)
-        else:
-            trainer.restore(stored)
-            data_dir = data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None)
+        trainer, data_dir, changes = _begin(chosen, folder) if stored is None else _go_on(chosen, stored)
         _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What the command line says of a run."""
+
+    settings: dict[str, Any]
+    preset_name: str | None
+    data_dir: Path | None
+    download: bool
+
+    @property
+    def name(self) -> str:
+        """The preset to start from."""
+        return self.preset_name or DEFAULT_PRESET[self.settings.get("dataset", "glyphs")]
+
+
+def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
+    """A new run; the folder is cleared once its data and settings are known to be good."""
+    config = replace(preset(chosen.name), **chosen.settings)
+    use_threads(config)
+    with out.status("loading the data ..."):
+        source = load_source(config, data_dir=chosen.data_dir, download=chosen.download)
+    trainer = Trainer(config, source)
+    clear_folder(folder)
+    return trainer, chosen.data_dir, []
+
+
+def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
+    """The stored run, and which settings change from here on."""
+    old = Config.from_dict(stored["config"])
+    config = replace(preset(chosen.name) if chosen.preset_name else old, **chosen.settings)
+    changes = [{"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)]
+    use_threads(config)
+    with out.status("loading the data ..."):
+        source = matching_source(stored, config, data_dir=chosen.data_dir, download=chosen.download)
+    trainer = Trainer(config, source)
+    trainer.restore(stored)
+    return trainer, chosen.data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None), changes
 
 
 def _train(
