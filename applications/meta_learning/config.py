@@ -71,7 +71,9 @@ class Config:
     zero_head: bool = setting(False, NETWORK, "start the last layer at zero", fixed=True)
 
     # Inner problem
-    lam: float = setting(2.0, INNER, "lambda: strength of the pull of phi towards theta", above=0)
+    lam: float = setting(
+        2.0, INNER, "lambda: strength of the pull of phi towards theta; 0: none (not for imaml)", at_least=0
+    )
     lam_head: float = setting(0.0, INNER, "lambda of the last layer; 0: the same as --lam", at_least=0)
     inner: Literal["gd", "agd", "newton-cg"] = setting(
         "gd", INNER, "gd: gradient descent; agd: accelerated; newton-cg: Hessian-free Newton"
@@ -91,6 +93,12 @@ class Config:
     inner_damping: float = setting(0.0, INNER, "newton-cg: added to the diagonal of that matrix", at_least=0)
 
     # Meta-gradient
+    algorithm: Literal["imaml", "maml", "first-order", "reptile"] = setting(
+        "imaml",
+        META,
+        "imaml; maml: through the steps of the inner solver; first-order: query gradient at the adapted parameters; reptile",
+    )
+    truncate: int = setting(0, META, "maml: through the last so many steps only; 0: through all", at_least=0)
     linear: Literal["cg", "neumann", "identity", "exact"] = setting(
         "cg", META, "solver of the linear system: cg, neumann, exact; identity: none at all, first-order MAML"
     )
@@ -147,6 +155,20 @@ class Config:
                 f"held out, "
                 f"got {self.train_classes}; raise --glyph-classes"
             )
+        if not self.lam and self.algorithm == "imaml":
+            raise ConfigError(
+                "lam: expected a number above 0 for the algorithm imaml, whose gradient is that of the proximal problem, got 0"
+            )
+        if self.lam_head and not self.lam:
+            raise ConfigError(f"lam_head: expected 0, because lam is 0, got {self.lam_head}")
+        if self.truncate and self.algorithm != "maml":
+            raise ConfigError(f"truncate: expected algorithm='maml', whose option it is, got {self.algorithm!r}")
+        if self.truncate and not self.lam:
+            raise ConfigError(
+                "truncate: expected lam above 0: without the proximal term theta is in the start alone, which truncation cuts off"
+            )
+        if self.algorithm == "maml" and self.outer_chunk_size:
+            raise ConfigError("outer_chunk_size: maml has no outer loss of its own to cut; use chunk_size")
         if self.inner_momentum >= 1:
             raise ConfigError(f"inner_momentum: expected a number below 1, got {self.inner_momentum}")
         if self.steihaug and self.linear != "cg":

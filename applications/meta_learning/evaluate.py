@@ -13,7 +13,7 @@ import bilevel
 from applications.meta_learning.data import Sampler, TaskBatch
 from applications.meta_learning.method import Solver
 from applications.meta_learning.problem import Theta, batched_outputs
-from bilevel import ProximalProblem
+from bilevel import BilevelProblem
 
 BATCH = 25  # tasks at a time: bounds the memory; the tasks of a seed depend on it, so it is no option
 CURVE_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
@@ -61,7 +61,7 @@ class Evaluation:
 
 
 def evaluate(
-    problem: ProximalProblem,
+    problem: BilevelProblem,
     module: nn.Module,
     theta: Theta,
     sampler: Sampler,
@@ -100,7 +100,7 @@ def evaluate(
 
 
 def adaptation_curve(
-    problem: ProximalProblem,
+    problem: BilevelProblem,
     module: nn.Module,
     theta: Theta,
     make_sampler: Callable[[], Sampler],

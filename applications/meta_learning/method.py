@@ -7,10 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from applications.meta_learning.algorithms import MAML, Algorithm, FirstOrderMAML, ImplicitMAML, Reptile
 from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.models import MLP, ConvNet, count_parameters
-from applications.meta_learning.problem import cross_entropy, few_shot_problem, head_and_body, squared_error
-from bilevel import ProximalProblem
+from applications.meta_learning.problem import (
+    cross_entropy,
+    few_shot_problem,
+    head_and_body,
+    plain_problem,
+    squared_error,
+)
+from bilevel import BilevelProblem
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import GradientDescent, NesterovAGD, NewtonCG
@@ -24,15 +31,15 @@ EXACT_LIMIT = 5_000  # parameters: beyond, a dense Hessian for each task is out 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What `bilevel.hypergradient` needs beside theta and data."""
+    """The problem of one task, how theta is adapted to it, and what the outer step gets from that."""
 
-    problem: ProximalProblem
-    solver: Solver
-    linsys: LinearSolver
-    curvature: Hessian | GaussNewton
-    damping: float
-    chunk_size: int | None
-    outer_chunk_size: int | None
+    problem: BilevelProblem
+    algorithm: Algorithm
+
+    @property
+    def solver(self) -> Solver:
+        """The inner solver, in training and in test."""
+        return self.algorithm.solver  # type: ignore[return-value]  # build_solver made it
 
 
 def build_network(config: Config) -> nn.Module:
@@ -70,16 +77,35 @@ def build_method(config: Config, module: nn.Module) -> Method:
             f"linear: 'exact' builds a dense Hessian; expected at most {EXACT_LIMIT} parameters, the network has "
             f"{size}; use cg, or a smaller network (--channels)"
         )
-    lam = head_and_body(module, config.lam, config.lam_head) if config.lam_head else config.lam
-    return Method(
-        problem=few_shot_problem(module, squared_error if config.is_regression else cross_entropy, lam),
-        solver=build_solver(config),
-        linsys=_linear_solver(config),
-        curvature=_curvature(config.curvature),
-        damping=config.damping,
-        chunk_size=config.chunk_size or None,
-        outer_chunk_size=config.outer_chunk_size or None,
+    loss = squared_error if config.is_regression else cross_entropy
+    problem: BilevelProblem
+    if config.lam:
+        lam = head_and_body(module, config.lam, config.lam_head) if config.lam_head else config.lam
+        problem = few_shot_problem(module, loss, lam)
+    else:
+        problem = plain_problem(module, loss)
+    return Method(problem=problem, algorithm=_algorithm(config))
+
+
+def _algorithm(config: Config) -> Algorithm:
+    solver, chunk_size, outer_chunk_size = (
+        build_solver(config),
+        config.chunk_size or None,
+        config.outer_chunk_size or None,
     )
+    if config.algorithm == "maml":
+        return MAML(solver=solver, chunk_size=chunk_size, truncate=config.truncate or None)
+    if config.algorithm == "imaml":
+        return ImplicitMAML(
+            solver=solver,
+            chunk_size=chunk_size,
+            outer_chunk_size=outer_chunk_size,
+            linsys=_linear_solver(config),
+            curvature=_curvature(config.curvature),
+            damping=config.damping,
+        )
+    kind = FirstOrderMAML if config.algorithm == "first-order" else Reptile
+    return kind(solver=solver, chunk_size=chunk_size, outer_chunk_size=outer_chunk_size)
 
 
 def build_solver(config: Config) -> Solver:

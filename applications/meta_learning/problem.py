@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from applications.meta_learning.data import TaskBatch
 from applications.meta_learning.models import check_module
-from bilevel import ProximalProblem
+from bilevel import BilevelProblem, ProximalProblem
 
 Theta = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -51,6 +51,21 @@ def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, fl
         return loss(functional_call(module, phi, (task["query"]["x"],)), task["query"]["y"])
 
     return ProximalProblem.from_model(predict, output_loss, test_loss, dict(lam) if isinstance(lam, Mapping) else lam)
+
+
+def plain_problem(module: nn.Module, loss: Loss) -> BilevelProblem:
+    """One task without the proximal term, G(phi) = support loss: what MAML and Reptile adapt with. It starts at theta, and theta is
+    in it only through that start.
+    """
+    check_module(module)
+
+    def part(name: str) -> Callable[[Theta, Theta, TaskBatch], Tensor]:
+        return lambda phi, theta, task: loss(functional_call(module, phi, (task[name]["x"],)), task[name]["y"])
+
+    def start(theta: Theta, task: TaskBatch) -> Theta:
+        return {name: leaf.clone() for name, leaf in theta.items()}
+
+    return BilevelProblem.from_functions(part("support"), part("query"), start)
 
 
 def head_and_body(module: nn.Module, lam: float, lam_head: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Meta-training: the outer loop around `bilevel.hypergradient`."""
+"""Meta-training: the outer loop around the meta-gradient of an algorithm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import bilevel
+from applications.meta_learning.algorithms import MetaGradient
 from applications.meta_learning.checkpoint import FORMAT, VERSION, Checkpoint, CheckpointError
 from applications.meta_learning.config import Config
 from applications.meta_learning.data import Sampler
@@ -19,7 +19,7 @@ from applications.meta_learning.method import build_method, build_network
 from applications.meta_learning.models import initial_theta
 from applications.meta_learning.problem import batched_outputs
 from applications.meta_learning.tasks import TaskSource, device_of, dtype_of
-from bilevel import Hypergradient, Status
+from bilevel import Status
 
 Record = dict[str, float]
 
@@ -84,19 +84,7 @@ class Trainer:
             TrainingFailed: that was the last of `max_failed_steps` such steps in a row.
         """
         data = self.sampler.sample(self.config.meta_batch)
-        method = self.method
-        meta = bilevel.hypergradient(
-            method.problem,
-            self.theta,
-            data,
-            solver=method.solver,
-            linsys=method.linsys,
-            curvature=method.curvature,
-            damping=method.damping,
-            batched=True,
-            chunk_size=method.chunk_size,
-            outer_chunk_size=method.outer_chunk_size,
-        )
+        meta = self.method.algorithm.meta_gradient(self.method.problem, self.theta, data)
         self.progress.step += 1
         record = self._record(meta, data)
         if record["ok_tasks"]:
@@ -108,22 +96,24 @@ class Trainer:
         else:
             self.progress.skipped_steps += 1
             self.progress.skipped_in_a_row += 1
-            self.last_failure = meta.describe()
+            self.last_failure = meta.failures
         self.progress.window.append(record)
         if self.progress.skipped_in_a_row >= self.config.max_failed_steps:
             raise TrainingFailed(self._explain_failure())
         return record
 
-    def _record(self, meta: Hypergradient, data: Any) -> Record:
-        negative = torch.isin(meta.linear.codes, NEGATIVE_CURVATURE.to(meta.linear.codes))
-        assert meta.inner is not None  # hypergradient has solved the inner problem itself
+    def _record(self, meta: MetaGradient, data: Any) -> Record:
+        negative, linear_residual = torch.zeros_like(meta.ok), torch.full_like(meta.inner.residual, math.nan)
+        if meta.linear is not None:
+            negative = torch.isin(meta.linear.codes, NEGATIVE_CURVATURE.to(meta.linear.codes))
+            linear_residual = meta.linear.residual
         if meta.inner.negative_curvature is not None:  # Newton-CG goes on where it meets some, and counts
             negative = negative | (meta.inner.negative_curvature > 0)
         numbers = [
-            meta.ok_per_task.sum(),
+            meta.ok.sum(),
             meta.outer,
             meta.inner.residual.nanmedian(),
-            meta.linear.residual.nanmedian(),
+            linear_residual.nanmedian(),
             negative.sum(),
         ]
         if self._logs_this_step and not self.config.is_regression:  # a forward pass more

@@ -178,7 +178,7 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--preset", "nope"], "expected a preset of glyphs"),
-        (["--lam", "-1"], "lam: expected a number above 0"),
+        (["--lam", "-1"], "lam: expected at least 0"),
         (["--resume"], "nothing to resume"),
         (["--resume", "--overwrite"], "expected one of --resume and --overwrite"),
         (["--dataset", "omniglot", "--data-dir", "missing"], "no Omniglot in missing.*--data-dir.*--download"),

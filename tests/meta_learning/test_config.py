@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
+from applications.meta_learning.algorithms import ImplicitMAML
 from applications.meta_learning.config import Config, ConfigError, changed_fields
 from applications.meta_learning.method import build_method, build_network
 from applications.meta_learning.models import count_parameters
@@ -82,11 +83,10 @@ def test_the_presets_of_table_2_are_the_papers(ways: int, shots: int, steps: int
             "omniglot",
         )
     method = build_method(gd, build_network(gd))
-    assert method.solver == GradientDescent(step_size=0.1, max_steps=steps) and method.linsys == CG(
-        max_steps=5, rtol=0.0
-    )
+    solver = GradientDescent(step_size=0.1, max_steps=steps)
+    assert method.algorithm == ImplicitMAML(solver=solver, linsys=CG(max_steps=5, rtol=0.0))
     assert build_method(hf, build_network(hf)).solver == NewtonCG(max_steps=3, cg_steps=5)
-    assert build_method(fo, build_network(fo)).linsys == Identity()
+    assert build_method(fo, build_network(fo)).algorithm.linsys == Identity()
 
 
 def test_every_preset_is_described_and_every_data_set_has_one() -> None:
@@ -142,8 +142,9 @@ def test_inner_solvers(settings: dict[str, object], solver: object) -> None:
 def test_linear_solvers(settings: dict[str, object], linsys: object) -> None:
     config = replace(Config(channels=4), curvature="gauss-newton", **settings)  # type: ignore[arg-type]
     method = build_method(config, build_network(config))
-    assert method.linsys == linsys and method.curvature == GaussNewton()
-    assert build_method(replace(config, curvature="hessian"), build_network(config)).curvature == Hessian()
+    assert isinstance(method.algorithm, ImplicitMAML)
+    assert method.algorithm.linsys == linsys and method.algorithm.curvature == GaussNewton()
+    assert build_method(replace(config, curvature="hessian"), build_network(config)).algorithm.curvature == Hessian()
 
 
 def test_lambda_of_head_and_body() -> None:
@@ -183,3 +184,18 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     for name in ("tpu", "cuda:99"):
         with pytest.raises(ConfigError, match=f"device: expected auto or a device that works here, got '{name}'"):
             device_of(Config(device=name))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"lam": 0.0}, "lam: expected a number above 0 for the algorithm imaml"),
+        ({"lam": 0.0, "lam_head": 1.0, "algorithm": "maml"}, "lam_head: expected 0, because lam is 0"),
+        ({"truncate": 2}, "truncate: expected algorithm='maml'"),
+        ({"truncate": 2, "algorithm": "maml", "lam": 0.0}, "truncate: expected lam above 0"),
+        ({"algorithm": "maml", "outer_chunk_size": 2}, "outer_chunk_size: maml has no outer loss of its own"),
+    ],
+)
+def test_settings_of_the_algorithms(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Config(**settings)  # type: ignore[arg-type]
