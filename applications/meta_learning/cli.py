@@ -19,6 +19,7 @@ from applications.meta_learning.evaluate import (
     Evaluation,
     Protocol,
 )
+from applications.meta_learning.experiments import EXPERIMENTS
 from applications.meta_learning.info import (
     counts_table,
     print_checkpoint,
@@ -343,3 +344,29 @@ def demo_command(
     if not above:
         err.print("One of both is not above the untrained network.")
         raise typer.Exit(1)
+
+
+@app.command()
+def experiment(
+    name: Annotated[
+        str | None, typer.Argument(help="its name, e1 for example; none: list them", show_default=False)
+    ] = None,
+    folder: Annotated[Path, typer.Option("--out", help="folder for NAME.json, NAME.png and NAME.md")] = Path(
+        "experiments"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="a minute at most, on the same code; the numbers mean little")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="of the random problems", min=0)] = 0,
+) -> None:
+    """Repeat a figure or table of the paper: numbers as JSON, and a figure and a page made from them."""
+    with reported_errors():
+        by_name = {e.name.split("_")[0]: e for e in EXPERIMENTS}
+        if name is None:
+            out.print(two_columns("experiments", [(short, e.title) for short, e in by_name.items()]))
+            return
+        if name not in by_name:
+            raise ConfigError(f"expected an experiment of {', '.join(by_name)}, got {name!r}")
+        with out.status(by_name[name].title):
+            path = by_name[name].record(folder, quick=quick, seed=seed)
+        out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)
