@@ -1,10 +1,11 @@
 """Implicit differentiation and bilevel optimisation in PyTorch."""
 
-from bilevel import curvature, linsys, solvers, theory
+from bilevel import curvature, linsys, regularisation, solvers, theory
 from bilevel.accuracy import Tolerances, tolerances
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.problem import BilevelProblem, Constants, ProximalProblem
+from bilevel.regularisation import LearnedProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 from bilevel.solution import argmin, fixed_point, root
 from bilevel.unrolling import unrolled
@@ -18,6 +19,7 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Hypergradient",
+    "LearnedProximalProblem",
     "ProximalProblem",
     "Result",
     "SolverError",
@@ -29,6 +31,7 @@ __all__ = [
     "hypergradient",
     "implicit_gradient",
     "linsys",
+    "regularisation",
     "root",
     "solve",
     "solvers",

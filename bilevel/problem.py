@@ -26,16 +26,17 @@ Loss = Callable[[Tree, Any], Tensor]
 class Constants:
     """What is known of a problem, for rigorous error bounds (paper, Assumption 2). State what you know; None is unknown.
 
-    Each is a number that holds for every task, or a tensor ``(tasks,)`` with one for each. A bound is as true as they are.
+    Each is a number that holds for every task, or a tensor ``(tasks,)`` with one for each. A bound is as true as they are. *Between the
+    points* means: on the line from phi, where the hypergradient is taken, to the exact inner solution. What holds everywhere holds there.
 
     Attributes:
-        mu: at most the smallest eigenvalue of d2G/dphi2. For a proximal problem whose training loss is convex: lam.
-        rho: Lipschitz constant, in phi, of d2G/dphi2 and of d2G/dphi dtheta. 0 where G is quadratic in (phi, theta).
-        B: Lipschitz constant of the outer loss in phi. Not needed; may sharpen the bound.
-        L: Lipschitz constant, in phi, of the gradient of the outer loss (with respect to phi and theta).
-        C: at least the spectral norm of d2G/dphi dtheta. A proximal problem knows it: the largest eigenvalue of Lambda.
-        everywhere: mu holds at every phi, and not only at the point where the hypergradient is taken. The bound is then sharper
-            and needs no condition.
+        mu: at most the smallest eigenvalue of d2G/dphi2 at phi, > 0. For a proximal problem whose training loss is convex: lam.
+        rho: Lipschitz constant, in phi, of d2G/dphi2 and of d2G/dphi dtheta between the points (without ``everywhere``: as far as
+            ``2 |dG/dphi| / mu`` around phi). 0 where G is quadratic in (phi, theta).
+        B: at least ``|dL/dphi|`` between the points. Not needed; may sharpen the bound of a proximal problem.
+        L: Lipschitz constant, in phi, of the gradient of the outer loss (with respect to phi and theta) between the points.
+        C: at least the spectral norm of d2G/dphi dtheta at phi. A proximal problem knows it: the largest eigenvalue of Lambda.
+        everywhere: mu holds between the points too. The bound is then sharper and needs no condition.
     """
 
     mu: float | Tensor | None = None
@@ -207,11 +208,11 @@ class ProximalProblem(BilevelProblem):
     @property
     def constant_cross_norm(self) -> float:
         """The largest eigenvalue of Lambda: the cross derivative is -Lambda."""
-        if self._square and not self._positive:
-            return float(torch.linalg.eigvalsh(self.lam)[-1])
-        if self._square:  # in full or a diagonal: theta decides, so the larger of the two
-            return max(float(self.lam.max()), float(torch.linalg.matrix_norm(self.lam, ord=2)))
-        return max(float(torch.as_tensor(leaf).max()) for leaf in flatten(self.lam)[0])
+        leaves = [torch.as_tensor(leaf, dtype=torch.float64) for leaf in flatten(self.lam)[0]]
+        if not self._square:
+            return max(float(leaf.max()) for leaf in leaves)
+        in_full = float(torch.linalg.eigvalsh(leaves[0])[-1])
+        return max(in_full, float(leaves[0].max())) if self._positive else in_full  # or a diagonal: theta decides
 
     def curvature_product(self, v: Tree, theta: Tree = None) -> Tree:
         if self._is_matrix_for(v):
@@ -315,8 +316,8 @@ def _as_weight(lam: Any) -> float | Tensor:
     if isinstance(lam, Tensor):
         if lam.requires_grad:
             raise TypeError(
-                "lam: got a tensor that requires grad, and no gradient would reach it. To learn lam, make it a part of theta in a "
-                "BilevelProblem of your own; to keep it fixed, pass lam.detach()."
+                "lam: got a tensor that requires grad, and no gradient would reach it. To learn lam, use "
+                "LearnedProximalProblem; to keep it fixed, pass lam.detach()."
             )
         if lam.is_floating_point():
             return float(lam) if lam.ndim == 0 else lam.clone()

@@ -9,7 +9,7 @@ on theta directly, a third derivative.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import linsys, solvers
+from bilevel.regularisation import Matrix
 from bilevel.trees import flatten, unflatten
 
 
@@ -42,13 +43,12 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         """The same numbers in another precision."""
 
-        def cast(tree: Any) -> Any:
-            leaves, spec = flatten(tree)
-            return unflatten(
-                spec, [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
-            )
+        return replace(self, theta=_cast(self.theta, dtype), data=_cast(self.data, dtype))
 
-        return Case(self.name, self.problem, cast(self.theta), cast(self.data), self.phi_star, self.lipschitz)
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    leaves, spec = flatten(tree)
+    return unflatten(spec, [x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves])
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -167,7 +167,38 @@ def exponential() -> Case:
     return Case("exponential", problem, theta, data, lambda theta, data: torch.log(data @ theta), 8.0)
 
 
-PROBLEMS: list[Case] = [ridge(), coupled(), proximal(), exponential()]
+def learned() -> Case:
+    """Least squares with a learned regulariser, Lambda = L D L^T in full: theta is the centre and the raw parameter. d2G/dphi dtheta
+    depends on phi; what stands above the diagonal of the raw matrix does not enter.
+    """
+
+    def residual(phi: Any, part: Any) -> Tensor:
+        x, y = part
+        return x @ phi["w"] + phi["b"] - y
+
+    problem = bilevel.LearnedProximalProblem.from_model(
+        lambda phi, data: residual(phi, data["train"]),
+        lambda outputs, data: 0.5 * (outputs**2).sum(),
+        lambda phi, data: 0.5 * (residual(phi, data["test"]) ** 2).sum() + (phi["w"] ** 3).sum() + phi["b"],
+        Matrix(),
+    )
+
+    def phi_star(theta: Any, data: Any) -> Any:
+        x, y = data["train"]
+        z = torch.cat([torch.ones_like(x[:, :1]), x], 1)
+        raw = theta["lam"]
+        lower = raw.tril(-1) + torch.eye(4, dtype=x.dtype, device=x.device)
+        lam = lower @ torch.diag(torch.diagonal(raw).exp()) @ lower.mT
+        centre = torch.cat([theta["centre"]["b"][None], theta["centre"]["w"]])
+        phi = torch.linalg.inv(z.mT @ z + lam) @ (z.mT @ y + lam @ centre)
+        return {"w": phi[1:], "b": phi[0]}
+
+    theta = {"lam": 0.5 * _normal(41, 4, 4), "centre": {"w": _normal(42, 3), "b": _normal(43, 1)[0]}}
+    data = {"train": (_normal(44, 7, 3), _normal(45, 7)), "test": (_normal(46, 5, 3), _normal(47, 5))}
+    return Case("learned", problem, theta, data, phi_star, 30.0)
+
+
+PROBLEMS: list[Case] = [ridge(), coupled(), proximal(), exponential(), learned()]
 
 
 def inner_solvers(case: Case, tol: float) -> dict[str, solvers.InnerSolver]:
@@ -185,13 +216,192 @@ def inner_solvers(case: Case, tol: float) -> dict[str, solvers.InnerSolver]:
 
 
 def linear_solvers(rtol: float) -> dict[str, linsys.LinearSolver]:
-    """Every linear solver that solves, set to reach ``rtol`` on well-conditioned systems."""
+    """Every linear solver that solves symmetric systems, set to reach ``rtol`` on small and well-conditioned ones."""
     return {
         "cg": linsys.CG(max_steps=60, rtol=rtol),
         "neumann": linsys.Neumann(num_terms=5000, rtol=rtol),
+        "cg-jacobi": linsys.CG(max_steps=60, rtol=rtol, preconditioner=linsys.Jacobi()),
+        "cg-nystrom": linsys.CG(max_steps=60, rtol=rtol, preconditioner=linsys.NystromPreconditioner(rank=3)),
+        "minres": linsys.MINRES(max_steps=60, rtol=rtol),
+        "nystrom": linsys.Nystrom(rank=20, shift=0.1, rtol=rtol),
+        **general_linear_solvers(rtol),
+    }
+
+
+def general_linear_solvers(rtol: float) -> dict[str, linsys.LinearSolver]:
+    """Those of them that need no symmetric matrix."""
+    return {
         "exact": linsys.Exact(),
+        "gmres": linsys.GMRES(max_steps=60, rtol=rtol),
+        "bicgstab": linsys.BiCGStab(max_steps=60, rtol=rtol),
     }
 
 
 SOLVER_NAMES = list(inner_solvers(PROBLEMS[0], 1e-10))
 LINSYS_NAMES = list(linear_solvers(1e-10))
+GENERAL_LINSYS_NAMES = list(general_linear_solvers(1e-10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conditions that are no gradients.
+
+
+@dataclass(frozen=True)
+class Equation:
+    """F(phi) = 0, or phi = T(phi) where ``is_map``, with its closed form. dF/dphi is symmetric in none of them.
+
+    ``init``: a start. ``outer_loss(phi, theta, data)``: a number to differentiate. ``relaxation``: with which the plain
+    iteration converges.
+    """
+
+    name: str
+    fn: Callable[[Any, Any, Any], Any]
+    is_map: bool
+    theta: Any
+    data: Any
+    init: Any
+    phi_star: Callable[[Any, Any], Any]
+    outer_loss: Callable[[Any, Any, Any], Tensor]
+    relaxation: float = 1.0
+
+    def solution(self, theta: Any, data: Any, init: Any = None, **options: Any) -> Any:
+        """phi*, by the library."""
+        solve = bilevel.fixed_point if self.is_map else bilevel.root
+        return solve(self.fn, theta, data, init=self.init if init is None else init, **options)
+
+    def outer(self, theta: Any, data: Any) -> Tensor:
+        """The number, by the closed form."""
+        return self.outer_loss(self.phi_star(theta, data), theta, data)
+
+    def to(self, dtype: torch.dtype) -> Equation:
+        """The same numbers in another precision."""
+        names = ("theta", "data", "init")
+        return replace(self, **{name: _cast(getattr(self, name), dtype) for name in names})
+
+
+def affine() -> Equation:
+    """(I + N) phi = C theta + c, with N, C and c as data: 5 unknowns, 3 parameters."""
+
+    def fn(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        return phi + data["n"] @ phi - data["c"] @ theta - data["shift"]
+
+    def phi_star(theta: Tensor, data: Any) -> Tensor:
+        n = data["n"]
+        eye = torch.eye(5, dtype=n.dtype, device=n.device)
+        return torch.linalg.inv(eye + n) @ (data["c"] @ theta + data["shift"])
+
+    data = {"n": 0.2 * _normal(51, 5, 5), "c": _normal(52, 5, 3), "shift": _normal(53, 5)}
+    return Equation(
+        "affine",
+        fn,
+        False,
+        _normal(54, 3),
+        data,
+        torch.zeros(5, dtype=torch.float64),
+        phi_star,
+        lambda phi, theta, data: (phi**3).sum() + phi[0] * theta[1] + torch.sin(theta).sum(),
+        0.7,
+    )
+
+
+def tree_map_equation() -> Equation:
+    """phi = M phi + C theta + shift over coupled leaves; labels in data pick entries of theta."""
+    m, c = 0.25 * _normal(61, 6, 6), _normal(62, 6, 4)
+
+    def vector(theta: Any) -> Tensor:
+        return torch.cat([theta[0], theta[1]["s"].reshape(1)])
+
+    def right_hand_side(theta: Any, data: Any) -> Tensor:
+        t = vector(theta)
+        return c.to(t) @ t[data["label"]] + data["scale"] * data["shift"]
+
+    def tree(x: Tensor) -> Any:
+        return {"b": x[4:], "a": [x[:4].reshape(2, 2)]}
+
+    def fn(phi: Any, theta: Any, data: Any) -> Any:
+        x = torch.cat([phi["a"][0].reshape(-1), phi["b"]])
+        return tree(m.to(x) @ x + right_hand_side(theta, data))
+
+    def phi_star(theta: Any, data: Any) -> Any:
+        b = right_hand_side(theta, data)
+        return tree(torch.linalg.inv(torch.eye(6, dtype=b.dtype, device=b.device) - m.to(b)) @ b)
+
+    def outer(phi: Any, theta: Any, data: Any) -> Tensor:
+        return (phi["a"][0] ** 3).sum() + phi["b"][0] * phi["a"][0][0, 1] * theta[1]["s"] + phi["b"].sum()
+
+    theta = (_normal(63, 3), {"s": _normal(64, 1)[0]})
+    data = {"label": torch.tensor([3, 0, 1, 2]), "shift": _normal(65, 6), "scale": 1.5}
+    return Equation("tree", fn, True, theta, data, tree(torch.zeros(6, dtype=torch.float64)), phi_star, outer)
+
+
+def hyperbolic() -> Equation:
+    """P sinh(phi) = B theta with P = I + N: the derivative P diag(cosh phi) depends on phi, and so has derivatives of its own."""
+    p = torch.eye(4, dtype=torch.float64) + 0.2 * _normal(71, 4, 4)
+
+    def fn(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        return p.to(phi) @ torch.sinh(phi) - data @ theta
+
+    def phi_star(theta: Tensor, data: Tensor) -> Tensor:
+        return torch.asinh(torch.linalg.inv(p.to(theta)) @ (data @ theta))
+
+    return Equation(
+        "hyperbolic",
+        fn,
+        False,
+        0.5 + 0.2 * _normal(72, 3),
+        0.4 * _normal(73, 4, 3),
+        torch.zeros(4, dtype=torch.float64),
+        phi_star,
+        lambda phi, theta, data: (phi**2).sum() + 0.5 * phi[0] * phi[2] * theta[1],
+        0.5,
+    )
+
+
+def constrained() -> Equation:
+    """min 1/2 x^T Q x + c^T x with A x = b, as its optimality system in x and the multipliers: a saddle."""
+    a = _normal(81, 2, 4)
+
+    def fn(phi: Any, theta: Any, data: Any) -> Any:
+        at = a.to(phi["x"])
+        return {"x": data["q"] @ phi["x"] + theta["c"] - at.mT @ phi["nu"], "nu": at @ phi["x"] - theta["b"]}
+
+    def phi_star(theta: Any, data: Any) -> Any:
+        at = a.to(theta["c"])
+        upper = torch.cat([data["q"], -at.mT], 1)
+        lower = torch.cat([at, torch.zeros(2, 2, dtype=at.dtype, device=at.device)], 1)
+        z = torch.linalg.inv(torch.cat([upper, lower])) @ torch.cat([-theta["c"], theta["b"]])
+        return {"x": z[:4], "nu": z[4:]}
+
+    theta = {"c": _normal(82, 4), "b": _normal(83, 2)}
+    init = {"x": torch.zeros(4, dtype=torch.float64), "nu": torch.zeros(2, dtype=torch.float64)}
+    return Equation(
+        "constrained",
+        fn,
+        False,
+        theta,
+        {"q": _spd(84, 4, 1.0, 3.0)},
+        init,
+        phi_star,
+        lambda phi, theta, data: (phi["x"] ** 3).sum() + phi["nu"] @ theta["b"] * phi["x"][0],
+        0.3,
+    )
+
+
+EQUATIONS: list[Equation] = [affine(), tree_map_equation(), hyperbolic(), constrained()]
+
+
+def equation_solvers(case: Equation, tol: float) -> dict[str, solvers.InnerSolver]:
+    """Every solver of equations, set to reach ``tol`` on this problem."""
+    return {
+        "newton": solvers.Newton(max_steps=30, tol=tol),
+        "newton-gmres": solvers.Newton(max_steps=30, tol=tol, linsys=linsys.GMRES(max_steps=20, rtol=1e-6)),
+        "iteration": solvers.FixedPointIteration(max_steps=5000, tol=tol, relaxation=case.relaxation),
+        "anderson": solvers.Anderson(max_steps=500, tol=tol, relaxation=case.relaxation),
+        "black-box": solvers.BlackBox(lambda fn, theta, data, init: case.phi_star(theta, data), tol=tol),
+    }
+
+
+EQUATION_SOLVER_NAMES = list(equation_solvers(EQUATIONS[0], 1e-10))
+
+# Every solver of either kind with one of the other: the two do not know each other, and the full product would take minutes.
+PAIRS = [(name, "cg") for name in SOLVER_NAMES] + [("newton-cg", name) for name in LINSYS_NAMES if name != "cg"]

@@ -17,12 +17,12 @@ from bilevel import BilevelProblem, Result, SolverError, Status, argmin, hypergr
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, tree_map, unflatten
-from tests.cases import PROBLEMS, SOLVER_NAMES, Case, inner_solvers
+from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
 
 F32, F64 = torch.float32, torch.float64
 NEWTON = NewtonCG(max_steps=30, cg_steps=20, tol=1e-11)
 LINSYS = {"cg": CG(max_steps=60, rtol=1e-13), "exact": Exact()}
-RIDGE, COUPLED, PROXIMAL, EXPONENTIAL = PROBLEMS
+RIDGE, COUPLED, PROXIMAL, EXPONENTIAL = PROBLEMS[:4]
 IDS = {"ids": lambda case: case.name}
 
 
@@ -152,6 +152,30 @@ def test_every_transform_is_that_of_the_closed_form(case: Case, linsys: str, wrt
     expected = TRANSFORMS[transform](theirs)
     assert max(float(leaf.abs().max()) for leaf in tree_leaves(expected)) > 1e-3
     assert_same(TRANSFORMS[transform](ours), expected)
+
+
+def check_linear_solver(case: Case, name: str, transform: str) -> None:
+    linsys = linear_solvers(1e-12)[name]
+    ours = subject(case, "theta", lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=linsys))
+    assert_same(TRANSFORMS[transform](ours), TRANSFORMS[transform](subject(case, "theta", case.phi_star)))
+
+
+# A full product of problems, linear solvers and transforms would take minutes. Each solver meets every transform once:
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("linsys", [name for name in LINSYS_NAMES if name not in LINSYS])
+def test_every_linear_solver_under_every_transform(linsys: str, transform: str) -> None:
+    check_linear_solver(RIDGE, linsys, transform)
+
+
+# and every problem:
+
+
+@pytest.mark.parametrize("linsys", [name for name in LINSYS_NAMES if name not in LINSYS])
+@pytest.mark.parametrize("case", PROBLEMS, **IDS)
+def test_every_linear_solver_on_every_problem(case: Case, linsys: str) -> None:
+    check_linear_solver(case, linsys, "hessian")
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacfwd", "hessian", "vmap(grad)", "hessian(vmap)", "vmap(jacfwd)"])

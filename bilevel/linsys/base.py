@@ -45,6 +45,19 @@ def as_operator(matvec: Matvec) -> Operator:
     return matvec if isinstance(matvec, Operator) else Operator(matvec)
 
 
+def batch_of(operator: Operator, b: Tensor) -> torch.Size:
+    """The batch shape of the matrices: that of b, without the axes of several right-hand sides.
+
+    Raises:
+        ValueError: b has not so many batch axes.
+    """
+    if not 0 <= operator.shared < b.ndim:
+        raise ValueError(
+            f"shared: expected at most {b.ndim - 1} axes in front of a right-hand side of shape {tuple(b.shape)}, got {operator.shared}."
+        )
+    return b.shape[operator.shared : -1]
+
+
 class LinearSolver(ABC):
     """A method for A u = b. Subclasses are frozen keyword-only dataclasses; their fields are the options."""
 
@@ -69,7 +82,19 @@ class LinearSolver(ABC):
 
         Returns:
             A :class:`~bilevel.Result` with ``value`` u ``(*batch, d)`` and ``residual`` ``|b - A u|`` ``(*batch,)``.
+
+        Raises:
+            ValueError: the operator is not symmetric, and the method needs that.
         """
+
+    def operator(self, matvec: Matvec) -> Operator:
+        """The matvec as an operator; refused if the method is wrong for it."""
+        operator = as_operator(matvec)
+        if self.requires_symmetric and not operator.symmetric:
+            raise ValueError(
+                f"{type(self).__name__} needs a symmetric matrix, got an operator that is none. Use Exact, GMRES or BiCGStab."
+            )
+        return operator
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
@@ -87,6 +112,16 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     NaN of the other side.
     """
     return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
+
+
+def to_columns(v: Tensor, batch: torch.Size) -> Tensor:
+    """``(*axes, *batch, d)`` -> ``(*batch, d, k)``: several vectors for each problem as the columns of one matrix."""
+    return v.reshape(-1, *batch, v.shape[-1]).movedim(0, -1)
+
+
+def from_columns(x: Tensor, shape: torch.Size) -> Tensor:
+    """The way back: ``(*batch, d, k)`` -> ``shape`` = ``(*axes, *batch, d)``."""
+    return x.movedim(-1, 0).reshape(shape)
 
 
 def mark(codes: Tensor, mask: Tensor, status: Status) -> Tensor:

@@ -3,59 +3,111 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import LinearSolver, Matvec, check_system, mark, norm
+from bilevel.linsys.base import LinearSolver, Matvec, batch_of, check_system, from_columns, mark, norm, to_columns
 from bilevel.result import Result, Status
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(LinearSolver):
-    """Form A (d products at once, d^2 memory for each problem of the batch) and solve by Cholesky.
+    """Form A (d products at once, d^2 memory for each problem of the batch) and factorise it: once for all right-hand sides of an
+    :class:`~bilevel.linsys.Operator` that shares A among them.
 
-    Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below ``d eps |A|``)
-    fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
+    Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below
+    ``d eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
     failure: the implicit function theorem holds at any regular stationary point, but the point is no minimum.
+
+    General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``d eps |A|``.
+
+    It looks at numbers, so under ``torch.func.vmap`` it raises; give it the batch as leading axes. The other transforms go through it.
     """
+
+    requires_symmetric: ClassVar[bool] = False
 
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
     ) -> Result:
-        """As the base class says. ``init`` and ``preconditioner`` are not used."""
+        """As the base class says. ``init`` and ``preconditioner`` are not used.
+
+        Raises:
+            ValueError: A is not symmetric, and the operator does not say so.
+        """
         check_system(b, init)
-        d = b.shape[-1]
+        operator = self.operator(matvec)
+        batch, d = batch_of(operator, b), b.shape[-1]
         eye = torch.eye(d, dtype=b.dtype, device=b.device)
-        columns = eye.reshape((d,) + (1,) * (b.ndim - 1) + (d,)).expand((d, *b.shape))
-        a = matvec(columns).movedim(0, -1)  # (*batch, d, d)
-        finite = a.isfinite().all(-1).all(-1) & b.isfinite().all(-1)
-        safe = torch.where(finite[..., None, None], a, eye)
-        eps = torch.finfo(b.dtype).eps
-        if bool(((safe - safe.mT).abs().amax((-2, -1)) > eps**0.5 * safe.abs().amax((-2, -1))).any()):
-            raise ValueError(
-                "Exact() needs a symmetric matrix, got one that differs from its transpose by more than rounding."
-            )
-        safe = 0.5 * (safe + safe.mT)
-        chol, info = torch.linalg.cholesky_ex(safe)
-        u = torch.cholesky_solve(torch.where(finite[..., None], b, 0).unsqueeze(-1), chol).squeeze(-1)
-        pivots = chol.diagonal(dim1=-2, dim2=-1)
-        # the squared ratio of the pivots is at most the condition number: a cheap sign that the eigenvalues must be
-        # looked at
-        doubtful = (info != 0) | ~(pivots.amin(-1) ** 2 > d * eps * pivots.amax(-1) ** 2)
-        codes = torch.full(b.shape[:-1], int(Status.CONVERGED), dtype=torch.int64, device=b.device)
-        if bool(doubtful.any()):
-            values, vectors = torch.linalg.eigh(safe)
-            smallest, largest = values.abs().amin(-1), values.abs().amax(-1)
-            singular = smallest <= d * eps * largest
-            by_eigenvalues = torch.einsum(
-                "...ij,...j,...kj,...k->...i", vectors, 1 / values, vectors, torch.where(finite[..., None], b, 0)
-            )
-            u = torch.where(doubtful[..., None], by_eigenvalues, u)
-            codes = mark(codes, doubtful & (values[..., 0] < 0), Status.SOLVED_INDEFINITE)
-            codes = mark(codes, doubtful & singular, Status.SINGULAR)
-        u = torch.where(finite[..., None], u, torch.nan)
-        residual = norm(b - (safe @ u.unsqueeze(-1)).squeeze(-1))
-        codes = mark(codes, ~finite, Status.NON_FINITE)
+        rows = eye.reshape(d, *(1,) * len(batch), d).expand(d, *batch, d)
+        a = operator(rows).movedim(0, -1)  # (*batch, d, d)
+        finite = a.isfinite().all(-1).all(-1)
+        a = torch.where(finite[..., None, None], a, eye)
+        rhs_finite = b.isfinite().all(-1)
+        rhs = to_columns(torch.where(rhs_finite.unsqueeze(-1), b, 0), batch)
+        if operator.symmetric:
+            a = _symmetrised(a)
+            x, codes = _solve_symmetric(a, rhs)
+        else:
+            x, codes = _solve_general(a, rhs)
+        residual = norm(b - from_columns(a @ x, b.shape))
+        finite = finite & rhs_finite
+        u = torch.where(finite.unsqueeze(-1), from_columns(x, b.shape), torch.nan)
+        codes = codes.expand(finite.shape)
         codes = mark(codes, ~u.isfinite().all(-1) & (codes != int(Status.SINGULAR)), Status.NON_FINITE)
+        codes = mark(codes, ~finite, Status.NON_FINITE)
+        residual = torch.where(finite, residual, torch.nan)
         return Result(value=u, codes=codes, steps=torch.ones_like(codes), residual=residual, num_matvecs=d)
+
+
+def _symmetrised(a: Tensor) -> Tensor:
+    asymmetry = (a - a.mT).abs().amax((-2, -1))
+    if bool((asymmetry > torch.finfo(a.dtype).eps ** 0.5 * a.abs().amax((-2, -1))).any()):
+        raise ValueError(
+            "Exact() needs a symmetric matrix, got one that differs from its transpose by more than rounding. If it is meant to, pass "
+            "bilevel.linsys.Operator(matvec, symmetric=False)."
+        )
+    return 0.5 * (a + a.mT)
+
+
+def _solve_symmetric(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
+    limit = a.shape[-1] * torch.finfo(a.dtype).eps
+    chol, info = torch.linalg.cholesky_ex(a)
+    x = torch.cholesky_solve(rhs, chol)
+    pivots = chol.diagonal(dim1=-2, dim2=-1)
+    # the squared ratio of the pivots is at most the condition number: a cheap sign that the eigenvalues must be looked at
+    doubtful = (info != 0) | ~(pivots.amin(-1) ** 2 > limit * pivots.amax(-1) ** 2)
+    codes = torch.full_like(info, int(Status.CONVERGED), dtype=torch.int64)
+    if bool(doubtful.any()):
+        values = torch.linalg.eigvalsh(a)
+        singular = values.abs().amin(-1) <= limit * values.abs().amax(-1)
+        x = torch.where(doubtful[..., None, None], _by_inverse(a, rhs)[0], x)
+        codes = mark(codes, doubtful & (values[..., 0] < 0), Status.SOLVED_INDEFINITE)
+        codes = mark(codes, doubtful & singular, Status.SINGULAR)
+    return x, codes
+
+
+def _solve_general(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
+    limit = a.shape[-1] * torch.finfo(a.dtype).eps
+    x, inverse = _by_inverse(a, rhs)
+    # the product of these norms is at least the condition number
+    condition = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(inverse)
+    doubtful = ~(limit * condition < 0.1)
+    codes = torch.full_like(doubtful, int(Status.CONVERGED), dtype=torch.int64)
+    if bool(doubtful.any()):
+        values = torch.linalg.svdvals(a)
+        codes = mark(codes, doubtful & (values[..., -1] <= limit * values[..., 0]), Status.SINGULAR)
+    return x, codes
+
+
+def _by_inverse(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """A^{-1} B with one step of refinement, which makes it as good as by substitution; and A^{-1}.
+
+    torch.linalg.solve and lu_solve are silently wrong under some nestings of torch.func transforms; the inverse is right under all.
+    """
+    inverse = torch.linalg.inv_ex(a).inverse
+    x = inverse @ rhs
+    return x + inverse @ (rhs - a @ x), inverse

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm
+from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm, select
 
 
-def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> Tensor:
+class RitzValues(NamedTuple):
+    """Approximate eigenvalues.
+
+    Attributes:
+        values: ``(*batch, k)``, ascending.
+        residuals: ``(*batch, k)``: some eigenvalue of A is no further from the value than this.
+    """
+
+    values: Tensor
+    residuals: Tensor
+
+
+def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> RitzValues:
     """Eigenvalues of a symmetric A as seen from the Krylov space of b (Golub and Van Loan 2013, section 10.1).
 
     The smallest and the largest come near those of A long before num_steps reaches d, always from inside: the smallest is
     never too small (but for rounding), the largest never too large. The basis is reorthogonalised, so there are no ghosts.
+    An eigenvector that b has no part of is not seen.
 
     Args:
         matvec: ``v -> A v`` over ``(*batch, d)``.
@@ -20,8 +35,8 @@ def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> Tensor:
         num_steps: products; d at most are taken.
 
     Returns:
-        ``(*batch, k)`` in ascending order, k <= num_steps. A Krylov space that ends earlier repeats its largest value; NaN where
-        a product is not finite, or b is zero.
+        :class:`RitzValues` with k <= num_steps. A Krylov space that ends earlier repeats its largest value; NaN where a product is
+        not finite, or b is zero.
     """
     check_system(b, None)
     check_count("num_steps", num_steps)
@@ -43,25 +58,41 @@ def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> Tensor:
         diagonal.append(torch.where(alive, alpha, -torch.inf))
         alive = alive & ~ended
         off.append(torch.where(alive, beta, 0))
-        q = torch.where(alive.unsqueeze(-1), v / beta.unsqueeze(-1), 0 * v)
+        q = torch.where(alive.unsqueeze(-1), v / beta.unsqueeze(-1), 0)
         if k + 1 < num_steps:
             basis.append(q)
-    return _eigenvalues(torch.stack(diagonal, -1), torch.stack(off[:-1], -1) if num_steps > 1 else None)
+    return _of_tridiagonal(torch.stack(diagonal, -1), torch.stack(off, -1))
 
 
-def _eigenvalues(diagonal: Tensor, off: Tensor | None) -> Tensor:
-    """Of tridiagonal matrices, whose unused tail is marked by -inf on the diagonal."""
+def spread(b: Tensor) -> Tensor:
+    """A start for :func:`ritz_values` that has a part of every eigenvector, and at least half of it along b (which may be zero)."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64).to(b)
+    noise = noise / norm(noise)
+    along = select(norm(b) > 0, b / norm(b).unsqueeze(-1), torch.zeros_like(b))
+    return along + select(
+        dot(along, noise.expand_as(b)) < 0, -noise.expand_as(b), noise.expand_as(b)
+    )  # never against it
+
+
+def _of_tridiagonal(diagonal: Tensor, off: Tensor) -> RitzValues:
+    """Of matrices ``(*batch, k, k)``. Where the process ended early, -inf marks the tail of the diagonal.
+
+    The last entry of ``off`` leads out of the matrix: times the last entry of an eigenvector it is the residual.
+    """
     unused = diagonal == -torch.inf
     t = torch.diag_embed(torch.where(unused, 0, diagonal))
-    if off is not None:
-        t = t + torch.diag_embed(off, 1) + torch.diag_embed(off, -1)
-    bad = ~t.isfinite().all(-1).all(-1)
+    if t.shape[-1] > 1:
+        t = t + torch.diag_embed(off[..., :-1], 1) + torch.diag_embed(off[..., :-1], -1)
+    bad = ~(t.isfinite().all(-1).all(-1) & off.isfinite().all(-1))
     t = torch.where(bad[..., None, None], 0, t)
     # the tail gets a value above all others, which is then replaced by the largest of the used ones
-    top = t.abs().sum(-1).amax(-1) + 1
+    top = t.abs().sum(-1).amax(-1)
     t = t + torch.diag_embed(torch.where(unused, 2 * top.unsqueeze(-1), 0))
-    values = torch.linalg.eigvalsh(t)
+    values, vectors = torch.linalg.eigh(t)
+    residuals = off[..., -1:].abs() * vectors[..., -1, :].abs()
     used = (~unused).sum(-1, keepdim=True)
-    largest = values.gather(-1, used - 1)
-    values = torch.where(torch.arange(values.shape[-1], device=values.device) < used, values, largest)
-    return torch.where(bad.unsqueeze(-1), torch.nan, values)
+    position = torch.minimum(torch.arange(values.shape[-1], device=values.device).expand_as(values), used - 1)
+    values, residuals = values.gather(-1, position), residuals.gather(-1, position)
+    hidden = bad.unsqueeze(-1)
+    return RitzValues(torch.where(hidden, torch.nan, values), torch.where(hidden, torch.nan, residuals))

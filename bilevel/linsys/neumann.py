@@ -42,6 +42,7 @@ class Neumann(LinearSolver):
     ) -> Result:
         """As the base class says. A preconditioner is not used."""
         check_system(b, init)
+        matvec = self.operator(matvec)
         x = torch.zeros_like(b) if init is None else init
         r = b if init is None else b - matvec(x)
         num_matvecs = 0 if init is None else 1

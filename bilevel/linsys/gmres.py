@@ -1,0 +1,127 @@
+"""GMRES (Saad and Schultz 1986) with restarts, preconditioned from the right, over a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel.linsys.base import check_count, norm, select
+from bilevel.linsys.krylov import KrylovSolver, Outcome, System
+from bilevel.result import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMRES(KrylovSolver):
+    """The smallest residual in the Krylov space of any invertible A. One product per step, and one for each restart.
+
+    Without restarts it ends after d steps at most; between restarts it keeps all vectors, so memory grows with ``restart``. Too small a
+    ``restart`` may stall for ever: a whole cycle without progress ends the solve early (``MAX_STEPS``, or ``DIVERGED`` where nothing was
+    gained at all). A singular A on whose Krylov space there is nothing to gain any more ends with ``SINGULAR``.
+
+    A preconditioner acts from the right, A M (M^{-1} u) = b, so the residual is that of u; M need not be symmetric.
+
+    Args:
+        max_steps, rtol, atol, preconditioner: see :class:`~bilevel.linsys.krylov.KrylovSolver`; max_steps counts over all cycles.
+        restart: steps between restarts, >= 1.
+    """
+
+    requires_symmetric: ClassVar[bool] = False
+
+    restart: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("restart", self.restart)
+
+    def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
+        residual = norm(r)
+        active = residual > system.threshold
+        singular = torch.zeros_like(active)
+        steps = torch.zeros_like(active, dtype=torch.int64)
+        system.limit = system.max_steps if system.limit is None else system.limit
+        taken = 0
+        while taken < system.max_steps if system.fixed_steps else not system.finished(active):
+            length = min(self.restart, u.shape[-1])
+            if system.fixed_steps:
+                length = min(length, system.max_steps - taken)
+            cycle = _cycle(system, r, active, steps, length)
+            taken += length
+            steps = cycle.steps
+            u_new = u + cycle.step
+            if system.fixed_steps and taken == system.max_steps:
+                r_new, residual_new = r, cycle.residual  # the one of the recurrence; the last r is not needed
+            else:
+                r_new = system.b - system.matvec(u_new)
+                residual_new = norm(r_new)
+            # it cannot grow, except where rounding has taken over
+            stalled = active & ~(residual_new < (1 - 10 * torch.finfo(u.dtype).eps) * residual)
+            better = active & ~(residual_new >= residual)  # NaN is for the statuses to report
+            u, r = select(better, u_new, u), select(better, r_new, r)
+            residual = torch.where(better, residual_new, residual)
+            singular = singular | (active & cycle.singular)
+            active = system.going(active & ~stalled & ~cycle.singular, residual, steps)
+        return Outcome(value=u, residual=residual, steps=steps, found=((singular, Status.SINGULAR),), measured=True)
+
+
+class _Cycle(NamedTuple):
+    step: Tensor  # (*batch, d)
+    residual: Tensor  # (*batch,), as all that follow
+    steps: Tensor  # so far, over all cycles
+    singular: Tensor
+
+
+def _cycle(system: System, r: Tensor, active: Tensor, steps: Tensor, length: int) -> _Cycle:
+    """Arnoldi from r, and the least-squares problem min |(|r|, 0, ..) - H y| by rotations as the columns of H come."""
+    residual = rest = norm(r)  # rest: the last entry of the right-hand side, whose size is the residual
+    singular = torch.zeros_like(active)
+    rounding = r.shape[-1] * torch.finfo(r.dtype).eps
+    size = torch.zeros_like(residual)  # a lower bound of |A M|
+    basis = [r / torch.where(residual > 0, residual, 1).unsqueeze(-1)]
+    eye = torch.eye(length + 1, dtype=r.dtype, device=r.device).expand(*residual.shape, -1, -1)
+    rotations = list(eye.unbind(-2))  # the rows of the product of all rotations
+    triangle: list[Tensor] = []  # columns of R
+    rhs: list[Tensor] = []
+    for j in range(length):
+        if system.finished(active):
+            break
+        w = system.matvec(system.precondition(basis[j]))
+        before = norm(w)
+        size = torch.maximum(size, before)
+        space = torch.stack(basis, -2)  # (*batch, j + 1, d)
+        h = torch.zeros_like(space[..., 0])
+        for _ in range(2):  # once is not enough (Parlett 1998, section 6.9)
+            part = (space @ w.unsqueeze(-1)).squeeze(-1)
+            h, w = h + part, w - (space.mT @ part.unsqueeze(-1)).squeeze(-1)
+        beta = norm(w)
+        beta = torch.where(beta <= rounding * before, 0, beta)  # the Krylov space has ended
+        column = torch.cat([h, beta.unsqueeze(-1)], -1)
+        rotated = (torch.stack(rotations[: j + 2], -2)[..., : j + 2] @ column.unsqueeze(-1)).squeeze(-1)
+        top, bottom = rotated[..., j], rotated[..., j + 1]
+        pivot = torch.hypot(top, bottom)
+        flat = (pivot <= rounding * size) & pivot.isfinite()  # so is then the smallest singular value of A M
+        singular = singular | (active & flat)
+        active = active & ~flat
+        pivot = torch.where(flat, 1, pivot)
+        c, s = (top / pivot).unsqueeze(-1), (bottom / pivot).unsqueeze(-1)
+        rotations[j : j + 2] = [
+            c * rotations[j] + s * rotations[j + 1],
+            c * rotations[j + 1] - s * rotations[j],
+        ]
+        # a problem that takes no part gets a row and a column of the identity, and so 0 as its coefficient
+        used = torch.cat([rotated[..., :j], pivot.unsqueeze(-1), torch.zeros_like(eye[..., 0, j + 1 : length])], -1)
+        triangle.append(select(active, used, eye[..., j, :length]))
+        rhs.append(torch.where(active, c.squeeze(-1) * rest, 0))
+        rest = torch.where(active, -s.squeeze(-1) * rest, rest)
+        steps = steps + active
+        active = system.going(active, rest.abs(), steps)
+        basis.append(w / torch.where(beta > 0, beta, torch.inf).unsqueeze(-1))
+    k = len(triangle)
+    upper = torch.stack(triangle, -1)[..., :k, :]
+    y = torch.linalg.solve_triangular(upper, torch.stack(rhs, -1).unsqueeze(-1), upper=True)
+    step = (torch.stack(basis[:k], -1) @ y).squeeze(-1)
+    # |A M step| <= |r| + |r_new|: a longer step than that allows is the work of a singular value at the rounding level
+    singular = singular | ((rounding * size * norm(step) > norm(r) + rest.abs()) & size.isfinite())
+    return _Cycle(system.precondition(step), rest.abs(), steps, singular)

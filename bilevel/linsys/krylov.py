@@ -1,0 +1,205 @@
+"""What the Krylov methods share: their options, the start, when to stop, and an honest end."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.linsys.base import (
+    LinearSolver,
+    Matvec,
+    Operator,
+    check_count,
+    check_number,
+    check_system,
+    mark,
+    norm,
+    select,
+)
+from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
+from bilevel.result import Result, Status
+
+
+@dataclass
+class System:
+    """A u = b, as an iteration sees it.
+
+    Attributes:
+        operator: A.
+        preconditioner: ``v -> M v``, or None.
+        b: right-hand side ``(*batch, d)``.
+        threshold: the residual norm that is small enough ``(*batch,)``.
+        fixed_steps: take all steps and read no number back to the host.
+        max_steps: that many at most.
+        num_matvecs: products so far.
+        limit: the steps that each problem may take ``(*batch,)``, where that differs.
+    """
+
+    operator: Operator
+    preconditioner: Matvec | None
+    b: Tensor
+    threshold: Tensor
+    fixed_steps: bool
+    max_steps: int
+    num_matvecs: int
+    limit: Tensor | int | None = None
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """A v, counted."""
+        self.num_matvecs += 1
+        return self.operator(v)
+
+    def precondition(self, v: Tensor) -> Tensor:
+        """M v."""
+        return v if self.preconditioner is None else self.preconditioner(v)
+
+    def going(self, active: Tensor, residual: Tensor, steps: Tensor) -> Tensor:
+        """Which of the active problems go on; none whose residual is NaN."""
+        active = active & (residual > self.threshold)
+        return active if self.limit is None else active & (steps < self.limit)
+
+    def finished(self, active: Tensor) -> bool:
+        """Whether no problem is active any more, where that may be asked."""
+        return not self.fixed_steps and not bool(active.any())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What an iteration ends with; everything but ``value`` is ``(*batch,)``.
+
+    Attributes:
+        value: u ``(*batch, d)``.
+        residual: ``|b - A u|`` as the recurrence has it, or measured.
+        steps: steps taken.
+        found: what the iteration ran into, the later entry counts; a problem that is solved all the same is not marked.
+        negative_curvature: where the iteration saw that A is not positive definite; None if it cannot.
+        not_definite: where it saw that M is not positive definite.
+        size: a lower bound of |A|, for a method that cannot tell by itself that its answer is that of a singular A.
+        measured: the residual is the true one.
+    """
+
+    value: Tensor
+    residual: Tensor
+    steps: Tensor
+    found: tuple[tuple[Tensor, Status], ...]
+    negative_curvature: Tensor | None = None
+    not_definite: Tensor | None = None
+    size: Tensor | None = None
+    measured: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class KrylovSolver(LinearSolver):
+    """The options of every Krylov method.
+
+    Stops where ``|b - A u| <= max(rtol |b|, atol)``. Where rounding has led the recurrence astray, so that only its own residual is
+    that small, it goes on from there with the true one, as long as that helps. With ``rtol = atol = 0`` it takes ``max_steps`` steps
+    without reading a number back to the host, and reports the residual of the recurrence instead of spending a product on the true one.
+
+    Args:
+        max_steps: at most this many steps, >= 1.
+        rtol: tolerance relative to ``|b|``.
+        atol: absolute tolerance.
+        preconditioner: :class:`~bilevel.linsys.Jacobi`, :class:`~bilevel.linsys.NystromPreconditioner`, or a function ``v -> M v`` over
+            ``(*batch, d)`` with M an approximate inverse of A, symmetric positive definite. It takes the place of the one that a problem
+            hands over; None: that one. Products that it takes to build count in ``num_matvecs``.
+    """
+
+    reduces_residual: ClassVar[bool] = True
+    """Whether a residual that is not below its start means that the method has failed."""
+
+    max_steps: int
+    rtol: float = 1e-6
+    atol: float = 0.0
+    preconditioner: Preconditioner | Matvec | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max_steps", self.max_steps)
+        check_number("rtol", self.rtol)
+        check_number("atol", self.atol)
+        check_preconditioner(self.preconditioner)
+
+    @abstractmethod
+    def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
+        """The iteration from u with r = b - A u."""
+
+    def solve(
+        self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
+    ) -> Result:
+        check_system(b, init)
+        operator = self.operator(matvec)
+        m, spent = prepare(self.preconditioner, preconditioner, operator, b)
+        size = norm(b)
+        # below the rounding floor the directions are noise
+        threshold = torch.maximum((self.rtol * size).clamp_min(self.atol), torch.finfo(b.dtype).eps * size)
+        system = System(operator, m, b, threshold, self.rtol == 0 and self.atol == 0, self.max_steps, spent)
+        u = torch.zeros_like(b) if init is None else init.clone()
+        r = b if init is None else b - system.matvec(u)
+        end = self.iterate(system, u, r)
+        if not (system.fixed_steps or end.measured):
+            end = self._refine(system, end)
+        return self._result(system, end, torch.maximum(norm(r), size))
+
+    def _refine(self, system: System, end: Outcome) -> Outcome:
+        """The end with its true residual, after another round wherever only the residual of the recurrence has met the tolerance."""
+        r = system.b - system.matvec(end.value)
+        residual, claimed = norm(r), end.residual
+        while True:
+            again = (claimed <= system.threshold) & (residual > system.threshold) & (end.steps < self.max_steps)
+            system.limit = self.max_steps - end.steps
+            system.max_steps = int(torch.where(again, system.limit, 0).amax())
+            if system.max_steps == 0:
+                return replace(end, residual=residual)
+            more = self.iterate(system, end.value, select(again, r, torch.zeros_like(r)))
+            r_new = system.b - system.matvec(more.value)
+            better = again & (norm(r_new) <= 0.5 * residual)
+            r, residual = select(better, r_new, r), torch.where(better, norm(r_new), residual)
+            claimed = torch.where(better, more.residual, torch.inf)
+            end = Outcome(
+                value=select(better, more.value, end.value),
+                residual=residual,
+                steps=end.steps + more.steps,
+                found=tuple((old | new, status) for (old, status), (new, _) in zip(end.found, more.found, strict=True)),
+                negative_curvature=_either(end.negative_curvature, more.negative_curvature),
+                not_definite=_either(end.not_definite, more.not_definite),
+                size=end.size,
+            )
+
+    def _result(self, system: System, end: Outcome, start: Tensor) -> Result:
+        if not system.fixed_steps and end.not_definite is not None and bool(end.not_definite.any()):
+            raise ValueError(
+                "preconditioner: expected a symmetric positive definite M, got v^T M v < 0 for some v. Jacobi() and "
+                "NystromPreconditioner(rank=...) are positive definite for every A."
+            )
+        u, residual, eps = end.value, end.residual, torch.finfo(end.value.dtype).eps
+        converged = residual <= system.threshold
+        codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
+        if self.reduces_residual:  # no better than zero, and no better than where it began
+            codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
+        for mask, status in end.found:
+            codes = mark(codes, mask, status)
+        if (
+            end.size is not None
+        ):  # |A u| <= |b| + |r|, so this much smaller than |A| |u| is the smallest singular value of A
+            lost = norm(system.b) + residual <= u.shape[-1] * eps * end.size * norm(u)
+            codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
+        codes = mark(codes, converged, Status.CONVERGED)
+        if end.negative_curvature is not None:
+            codes = mark(codes, converged & end.negative_curvature, Status.SOLVED_INDEFINITE)
+        codes = mark(codes, ~(residual.isfinite() & u.isfinite().all(-1)), Status.NON_FINITE)
+        return Result(
+            value=u,
+            codes=codes,
+            steps=end.steps,
+            residual=residual,
+            num_matvecs=system.num_matvecs,
+            negative_curvature=None if end.negative_curvature is None else end.negative_curvature.long(),
+        )
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a | b
