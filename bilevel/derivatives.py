@@ -25,8 +25,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.curvature import Curvature, GaussNewton
+from bilevel.curvature import Curvature, FiniteDifference, GaussNewton, Hessian, ReverseOverReverse
 from bilevel.problem import BilevelProblem
+from bilevel.products import finite_difference, next_after
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
 Levels = tuple[tuple[bool, ...], ...]
@@ -289,11 +290,18 @@ class Linearisation:
                 _GaussNewtonProduct(objective, self._phi) if isinstance(curvature, GaussNewton) else None
             )
         self.value, self.grad = value.detach(), self._grad.detach()
+        self._tensors, self._levels = [tensor.detach() for tensor in tensors], levels
+        self._product = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
+
+    @property
+    def exact(self) -> bool:
+        """Whether all products so far were exact but for rounding."""
+        return not isinstance(self._product, FiniteDifference)
 
     def matvec(self, v: Tensor) -> Tensor:
         """(curvature + damping I) v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
         self._objective.num_matvecs += 1
-        product = backward_product(self._grad, self._phi, v) if self._gauss_newton is None else self._gauss_newton(v)
+        product = self._falling_back(self._hessian_product, v) if self._gauss_newton is None else self._gauss_newton(v)
         return product if self._damping == 0 else product + self._damping * v
 
     def transposed_matvec(self, v: Tensor) -> Tensor:
@@ -304,9 +312,56 @@ class Linearisation:
         """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf.
         Frees the graph unless ``keep``.
         """
-        if not self._grad.requires_grad:
-            return [None] * len(self._theta)
-        return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True, retain_graph=keep))
+        return self._falling_back(lambda v: self._cross_product(v, keep), u)
+
+    def _falling_back(self, product: Callable[[Tensor], Any], v: Tensor) -> Any:
+        """``product(v)``, in another way where an operator lacks the derivative that this one needs."""
+        while True:
+            try:
+                return product(v)
+            except (NotImplementedError, RuntimeError) as error:
+                following = next_after(self._product, error)
+                if following is None:
+                    raise
+                self._product = following
+
+    def _hessian_product(self, v: Tensor) -> Tensor:
+        if isinstance(self._product, ReverseOverReverse):
+            return backward_product(self._grad, self._phi, v)
+        phi = self._phi.detach()
+        extra = v.shape[: v.ndim - phi.ndim]
+        if isinstance(self._product, FiniteDifference):
+            step = self._product.step
+            rows = [finite_difference(self._gradients, phi, row, step)[0] for row in v.reshape(-1, *phi.shape)]
+            return torch.stack([row for row in rows if row is not None]).reshape(v.shape)
+        gradient = over_levels(self._objective.flat.condition, with_axis(self._levels))
+
+        def along(direction: Tensor) -> Tensor:
+            return torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,))[1]
+
+        for _ in extra:
+            along = torch.func.vmap(along)
+        return along(v)
+
+    def _cross_product(self, u: Tensor, keep: bool) -> list[Tensor | None]:
+        if isinstance(self._product, ReverseOverReverse):
+            if not self._grad.requires_grad:
+                return [None] * len(self._theta)
+            return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True, retain_graph=keep))
+        phi, n = self._phi.detach(), len(self._theta)
+        if isinstance(self._product, FiniteDifference):
+            return finite_difference(self._gradients, phi, u, self._product.step)[1:]
+        of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
+        gradient = over_levels(of_theta, with_axis(self._levels))
+        return list(torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))[1])
+
+    def _gradients(self, phi: Tensor) -> list[Tensor | None]:
+        """dG/dphi and the leaves of dG/dtheta elsewhere."""
+        n = len(self._theta)
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (phi, *self._tensors[:n])]
+            value = over_levels(self._objective.flat.inner, with_axis(self._levels))(*inputs, *self._tensors[n:])
+            return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
 
 
 class _GaussNewtonProduct:
@@ -472,7 +527,7 @@ def refuse_eager_forward_mode(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]
         return
     if any(is_dual(tensor) for tensor in tensors):
         raise NotImplementedError(
-            "argmin: dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
+            "dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
         )
     if is_dual(flat.probe(phi.detach(), *[tensor.detach() for tensor in tensors])):
         raise ValueError(_CAPTURED.format(name=flat.source, what="a tangent of torch.autograd.forward_ad"))
@@ -541,6 +596,6 @@ def refuse_nested_forward_mode(tensors: Sequence[Tensor]) -> None:
             tensor = torch._C._functorch.get_unwrapped(tensor)
     if len(levels & forward_levels) >= 2:
         raise NotImplementedError(
-            "argmin: forward mode over forward mode (jacfwd of jacfwd, jvp of jvp) cannot be right here. Use torch.func.hessian, "
+            "forward mode over forward mode (jacfwd of jacfwd, jvp of jvp) cannot be right here. Use torch.func.hessian, "
             "which is jacfwd(jacrev(f)), or jacrev(jacfwd(f))."
         )

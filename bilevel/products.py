@@ -1,0 +1,59 @@
+"""Products with the Hessian of G and with its cross derivative, in three ways, for problems whose operators do not allow the first.
+
+With g(phi) = (dG/dphi, dG/dtheta), both products along a direction v are the derivative of g along v: H v and (d2G/dphi dtheta)^T v.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import FiniteDifference, ForwardOverReverse, HessianProduct, ReverseOverReverse
+
+_logger = logging.getLogger(__name__)
+
+Gradient = Callable[[Tensor], list[Tensor | None]]
+"""phi ``(*batch, d)`` -> [dG/dphi ``(*batch, d)``, dG/dtheta leaf by leaf ``(*batch, *shape)``, None where unused]."""
+
+FALL_BACK: tuple[HessianProduct, ...] = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
+
+HINT = " For attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the model allows exact products."
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether PyTorch says that an operator lacks this derivative."""
+    words = str(error)
+    return isinstance(error, NotImplementedError) or "not implemented" in words or "not support" in words
+
+
+def next_after(product: HessianProduct, error: Exception) -> HessianProduct | None:
+    """What to try where an operator lacks what ``product`` needs; logged. None: there is nothing left."""
+    kinds = [type(other) for other in FALL_BACK]
+    following = FALL_BACK[kinds.index(type(product)) + 1 :]
+    if not following or not is_missing(error):
+        return None
+    _logger.warning(
+        "%s cannot be used here, going on with %s (%s).%s",
+        product,
+        following[0],
+        str(error).splitlines()[0][:200],
+        HINT,
+    )
+    return following[0]
+
+
+def finite_difference(gradient: Gradient, phi: Tensor, v: Tensor, step: float | None) -> list[Tensor | None]:
+    """(g(phi + h v) - g(phi - h v)) / 2 h with h |v| = step (1 + |phi|)."""
+    eps = torch.finfo(phi.dtype).eps
+    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    h = (step or eps ** (1 / 3)) * (1 + torch.linalg.vector_norm(phi, dim=-1, keepdim=True)) / length
+    h = torch.where(length > 0, h, 1.0)
+
+    def scaled(difference: Tensor) -> Tensor:
+        return difference / (2 * h).reshape(h.shape[:-1] + (1,) * (difference.ndim - h.ndim + 1))
+
+    ahead, behind = gradient(phi + h * v), gradient(phi - h * v)
+    return [None if a is None or b is None else scaled(a - b) for a, b in zip(ahead, behind, strict=True)]

@@ -1,0 +1,204 @@
+"""Hessian products in every way, and what happens where an operator lacks a derivative."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import bilevel
+from bilevel.curvature import FiniteDifference, ForwardOverReverse, Hessian, HessianProduct, ReverseOverReverse
+from bilevel.linsys import CG, Exact
+from bilevel.solvers import NewtonCG
+from bilevel.trees import flatten
+from tests.cases import PROBLEMS, Case
+
+PRODUCTS: list[tuple[HessianProduct, float]] = [
+    (ReverseOverReverse(), 1e-9),
+    (ForwardOverReverse(), 1e-9),
+    (FiniteDifference(), 1e-6),
+]
+
+
+def exact(case: Case) -> Tensor:
+    leaves, spec = flatten(case.theta)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    outer = case.outer(bilevel.trees.unflatten(spec, leaves), case.data)
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(outer, leaves)])
+
+
+def vector(tree: Any) -> Tensor:
+    return torch.cat([leaf.detach().reshape(-1) for leaf in flatten(tree)[0]])
+
+
+@pytest.mark.parametrize(("product", "rtol"), PRODUCTS, ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("linsys", [CG(max_steps=60, rtol=1e-12), Exact()], ids=["cg", "exact"])
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_every_product_gives_the_exact_gradient(case: Case, linsys: Any, product: HessianProduct, rtol: float) -> None:
+    curvature = Hessian(product=product)
+    solver = NewtonCG(max_steps=40, cg_steps=30, tol=1e-10, curvature=curvature)
+    found = bilevel.hypergradient(
+        case.problem, case.theta, case.data, solver=solver, linsys=linsys, curvature=curvature
+    )
+    torch.testing.assert_close(vector(found.unwrap()), exact(case), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(("product", "rtol"), PRODUCTS, ids=lambda x: type(x).__name__)
+def test_batches_and_leaves_that_do_not_enter(product: HessianProduct, rtol: float) -> None:
+    def inner(phi: Tensor, theta: Any, data: Tensor) -> Tensor:
+        return (phi.exp() * theta["a"].exp()).sum() - phi @ data
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: (phi**2).sum() * (1 + theta["b"]), lambda theta, data: 0 * data
+    )
+    theta = {"a": torch.tensor([0.3, -0.2], dtype=torch.float64), "b": torch.tensor(0.5, dtype=torch.float64)}
+    data = torch.tensor([[1.0, 2.0], [0.5, 3.0], [torch.nan, 1.0]], dtype=torch.float64)
+    found = bilevel.hypergradient(
+        problem,
+        theta,
+        data,
+        solver=NewtonCG(max_steps=30, cg_steps=5, tol=1e-12),
+        linsys=CG(max_steps=5, rtol=1e-12),
+        curvature=Hessian(product=product),
+        batched=True,
+        reduction="none",
+    )
+    phi = torch.log(data) - theta["a"]  # L = sum (log d - a)^2 (1 + b)
+    assert found.ok.tolist() == [True, True, False]
+    torch.testing.assert_close(found.grad["a"][:2], (-2 * phi * (1 + theta["b"]))[:2], rtol=rtol, atol=rtol)
+    torch.testing.assert_close(found.grad["b"][:2], (phi**2).sum(-1)[:2], rtol=rtol, atol=rtol)
+    assert found.grad["a"][2].isnan().all()
+
+
+class Attention(nn.Module):
+    """A small transformer block with PyTorch's fused attention, which has a first derivative only on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm, self.mlp, self.head = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head((x + torch.tanh(self.mlp(x))).mean(1))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+def few_shot(module: nn.Module, dtype: torch.dtype) -> tuple[bilevel.ProximalProblem, Any, Any]:
+    module.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+
+    def part() -> tuple[Tensor, Tensor]:
+        x = torch.randn(6, 5, 8, generator=generator, dtype=torch.float64).to(dtype)
+        return x, torch.randint(0, 3, (6,), generator=generator)
+
+    def loss(which: int) -> Any:
+        return lambda phi, data: nn.functional.cross_entropy(
+            functional_call(module, phi, (data[which][0],)), data[which][1]
+        )
+
+    theta = {name: p.detach() for name, p in module.named_parameters()}
+    return bilevel.ProximalProblem.from_losses(loss(0), loss(1), 0.5), theta, (part(), part())
+
+
+def gradient(module: nn.Module, dtype: torch.dtype, product: HessianProduct) -> Tensor:
+    problem, theta, data = few_shot(module, dtype)
+    curvature = Hessian(product=product)
+    found = bilevel.hypergradient(
+        problem,
+        theta,
+        data,
+        solver=NewtonCG(max_steps=20, cg_steps=40, tol=1e-9 if dtype == torch.float64 else 1e-5, curvature=curvature),
+        linsys=CG(max_steps=80, rtol=1e-10 if dtype == torch.float64 else 1e-4),
+        curvature=curvature,
+    )
+    return vector(found.unwrap())
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-6), (torch.float32, 2e-2)], ids=["float64", "float32"])
+@pytest.mark.parametrize("product", [product for product, _ in PRODUCTS], ids=lambda x: type(x).__name__)
+def test_transformer_block_falls_back_and_says_so(
+    product: HessianProduct, dtype: torch.dtype, rtol: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    module = Attention()
+    with sdpa_kernel(SDPBackend.MATH):  # composed of operators that have all derivatives
+        expected = gradient(module, torch.float64, ReverseOverReverse())
+    with caplog.at_level(logging.WARNING, logger="bilevel"):
+        found = gradient(module, dtype, product)
+    assert float((found - expected.to(dtype)).norm() / expected.norm()) < rtol
+    if not isinstance(product, FiniteDifference):
+        words = caplog.text
+        assert (
+            "going on with FiniteDifference" in words and "scaled_dot_product" in words and "SDPBackend.MATH" in words
+        )
+
+
+@pytest.mark.parametrize("product", [product for product, _ in PRODUCTS], ids=lambda x: type(x).__name__)
+def test_lstm(product: HessianProduct) -> None:
+    torch.manual_seed(0)
+    module = Recurrent()
+    expected = gradient(module, torch.float64, ReverseOverReverse())
+    assert float((gradient(module, torch.float64, product) - expected).norm() / expected.norm()) < 1e-6
+    found = gradient(module, torch.float32, product)  # forward mode is missing in float32
+    assert float((found.double() - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_an_error_of_the_users_own_is_not_taken_for_a_missing_derivative() -> None:
+    calls = []
+
+    def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) > 3:
+            raise RuntimeError("the disk is full")
+        return ((phi - theta) ** 2).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+    )
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        bilevel.hypergradient(
+            problem,
+            torch.ones(2),
+            solver=NewtonCG(max_steps=3),
+            linsys=CG(max_steps=3),
+            curvature=Hessian(product=FiniteDifference()),
+        )
+
+
+def test_no_rigorous_bound_with_differences() -> None:
+    case = PROBLEMS[0]
+    case.problem.constants = bilevel.Constants(mu=0.1, rho=1.0, L=50.0, C=10.0)
+    try:
+        bounds = [
+            bilevel.implicit_gradient(
+                case.problem,
+                case.phi_star(case.theta, case.data),
+                case.theta,
+                case.data,
+                linsys=Exact(),
+                curvature=Hessian(product=product),
+            ).error_bound
+            for product, _ in PRODUCTS
+        ]
+    finally:
+        case.problem.constants = None
+    assert bounds[0] is not None and bounds[1] is not None and bounds[2] is None
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(TypeError, match="product: expected ReverseOverReverse"):
+        Hessian(product="forward")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="step: expected a number > 0, got -1"):
+        FiniteDifference(step=-1.0)
