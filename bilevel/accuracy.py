@@ -17,27 +17,31 @@ from torch import Tensor
 
 from bilevel.entry import Call
 from bilevel.linsys.base import LinearSolver, check_number, mark, norm
-from bilevel.result import Hypergradient, Result, Status
+from bilevel.result import Diagnosis, Hypergradient, Result, Status
 
 MAX_ROUNDS = 10
 FIRST_RTOL = 0.1
 
 
 class Tolerances(NamedTuple):
-    """``tol`` of an inner solver (absolute, on ``|dG/dphi|``) and ``rtol`` of a linear solver (relative to ``|dL/dphi|``)."""
+    """``tol`` of an inner solver (absolute, on ``|dG/dphi|``) and ``rtol`` of a linear solver (relative to ``|dL/dphi|``).
 
-    tol: float
-    rtol: float
+    None where the result had no error left that a tolerance could be measured on, as after a direct solve.
+    """
+
+    tol: float | None
+    rtol: float | None
 
 
 def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
     """The tolerances that give a hypergradient like this one a relative error of ``accuracy``, half of it for each solve.
 
-    ``hypergradient(..., accuracy=...)`` does this in every call. In an outer loop it is cheaper now and then: the factors change slowly.
+    To first order: the error is taken to be proportional to the residual, which is optimistic where ``accuracy`` is much below the
+    error of ``result``. ``hypergradient(..., accuracy=...)`` measures again in every call. In an outer loop it is cheaper to ask now
+    and then, because the factors change slowly.
 
     Args:
-        result: a hypergradient of the same problem at this theta or one nearby. It should not be exact: the factors are measured on
-            its errors. Costs what :meth:`bilevel.Hypergradient.diagnose` costs.
+        result: a hypergradient of the same problem at this theta or one nearby. Costs what :meth:`bilevel.Hypergradient.diagnose` costs.
         accuracy: wanted ``|grad - exact| / |exact|`` of each task, > 0.
 
     Returns:
@@ -50,17 +54,20 @@ def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
     if not bool(result.ok_per_task.any()):
         raise ValueError(f"tolerances: expected a result with at least one task that is ok, got\n{result.describe()}")
     found = result.diagnose()
+    return _wanted(found, accuracy, result.ok_per_task, result.ok_per_task)
+
+
+def _wanted(found: Diagnosis, accuracy: float, late: Tensor, rough: Tensor) -> Tolerances:
+    """The tolerances at which each part of the error is half of what is allowed: ``tol`` for the tasks of the first mask, ``rtol`` for
+    those of the second.
+    """
     allowed = 0.5 * accuracy * found.size
-    return Tolerances(
-        _scaled(found.slope, allowed / found.inner, result.ok_per_task),
-        _scaled(found.residual / found.rhs, allowed / found.linear, result.ok_per_task),
-    )
 
+    def least(residual: Tensor, part: Tensor, tasks: Tensor) -> float | None:
+        wanted = (residual * allowed / part)[tasks & (part > 0) & part.isfinite() & (allowed > 0)]
+        return max(float(wanted.min()), torch.finfo(wanted.dtype).tiny) if len(wanted) else None
 
-def _scaled(residual: Tensor, factor: Tensor, ok: Tensor) -> float:
-    """The residual at which the error is what is allowed. A part without error asks for nothing."""
-    wanted = (residual * factor)[ok & factor.isfinite() & (residual > 0)]
-    return max(float(wanted.min()), torch.finfo(residual.dtype).tiny) if len(wanted) else 1.0
+    return Tolerances(least(found.slope, found.inner, late), least(found.residual / found.rhs, found.linear, rough))
 
 
 def warmed(call: Call, earlier: Hypergradient | None, *, phi_too: bool) -> Call:
@@ -68,16 +75,21 @@ def warmed(call: Call, earlier: Hypergradient | None, *, phi_too: bool) -> Call:
     if earlier is None:
         return call
     if not isinstance(earlier, Hypergradient) or earlier.certificate is None:
-        raise TypeError(f"warm_start: expected the Hypergradient of an earlier call, got {type(earlier).__name__}.")
+        raise TypeError(
+            f"warm_start: expected what hypergradient() or implicit_gradient() returned, got {type(earlier).__name__}"
+            f"{' of unrolled()' if isinstance(earlier, Hypergradient) else ''}."
+        )
     before = earlier.certificate.call
-    if before.flat.phi != call.flat.phi or before.phi.shape != call.phi.shape or before.phi.dtype != call.phi.dtype:
+    same_place = before.phi.shape == call.phi.shape and before.phi.device == call.phi.device
+    if before.flat.phi != call.flat.phi or not same_place or before.phi.dtype != call.phi.dtype:
         raise ValueError(
-            f"warm_start: expected a result for the same phi and number of tasks (raveled: {tuple(call.phi.shape)}, {call.phi.dtype}), got "
-            f"one for {tuple(before.phi.shape)}, {before.phi.dtype}."
+            "warm_start: expected a result for the same phi and number of tasks (raveled: "
+            f"{tuple(call.phi.shape)}, {call.phi.dtype}, {call.phi.device}), got one for {tuple(before.phi.shape)}, {before.phi.dtype}, "
+            f"{before.phi.device}."
         )
     ok = earlier.ok_per_task.unsqueeze(-1)
     phi = torch.where(ok, before.phi, call.phi) if phi_too else call.phi
-    return replace(call, phi=phi, u=torch.where(ok, earlier.certificate.u, 0))
+    return replace(call, phi=phi, u=torch.where(ok, before.u, 0))
 
 
 def to_accuracy(
@@ -91,55 +103,81 @@ def to_accuracy(
     """Run until the estimated relative error of each task is at most ``accuracy``, or no further."""
     check_number("accuracy", accuracy, positive=True)
     _check_methods(solver, linsys)
-    direct = "rtol" not in [field.name for field in fields(linsys)]  # type: ignore[arg-type]
-    wanted = _first(call, accuracy) if warm_start is None else tolerances(warm_start, accuracy)
-    earlier = warm_start
+    start, rounds = warmed(call, warm_start, phi_too=True), []
+    tol, rtol = _first(call, accuracy, warm_start)
+    direct = not _has(linsys, "rtol")
     for _ in range(MAX_ROUNDS):
         result = run(
-            warmed(call, earlier, phi_too=True),
-            replace(solver, tol=wanted.tol),
-            linsys if direct else replace(linsys, rtol=wanted.rtol),  # type: ignore[type-var]
+            start,
+            replace(solver, tol=tol),
+            linsys if direct else replace(linsys, rtol=rtol),  # type: ignore[type-var]
         )
         assert result.inner is not None
-        if not bool(result.ok_per_task.any()):
-            return result
+        rounds.append(result)
         found = result.diagnose()
         allowed = accuracy * found.size
-        missed = result.ok_per_task & (found.linear + found.inner > allowed)
-        late = missed & (found.inner > 0.5 * allowed)  # the inner solve is to blame
-        rough = missed & (found.linear > 0.5 * allowed)
-        hopeless = (late & (result.inner.codes != int(Status.CONVERGED))) | (
-            rough & (result.linear.codes != int(Status.CONVERGED))
-        )
-        if not bool(missed.any()) or bool(hopeless.any()):
-            return result
+        missed = result.ok_per_task & ~(found.linear + found.inner <= allowed)
+        late = missed & ~(found.inner <= 0.5 * allowed)  # the inner solve is to blame
+        rough = missed & ~(found.linear <= 0.5 * allowed)
+        # a solve that could not keep its tolerance, or has none, will not keep a smaller one; nor is there one for no estimate
+        stuck = late & ((result.inner.codes != int(Status.CONVERGED)) | found.inner.isinf())
+        stuck = stuck | (rough & ((result.linear.codes != int(Status.CONVERGED)) | found.linear.isinf() | direct))
         # what is left lies in directions of smaller curvature: ask for more than proportion says
-        new = tolerances(result, 0.5 * accuracy)
-        wanted = Tolerances(
-            min(wanted.tol, new.tol) if bool(late.any()) else wanted.tol,
-            min(wanted.rtol, new.rtol) if bool(rough.any()) else wanted.rtol,
+        new = _wanted(found, 0.5 * accuracy, late & ~stuck, rough & ~stuck)
+        if new == (None, None):
+            break
+        tol, rtol = min(tol, new.tol or tol), min(rtol, new.rtol or rtol)
+        start = warmed(call, result, phi_too=True)
+    return _as_one(rounds, late, rough)
+
+
+def _as_one(rounds: list[Hypergradient], late: Tensor, rough: Tensor) -> Hypergradient:
+    """The last of the rounds, with the work of all of them. Its statuses say where the accuracy was not reached."""
+    last = rounds[-1]
+
+    def total(name: str, missed: Tensor) -> Result:
+        results = [getattr(result, name) for result in rounds]
+        codes = results[-1].codes
+        return replace(
+            results[-1],
+            codes=mark(codes, missed & (codes == int(Status.CONVERGED)), Status.MAX_STEPS),
+            steps=torch.stack([result.steps for result in results]).sum(0),
+            num_grads=sum(result.num_grads for result in results),
+            num_matvecs=sum(result.num_matvecs for result in results),
         )
-        earlier = result
-    assert result.inner is not None
-    return replace(result, inner=_not_reached(result.inner, late), linear=_not_reached(result.linear, rough))
+
+    looks = [result.diagnose() for result in rounds]
+    inner, linear = total("inner", late), total("linear", rough)
+    linear = replace(
+        linear,
+        num_grads=linear.num_grads + sum(look.num_grads for look in looks),
+        num_matvecs=linear.num_matvecs + sum(look.num_matvecs for look in looks),
+    )
+    return replace(last, inner=inner, linear=linear)
 
 
-def _not_reached(result: Result, missed: Tensor) -> Result:
-    return replace(result, codes=mark(result.codes, missed & ~result.failed, Status.MAX_STEPS))
-
-
-def _first(call: Call, accuracy: float) -> Tolerances:
-    """Without a result to measure on: the fraction ``accuracy`` of what the gradient is at the start."""
-    _, grad = call.objective().value_and_grad(call.phi)
-    slope = norm(grad)
-    slope = slope[slope.isfinite() & (slope > 0)]
-    return Tolerances(accuracy * float(slope.min()) if len(slope) else accuracy, min(FIRST_RTOL, accuracy))
+def _first(call: Call, accuracy: float, warm_start: Hypergradient | None) -> tuple[float, float]:
+    """From an earlier result, if it can be looked at; else the fraction ``accuracy`` of what the gradient is at the start."""
+    known = Tolerances(None, None)
+    if warm_start is not None and warm_start.certificate.known and bool(warm_start.ok_per_task.any()):
+        known = tolerances(warm_start, accuracy)
+    tol = known.tol
+    if tol is None:
+        _, grad = call.objective().value_and_grad(call.phi)
+        slope = norm(grad)
+        slope = slope[slope.isfinite() & (slope > 0)]
+        tol = accuracy * float(slope.min()) if len(slope) else accuracy
+    return tol, min(FIRST_RTOL, accuracy) if known.rtol is None else known.rtol
 
 
 def _check_methods(solver: Any, linsys: LinearSolver) -> None:
-    if not (is_dataclass(solver) and "tol" in [field.name for field in fields(solver)]):
+    if not _has(solver, "tol"):
         raise TypeError(f"accuracy: expected an inner solver with a field tol to choose, got {solver!r}.")
     if linsys.needs_known_inverse:
         raise ValueError(
             f"accuracy: {linsys!r} is no solve, so no tolerance makes the gradient exact. Use CG, Neumann or Exact."
         )
+
+
+def _has(method: Any, name: str) -> bool:
+    return is_dataclass(method) and name in [field.name for field in fields(method)]

@@ -1,70 +1,82 @@
 """How good a hypergradient is: a rigorous bound where the user states constants, an estimate always, and sentences.
 
-Let phi be the point, H and C the derivatives d2G/dphi2 and d2G/dphi dtheta there, b = dL/dphi, and H u = b - r what the linear
-solver left. Stars mark the exact inner solution. With g = dL/dtheta - C^T u as computed,
+Let phi be the point, H and C the derivatives d2G/dphi2 and d2G/dphi dtheta there, b = dL/dphi, and r = b - H u what the linear
+solver left. Stars mark the exact inner solution. With g = dL/dtheta - C^T u as computed, w = H^{-1} b and w* = H*^{-1} b*,
 
-    g* - g = (dL/dtheta* - dL/dtheta) - C^T H^{-1} r - [C*^T H*^{-1} b* - C^T H^{-1} b],
+    g* - g = - C^T H^{-1} r + (dL/dtheta* - dL/dtheta) - (C*^T w* - C^T w),
 
-a *linear* part, C^T H^{-1} r, and an *inner* part, the rest, which vanishes with delta = |phi - phi*|.
+a *linear* part, the first term, and an *inner* part, the rest, which vanishes with delta = |phi - phi*|.
 
-**Bound.** With the constants of :class:`bilevel.Constants` the linear part is at most C |r| / mu. For the inner part, let w = H^{-1} b,
-so that |w| <= |u| + |r| / mu; then H*^{-1} b* - w = H*^{-1} ((b* - b) + (H - H*) w), which gives
+**Bound.** With the constants of :class:`bilevel.Constants` the linear part is at most C |r| / mu. For the inner part,
 
-    L delta + C (L + rho |w|) delta / mu* + rho |w| delta
+    w* - w = H*^{-1} ((b* - b) + (H - H*) w),    C*^T w* - C^T w = C*^T (w* - w) + (C* - C)^T w,    |w| <= |u| + |r| / mu,
 
-(first term: only if L depends on theta directly; last term: only if C is not constant; mu* = mu everywhere, else mu - rho delta).
-Lemma 3 of the paper bounds the same by (2 lam rho B / mu^2 + lam L / mu) delta, and is used where it is the smaller one.
+so that it is at most
+
+    L delta + C* (L + rho |w|) delta / mu* + rho |w| delta
+
+(first term: only if L depends on theta directly; last term: only if C is not constant; C* = C if it is, else C + rho delta; mu* = mu if
+that holds everywhere, else mu - rho delta). With |b*| <= B the last two terms are at most
+
+    C (2 rho B / mu^2 + L / mu) delta + rho (B / mu*) delta
+
+too (1 for the 2 if mu holds everywhere; last term: as above): Lemma 3 of the paper, there for C = -lam I. The smaller one is used.
 delta comes from the gradient of G: |dG/dphi| / mu under strong convexity everywhere; else, by the theorem of Newton and Kantorovich,
-(mu - sqrt(mu^2 - 2 rho |dG/dphi|)) / rho, under the condition of Lemma 3, delta < mu / (2 rho).
+(mu - sqrt(mu^2 - 2 rho |dG/dphi|)) / rho, under the condition of Lemma 3, delta < mu / (2 rho). That theorem also says that there is a
+solution so near, and H* >= mu - rho delta > 0 that it is a minimum.
 
-**Rounding.** A residual that is computed as zero is not zero. Each measured quantity gets what rounding may hide in it: a multiple of eps
-times the size of what was subtracted to get it.
+**Rounding.** A residual that is computed as zero is not zero. Each measured quantity gets what rounding may hide in it: eps, times 8 times
+the root of how many numbers may have been summed (of phi, theta and data), times the size of what was subtracted to get it. For a gradient
+that is the size of its terms; in a sum of smooth terms >= 0 it is at most sqrt(2 |H| G). This models what happens inside of the user's
+functions, which nothing here can see; it matters only within some orders of the rounding floor.
 
-**Estimate.** The same two parts, computed instead of bounded: ten further steps of CG for the linear part, a Newton correction of phi
-and a linear solve there for the inner part.
+**Estimate.** The same two parts, computed instead of bounded: CG goes on at phi for the linear part; Newton's method from phi, mostly one
+step, and CG there, for the inner part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
-from bilevel.derivatives import Linearisation, Objective
+from bilevel.derivatives import Objective
 from bilevel.entry import Call
-from bilevel.explanation import explain
-from bilevel.linsys.base import norm, select
+from bilevel.explanation import Spectrum, explain
+from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
-from bilevel.linsys.lanczos import ritz_values
+from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.problem import Constants
-from bilevel.result import Diagnosis, Hypergradient
+from bilevel.result import Diagnosis, Hypergradient, Result
 
-FURTHER_STEPS = 10
-CORRECTION_STEPS = 100
-LANCZOS_STEPS = 30
+CORRECTION = CG(max_steps=100, rtol=1e-8)
+NEWTON_STEPS = 8
+SIZE_STEPS = 8
+SPECTRUM_STEPS = 30
+NAMES = ("mu", "rho", "B", "L", "C")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Certificate:
     """What a hypergradient keeps of the call that made it, for questions that come later. No graph.
 
     Attributes:
-        call: problem, theta, data, and as ``phi`` the point.
-        u: the solution of the linear system ``(*batch, d)``.
+        call: problem, theta, data; as ``phi`` the point, as ``u`` the solution of the linear system.
         ok: which tasks are in the gradient ``(*batch,)``.
         scale: what the gradient of each task was multiplied by: 1, or 1 / (number of tasks that are ok).
         per_task: the gradient was not summed over the tasks, because of ``reduction="none"`` or because theta has the task axis.
         none: ``reduction="none"``.
         chunk_size, outer_chunk_size: as in the call.
-        measured: the linear solver measured its residual.
-        versions: of theta and data, when the gradient was taken.
+        solves: the linear solver solves, unlike ``Identity``.
+        versions: how often each tensor had been written to when the gradient was taken.
     """
 
     call: Call
-    u: Tensor
     ok: Tensor
     scale: Tensor
     per_task: bool
@@ -73,199 +85,272 @@ class Certificate:
     damping: float
     chunk_size: int | None
     outer_chunk_size: int | None
-    measured: bool
-    versions: tuple[int, ...]
+    solves: bool
+    versions: tuple[int, ...] = field(init=False)
 
-    @staticmethod
-    def versions_of(call: Call) -> tuple[int, ...]:
-        """How often each tensor of theta and data was written to."""
-        return tuple(-1 if tensor.is_inference() else tensor._version for tensor in call.tensors)
+    def __post_init__(self) -> None:
+        tensors = [tensor.detach() for tensor in self.call.tensors]  # of one version with the user's
+        object.__setattr__(self, "call", replace(self.call, tensors=tensors))
+        object.__setattr__(self, "versions", self._versions())
 
+    def _versions(self) -> tuple[int, ...]:
+        assert self.call.u is not None
+        tensors = [*self.call.tensors, self.call.phi, self.call.u]
+        return tuple(-1 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing was changed in place since the gradient was taken."""
+        return self.versions == self._versions()
+
+    @property
+    def known(self) -> bool:
+        """The diagnosis is there, or can be had."""
+        return "diagnosis" in self.__dict__ or self.fresh
+
+    @cached_property
     def error_bound(self) -> Tensor | None:
         """See :attr:`bilevel.Hypergradient.error_bound`."""
         constants = self.call.flat.problem.constants
-        if constants is None or not self.measured or self.damping or not isinstance(self.curvature, Hessian):
+        if constants is None or self.damping or not isinstance(self.curvature, Hessian):
             return None
-        bounds = []
-        for start, look in self._looks():
-            bound = _bound(look, _of_chunk(constants, start, len(look.phi) if self.call.sizes else None))
-            if bound is None:
-                return None
-            bounds.append(bound)
-        bound = torch.cat(bounds) if self.call.sizes else bounds[0]
-        return self._reduce_norms(torch.where(self.ok, bound, torch.nan))
+        known = _per_task(constants, self.call)
+        bounds = self._each(lambda look, tasks: _bound(look, _cut(known, tasks)))
+        if any(bound is None for bound in bounds):
+            return None
+        bound = torch.where(self.ok, self._join(bounds), torch.nan)
+        if self.none or not self.call.sizes:
+            return bound
+        # of a sum, by the triangle inequality; of a gradient per task, exactly
+        terms = torch.where(self.ok, bound, 0)
+        return (torch.linalg.vector_norm(terms) if self.per_task else terms.sum()) * self.scale
 
-    def diagnose(self) -> Diagnosis:
+    @cached_property
+    def diagnosis(self) -> Diagnosis:
         """See :meth:`bilevel.Hypergradient.diagnose`."""
-        rows: list[tuple[Tensor, ...]] = []
-        total = None
-        for start, look in self._looks():
-            change, *row = _correct(look)
-            rows.append(tuple(row))
-            ok = self.ok[start : start + len(look.phi)] if self.call.sizes else self.ok
-            change = select(ok, change, torch.zeros_like(change))
-            if self.call.sizes and not self.per_task:
-                change = change.sum(0)
-                total = change if total is None else total + change
-            else:
-                total = change if total is None else torch.cat([total, change])
-        assert total is not None
-        columns = [torch.cat(column) if self.call.sizes else column[0] for column in zip(*rows, strict=True)]
+        found = self._each(lambda look, tasks: _correct(look, self.ok[tasks], self.per_task))
+        change = self._join([part.change for part in found]) if self.per_task else sum(part.change for part in found)
         if self.none:
-            error = torch.where(self.ok, norm(total), torch.nan)
+            error = torch.where(self.ok, norm(change), torch.nan)
         else:
-            error = torch.where(self.ok.any(), torch.linalg.vector_norm(total) * self.scale, torch.nan)
-        return Diagnosis(error, *columns)
+            error = torch.where(self.ok.any(), torch.linalg.vector_norm(change) * self.scale, torch.nan)
+        linear, inner, size, slope, residual, rhs = (
+            self._join(list(column)) for column in zip(*[part.columns for part in found], strict=True)
+        )
+        return Diagnosis(
+            error=error,
+            linear=linear,
+            inner=inner,
+            size=size,
+            slope=slope,
+            residual=residual,
+            rhs=rhs,
+            num_grads=sum(part.num_grads for part in found),
+            num_matvecs=sum(part.num_matvecs for part in found),
+        )
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """What Lanczos sees of the curvature at phi."""
+
+        def ends(look: _Look, tasks: Any) -> tuple[Tensor, ...]:
+            values, residuals = ritz_values(look.local.matvec, spread(look.b), SPECTRUM_STEPS)
+            return values[..., 0], values[..., -1], residuals[..., 0]
+
+        return Spectrum(*[self._join(list(column)) for column in zip(*self._each(ends), strict=True)])
 
     def explain(self, result: Hypergradient) -> str:
         """See :meth:`bilevel.Hypergradient.explain`."""
-        return explain(result, self.call.flat.problem)
+        return explain(result, self.call.flat.problem, self.spectrum, self.solves)
 
-    def _looks(self) -> Any:
-        """Chunk by chunk, so that memory stays what it was in the call: (index of the first task, a look at the chunk)."""
-        if self.versions != self.versions_of(self.call):
+    def _each(self, look_at: Callable[[_Look, Any], Any]) -> list[Any]:
+        """Chunk by chunk: of a look at the chunk, and where its tasks are."""
+        if not self.fresh:
             raise ValueError(
-                "error_bound, error_estimate and explain() look at theta and data again, but these were changed in place since the "
-                "gradient was taken (optimizer.step() does that to parameters). Ask before the step, or pass clones to the call."
+                "error_bound, error_estimate and explain() look at theta, data, phi and u again, but one of these was changed in place "
+                "since the gradient was taken (optimizer.step() does that to parameters). Ask before the step, or pass clones to the call."
             )
-        start = 0
+        found, start = [], 0
         for piece in self.call.chunks(self.chunk_size):
-            count = len(piece.phi) if self.call.sizes else 1
-            u = self.u[start : start + count] if self.call.sizes else self.u
-            yield start, _Look(piece, piece.phi, u, self.curvature, self.damping, self.outer_chunk_size)
-            start += count
+            tasks = slice(start, start + len(piece.phi)) if self.call.sizes else ...
+            found.append(look_at(_Look(piece, piece.objective(), piece.phi, self), tasks))
+            start += len(piece.phi)
+        return found
 
-    def _reduce_norms(self, norms: Tensor) -> Tensor:
-        """The norm of the reduced gradient's error from those of each task, by the triangle inequality."""
-        if self.none or not self.call.sizes:
-            return norms
-        known = torch.where(self.ok, norms, 0)
-        total = torch.linalg.vector_norm(known) if self.per_task else known.sum()
-        return torch.where(self.ok.any(), total * self.scale, torch.nan)
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts) if self.call.sizes else parts[0]
 
 
 class _Look:
     """First and second derivatives at one point, and the gradient that a given u leads to."""
 
-    def __init__(
-        self, call: Call, phi: Tensor, u: Tensor, curvature: Curvature, damping: float, outer_chunk_size: int | None
-    ) -> None:
-        self.call, self.phi, self.u = call, phi, u
-        self._options = (curvature, damping, outer_chunk_size)
-        self.objective: Objective = call.objective()
-        self.local: Linearisation = self.objective.linearise(phi, curvature, damping, with_theta=True)
-        _, self.b, self.direct = call.outer_gradient(phi, outer_chunk_size)
+    def __init__(self, call: Call, objective: Objective, phi: Tensor, options: Certificate) -> None:
+        assert call.u is not None
+        self.call, self.objective, self.phi, self.u, self.options = call, objective, phi, call.u, options
+        self.local = self.objective.linearise(phi, options.curvature, options.damping, with_theta=True)
+        self.outer, self.b, self.direct = call.outer_gradient(phi, options.outer_chunk_size)
 
-    def at(self, phi: Tensor, u: Tensor) -> _Look:
-        """The same elsewhere."""
-        return _Look(self.call, phi, u, *self._options)
+    def at(self, phi: Tensor) -> _Look:
+        """The same elsewhere; the work is counted together."""
+        return _Look(self.call, self.objective, phi, self.options)
 
-    def preconditioner(self) -> Any:
-        """The inverse of the part of the curvature that the problem knows."""
-        return self.objective.curvature_inverse(self._options[1])
+    def undamped(self, v: Tensor) -> Tensor:
+        """The curvature times v, without what was added to it."""
+        return self.local.matvec(v) - self.options.damping * v
+
+    def vector(self, leaves: list[Tensor | None]) -> Tensor:
+        """Leaves like those of theta, zero for None, as vectors ``(*batch, dim theta)``."""
+        pairs = zip(self.objective.theta_per_task(), leaves, strict=True)
+        full = [torch.zeros_like(like) if leaf is None else leaf for like, leaf in pairs]
+        return torch.cat([leaf.detach().reshape(*self.call.sizes, -1) for leaf in full], -1)
 
     def gradient(self, u: Tensor) -> Tensor:
         """dL/dtheta - C^T u, as vectors ``(*batch, dim theta)``."""
-        leaves = []
-        for leaf, a, c in zip(
-            self.objective.theta_per_task(), self.direct, self.local.cross(u, keep=True), strict=True
-        ):
-            total = torch.zeros_like(leaf) if a is None else a
-            total = total if c is None else total - c
-            leaves.append(total.detach().reshape(*self.call.sizes, -1))
-        return torch.cat(leaves, -1)
+        return self.vector(self.direct) - self.vector(self.local.cross(u, keep=True))
 
-    def theta_norm(self) -> Tensor:
-        """|theta| of each task ``(*batch,)``."""
-        return norm(
-            torch.cat([leaf.detach().reshape(*self.call.sizes, -1) for leaf in self.objective.theta_per_task()], -1)
-        )
+    @cached_property
+    def eps(self) -> float:
+        """The rounding error of a sum, relative to the size of its terms."""
+        (flags,) = self.call.levels or ((False,) * len(self.call.tensors),)
+        shapes = [tensor.shape[flag:] for tensor, flag in zip(self.call.tensors, flags, strict=True)]
+        numbers = self.phi.shape[-1] + sum(shape.numel() for shape in shapes)
+        return 8 * numbers**0.5 * torch.finfo(self.phi.dtype).eps
 
-
-def _of_chunk(constants: Constants, start: int, count: int | None) -> Constants:
-    """The constants of the tasks of one chunk."""
-    if count is None:
-        return constants
-
-    def cut(value: Any) -> Any:
-        return value[start : start + count] if isinstance(value, Tensor) and value.ndim else value
-
-    return Constants(
-        mu=cut(constants.mu),
-        rho=cut(constants.rho),
-        B=cut(constants.B),
-        L=cut(constants.L),
-        C=cut(constants.C),
-        everywhere=constants.everywhere,
-    )
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """What rounding may hide in ``|b - H u|`` and in ``|dG/dphi|``."""
+        ritz, _ = ritz_values(self.local.matvec, spread(self.b), SIZE_STEPS)
+        size = 2 * ritz.abs().amax(-1)  # of H, and to spare
+        terms = (2 * size * self.local.value.abs()).sqrt()
+        return self.eps * (size * norm(self.u) + norm(self.b)), self.eps * (size * norm(self.phi) + terms)
 
 
-def _bound(look: _Look, known: Constants) -> Tensor | None:
+def _per_task(constants: Constants, call: Call) -> dict[str, Tensor | None]:
+    """The constants as tensors ``(*batch,)``."""
+
+    def of(name: str) -> Tensor | None:
+        value = getattr(constants, name)
+        if value is None:
+            return None
+        value = torch.as_tensor(value, dtype=call.phi.dtype, device=call.phi.device)
+        if value.ndim and value.shape != call.sizes:
+            raise ValueError(
+                f"Constants: {name}: expected a number, or one for each task of shape {tuple(call.sizes)}, got shape {tuple(value.shape)}."
+            )
+        return value.expand(call.sizes)
+
+    known = {name: of(name) for name in NAMES}
+    constant = call.flat.problem.constant_cross_norm
+    return known if constant is None else known | {"C": torch.full_like(call.phi[..., 0], constant)}
+
+
+def _cut(known: dict[str, Tensor | None], tasks: Any) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value[tasks] for name, value in known.items()}
+
+
+def _bound(look: _Look, known: dict[str, Tensor | None]) -> Tensor | None:
     """The formula at the top of this module, for each task ``(*batch,)``; inf where its condition fails."""
-    constant_cross = look.call.flat.problem.constant_cross_norm
-    if known.mu is None or known.rho is None or known.L is None or (known.C is None and constant_cross is None):
+    mu, rho, B, L, C = (known[name] for name in NAMES)
+    if mu is None or rho is None or L is None or C is None:
         return None
-    like = norm(look.b)
-    mu, rho, L = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (known.mu, known.rho, known.L))
-    C = torch.as_tensor(known.C if constant_cross is None else constant_cross, dtype=like.dtype, device=like.device)
-    d = look.phi.shape[-1]
-    hidden = 16 * d**0.5 * torch.finfo(like.dtype).eps
-    size = 2 * ritz_values(look.local.matvec, _start(look.b), min(8, d)).abs().amax(-1)  # of H, and to spare
-    r = norm(look.b - look.local.matvec(look.u)) + hidden * (size * norm(look.u) + like)
-    slope = norm(look.local.grad) + hidden * (size * norm(look.phi) + C * look.theta_norm())
-    if known.everywhere:
+    problem = look.call.flat.problem
+    assert problem.constants is not None
+    everywhere, constant_cross = problem.constants.everywhere, problem.constant_cross_norm is not None
+    hidden_r, hidden_slope = look.hidden()
+    theta = norm(look.vector([leaf.detach() for leaf in look.objective.theta_per_task()]))
+    outer_terms = L * norm(look.phi) + (2 * L * look.outer.abs()).sqrt()
+    r = norm(look.b - look.local.matvec(look.u)) + hidden_r + look.eps * outer_terms
+    slope = norm(look.local.grad) + hidden_slope + look.eps * C * theta
+    if not look.local.exact:
+        return None  # products by finite differences
+    if everywhere:
         delta = slope / mu
-        at_solution = mu
+        mu_star = mu
         condition = torch.ones_like(delta, dtype=torch.bool)
     else:
         # 2 s / (mu + sqrt(mu^2 - 2 rho s)) is the root in a form that does not cancel
-        root = (mu**2 - 2 * rho * slope).clamp_min(0).sqrt()
-        delta = 2 * slope / (mu + root)
-        at_solution = mu - rho * delta
+        delta = 2 * slope / (mu + (mu**2 - 2 * rho * slope).clamp_min(0).sqrt())
+        mu_star = mu - rho * delta
         condition = (2 * rho * slope <= mu**2) & (2 * rho * delta < mu)
     w = norm(look.u) + r / mu
-    inner = C * (L + rho * w) * delta / at_solution
-    if constant_cross is not None and known.B is not None:
-        B = torch.as_tensor(known.B, dtype=like.dtype, device=like.device)
-        factor = 1 if known.everywhere else 2
-        inner = torch.minimum(inner, C * (factor * rho * B / mu**2 + L / mu) * delta)  # Lemma 3
-    if constant_cross is None:
-        inner = inner + rho * w * delta
+    change_of_w = (L + rho * w) * delta / mu_star
+    inner = C * change_of_w if constant_cross else (C + rho * delta) * change_of_w + rho * w * delta
+    if B is not None:
+        lemma_3 = C * ((1 if everywhere else 2) * rho * B / mu**2 + L / mu) * delta
+        inner = torch.minimum(inner, lemma_3 if constant_cross else lemma_3 + rho * B / mu_star * delta)
+    direct = norm(look.vector(look.direct))
     if any(leaf is not None for leaf in look.direct):
         inner = inner + L * delta
-    rounding = hidden * norm(look.gradient(look.u))
-    bound = C * r / mu + inner + rounding
+    rounding = look.eps * (direct + C * norm(look.u))
+    bound = (1 + look.eps) * (C * r / mu + inner + rounding)
     return torch.where(condition & bound.isfinite(), bound, torch.inf)
 
 
-def _start(b: Tensor) -> Tensor:
-    """b, or ones where b is zero, for a Krylov space that exists."""
-    return select(norm(b) > 0, b, torch.ones_like(b))
+class _Correction(NamedTuple):
+    """``change``: (better gradient - gradient) ``(*batch, dim theta)``, or its sum over the tasks that are ok. ``columns``: the fields
+    of :class:`Diagnosis` from ``linear`` to ``rhs``.
+    """
+
+    change: Tensor
+    columns: tuple[Tensor, ...]
+    num_grads: int
+    num_matvecs: int
 
 
-def _correct(look: _Look) -> tuple[Tensor, ...]:
-    """(better gradient - gradient) ``(*batch, dim theta)``, then the fields of :class:`Diagnosis` from ``linear`` on."""
+def _correct(look: _Look, ok: Tensor, per_task: bool) -> _Correction:
+    """Go on with the linear solve at phi, then with the inner solve and again with the linear one."""
+    known = look.objective.curvature_inverse(look.options.damping)
+    hidden_r, hidden_slope = look.hidden()
     before = look.gradient(look.u)
-    matvec, known = look.local.matvec, look.preconditioner()
-    further = CG(max_steps=FURTHER_STEPS, rtol=0.0, steihaug=True)
-    better = further.solve(matvec, look.b, init=look.u, preconditioner=known).value
-    after = look.gradient(better)
-    values = ritz_values(matvec, _start(look.b), LANCZOS_STEPS)
-    correction = CG(max_steps=CORRECTION_STEPS, rtol=1e-4, steihaug=True)
-    step = correction.solve(matvec, -look.local.grad, preconditioner=known).value
-    there = look.at(look.phi + step, better)
+    residual, slope = look.b - look.local.matvec(look.u), look.local.grad
+    lost, change = _solve(look.local.matvec, residual, hidden_r, ok, known)
+    u = look.u + change
+    after = look.gradient(u)
+    lost_phi, there = _newton(look, hidden_slope, ok)
     # for the change of u, not for u: a tolerance relative to b would call the change converged before it is looked at
-    left = there.b - there.local.matvec(better)
-    u = better + correction.solve(there.local.matvec, left, preconditioner=there.preconditioner()).value
-    corrected = there.gradient(u)
-    return (
-        corrected - before,
-        norm(after - before),
-        norm(corrected - after),
-        norm(before),
-        norm(look.local.grad),
-        norm(look.b - matvec(look.u)),
-        norm(look.b),
-        values[..., 0],
-        values[..., -1],
+    left = there.b - there.local.matvec(u)
+    lost_u, change = _solve(there.local.matvec, left, hidden_r, ok, known)
+    corrected = there.gradient(u + change)
+    parts = [
+        torch.where(ok, torch.where(without, torch.inf, norm(part)), torch.nan)
+        for part, without in ((after - before, lost), (corrected - after, lost_phi | lost_u))
+    ]
+    total = select(lost | lost_phi | lost_u, torch.full_like(before, torch.inf), corrected - before)
+    total = select(ok, total, torch.zeros_like(total))
+    return _Correction(
+        total if per_task else total.sum(0),
+        (*parts, norm(before), norm(slope), norm(residual), norm(look.b)),
+        look.objective.num_grads,
+        look.objective.num_matvecs,
     )
+
+
+def _newton(look: _Look, hidden: Tensor, ok: Tensor) -> tuple[Tensor, _Look]:
+    """Where Newton's method met negative curvature, and a look at the point that it came to: one step if that lowers the gradient to a
+    tenth, as it does near a solution; else more, shortened until they lower it.
+    """
+    known = look.objective.curvature_inverse(0.0)
+    start, here = norm(look.local.grad), look
+    lost, far = ~ok, ok & (start > hidden)
+    for _ in range(NEWTON_STEPS):
+        failed, step = _solve(here.undamped, -here.local.grad, hidden, far, known)
+        lost, far = lost | failed, far & ~failed
+        for _ in range(NEWTON_STEPS):
+            there = look.at(here.phi + step)
+            worse = far & ~(norm(there.local.grad) < norm(here.local.grad))
+            if not bool(worse.any()):
+                break
+            step = select(worse, 0.25 * step, step)
+        here = there
+        far = far & (norm(here.local.grad) > 0.1 * start)
+        if not bool(far.any()):
+            break
+    return lost, here
+
+
+def _solve(
+    matvec: Matvec, b: Tensor, hidden: Tensor, ok: Tensor, preconditioner: Matvec | None
+) -> tuple[Tensor, Tensor]:
+    """Where CG found no solution of A x = b, and x; zero there, and where b is nothing but rounding."""
+    b = select(ok & (norm(b) > hidden), b, torch.zeros_like(b))
+    result: Result = CORRECTION.solve(matvec, b, preconditioner=preconditioner)
+    return result.failed, select(result.failed, torch.zeros_like(b), result.value)

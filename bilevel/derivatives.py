@@ -19,7 +19,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +83,27 @@ class Flat:
         value = self.problem.outer_loss(self.phi.unravel(phi), *self.trees(tensors))
         return _scalar(value, "outer_loss", phi)
 
+    def remainder(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """G without the quadratic part that the problem splits off, 0-d."""
+        if self.problem.split is None:
+            return self.inner(phi, *tensors)
+        return _scalar(self.problem.split[0](self.phi.unravel(phi), *self.trees(tensors)), "inner_objective", phi)
+
+    def centre(self, *tensors: Tensor) -> Tensor:
+        """Where the quadratic part is smallest ``(d,)``."""
+        assert self.problem.split is not None
+        leaves, structure = flatten(self.problem.split[1](self.trees(tensors)[0]))
+        layout = Layout(structure, tuple(leaf.shape for leaf in leaves))
+        if layout != self.phi:
+            raise ValueError(
+                f"phi: expected a tree like the centre of the regulariser with leaves {_leaves(layout)}, got {_leaves(self.phi)}."
+            )
+        return self.phi.ravel(leaves)
+
+    def slope(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """The gradient of the quadratic part ``(d,)``."""
+        return self.curvature_product(phi - self.centre(*tensors), *tensors[: self.num_theta])
+
     def predict(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """The model's outputs, any shape."""
         assert self.problem.model is not None
@@ -132,6 +153,10 @@ def _scalar(value: Any, name: str, like: Tensor) -> Tensor:
     return value
 
 
+def _leaves(layout: Layout) -> list[str]:
+    return [f"{path}{tuple(shape)}" for path, shape in zip(layout.structure.paths(), layout.shapes, strict=True)]
+
+
 def over_levels(fn: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
     """``fn`` of one problem -> the same over the batch axes, by nested ``vmap``."""
     for flags in reversed(levels):  # the innermost axis first
@@ -166,6 +191,7 @@ class Objective:
         self.num_grads = 0
         self.num_matvecs = 0
         self._inner = over_levels(flat.inner, with_axis(levels))
+        self._remainder = over_levels(flat.remainder, with_axis(levels))
         self._checked = False
 
     def begin_step(self, k: int) -> None:
@@ -174,17 +200,17 @@ class Objective:
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)`` at phi ``(*batch, d)``."""
         with torch.no_grad():
-            return self._inner(phi, *self.tensors)
+            return self._with_split(phi, self._remainder(phi, *self.tensors), phi.new_zeros(()))[0]
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
         with torch.enable_grad():
             phi = phi.detach().requires_grad_()
-            value = self._inner(phi, *self.tensors)
+            value = self._remainder(phi, *self.tensors)
             self._check(value, [phi])
-            grad = _of_phi(torch.autograd.grad(value.sum(), phi, allow_unused=True)[0])
+            grad = self._gradient(value, phi)
         self.num_grads += 1
-        return value.detach(), grad
+        return self._with_split(phi.detach(), value.detach(), grad)
 
     def linearise(
         self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
@@ -224,7 +250,15 @@ class Objective:
         if not self.flat.problem.knows_curvature:
             return None
 
+        scale = self.flat.problem.curvature_scale
+        if scale is not None:
+            return lambda v: v / (scale + damping)
         return self.with_theta(partial(self.flat.curvature_inverse, damping))
+
+    def curvature_product(self, v: Tensor) -> Tensor:
+        """(known part of the Hessian) v for v ``(*batch, d)``, or with further axes in front."""
+        scale = self.flat.problem.curvature_scale
+        return self.with_theta(self.flat.curvature_product)(v) if scale is None else scale * v
 
     def with_theta(self, fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
         """``fn(v, *theta)`` of one problem as a function of v ``(*batch, d)``, or with further axes in front."""
@@ -237,26 +271,42 @@ class Objective:
 
         return apply
 
-    def tasks(self, phi: Tensor) -> Iterator[tuple[Tree, Any, Tree]]:
-        """(theta, data, phi) of each task, in the order of the flattened batch: for procedures that take one task
-        at a time.
-        """
+    def singles(self) -> Iterator[Objective]:
+        """The objective of each task alone, with the batch shape ``()``, in the order of the flattened batch."""
         for index in itertools.product(*map(range, self.sizes)):
             own = []
             for i, tensor in enumerate(self.tensors):
                 own.append(
                     tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])]
                 )
-            theta, data = self.flat.trees(own)
-            yield theta, data, self.flat.phi.unravel(phi[index])
+            yield self.flat.objective((), own, ())
+
+    @cached_property
+    def centre(self) -> Tensor | None:
+        """Of the quadratic part that the problem splits off ``(*batch, d)``; None if it does not."""
+        return None if self.flat.problem.split is None else over_levels(self.flat.centre, self.levels)(*self.tensors)
+
+    def _with_split(self, phi: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient of the remainder -> of G. The quadratic part is added in closed form, to whole vectors."""
+        if self.centre is None:
+            return value, grad
+        step, scale = phi - self.centre, self.flat.problem.curvature_scale
+        if scale is not None:  # fewer passes
+            return value + 0.5 * scale * torch.linalg.vector_norm(step, dim=-1) ** 2, torch.add(grad, step, alpha=scale)
+        slope = self.curvature_product(step)
+        return value + 0.5 * torch.linalg.vecdot(step, slope), grad + slope
+
+    def _gradient(self, value: Tensor, phi: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Of the remainder. Where that is all of G, it has to depend on phi."""
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(value.sum(), phi, create_graph=create_graph, allow_unused=True)
+        return torch.zeros_like(phi) if grad is None and self.centre is not None else _of_phi(grad)
 
     def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
         """Once per call, on a graph that is there anyway."""
-        if self._checked:
-            return
-        if not value.requires_grad:
-            _of_phi(None)
-        refuse_captured(value, inputs, "inner_objective")
+        if not self._checked:
+            refuse_captured(value, inputs, "inner_objective")
         self._checked = True
 
 
@@ -283,13 +333,13 @@ class Linearisation:
                 self._theta = objective.theta_per_task()
                 tensors = [*self._theta, *tensors[n:]]
                 levels = tuple((True,) * n + flags[n:] for flags in levels)
-            value = over_levels(flat.inner, with_axis(levels))(self._phi, *tensors)
+            value = over_levels(flat.remainder, with_axis(levels))(self._phi, *tensors)
             objective._check(value, [self._phi, *self._theta])
-            self._grad = _of_phi(torch.autograd.grad(value.sum(), self._phi, create_graph=True, allow_unused=True)[0])
+            self._grad = objective._gradient(value, self._phi, create_graph=True)
             self._gauss_newton = (
                 _GaussNewtonProduct(objective, self._phi) if isinstance(curvature, GaussNewton) else None
             )
-        self.value, self.grad = value.detach(), self._grad.detach()
+        self.value, self.grad = objective._with_split(phi.detach(), value.detach(), self._grad.detach())
         self._tensors, self._levels = [tensor.detach() for tensor in tensors], levels
         self._product = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
 
@@ -327,7 +377,8 @@ class Linearisation:
 
     def _hessian_product(self, v: Tensor) -> Tensor:
         if isinstance(self._product, ReverseOverReverse):
-            return backward_product(self._grad, self._phi, v)
+            product = backward_product(self._grad, self._phi, v)
+            return product if self._objective.centre is None else product + self._objective.curvature_product(v)
         phi = self._phi.detach()
         extra = v.shape[: v.ndim - phi.ndim]
         if isinstance(self._product, FiniteDifference):
@@ -345,15 +396,25 @@ class Linearisation:
 
     def _cross_product(self, u: Tensor, keep: bool) -> list[Tensor | None]:
         if isinstance(self._product, ReverseOverReverse):
-            if not self._grad.requires_grad:
+            parts = [part for part in (self._grad, self._slope()) if part is not None and part.requires_grad]
+            if not parts:
                 return [None] * len(self._theta)
-            return list(torch.autograd.grad(self._grad, self._theta, u, allow_unused=True, retain_graph=keep))
+            cotangents = [u] * len(parts)
+            return list(torch.autograd.grad(parts, self._theta, cotangents, allow_unused=True, retain_graph=keep))
         phi, n = self._phi.detach(), len(self._theta)
         if isinstance(self._product, FiniteDifference):
             return finite_difference(self._gradients, phi, u, self._product.step)[1:]
         of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
         gradient = over_levels(of_theta, with_axis(self._levels))
         return list(torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))[1])
+
+    def _slope(self) -> Tensor | None:
+        """The gradient of the quadratic part that the problem splits off, as a function of theta."""
+        if self._objective.centre is None:
+            return None
+        flat, tensors = self._objective.flat, [*self._theta, *self._tensors[len(self._theta) :]]
+        with torch.enable_grad():
+            return over_levels(flat.slope, with_axis(self._levels))(self._phi.detach(), *tensors)
 
     def _gradients(self, phi: Tensor) -> list[Tensor | None]:
         """dG/dphi and the leaves of dG/dtheta elsewhere."""
@@ -382,7 +443,7 @@ class _GaussNewtonProduct:
         self._z = self._outputs.detach().requires_grad_()
         loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
-        self._known = objective.with_theta(flat.curvature_product)
+        self._known = objective.curvature_product
         self._transposed: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, v: Tensor) -> Tensor:

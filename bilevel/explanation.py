@@ -2,134 +2,223 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from bilevel.curvature import GaussNewton
 from bilevel.problem import BilevelProblem, ProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, Status
 
-ACCURATE = 1e-6  # relative errors below this need no advice
+
+class Spectrum(NamedTuple):
+    """What 30 steps of Lanczos see of the curvature at phi, with damping, for each task ``(*batch,)``; NaN where that is.
+
+    Attributes:
+        smallest: the smallest eigenvalue is at most this.
+        largest: the largest is at least this.
+        doubt: an eigenvalue is no further from ``smallest`` than this.
+    """
+
+    smallest: Tensor
+    largest: Tensor
+    doubt: Tensor
 
 
-def explain(result: Hypergradient, problem: BilevelProblem) -> str:
+def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool) -> str:
     """The sentences of :meth:`bilevel.Hypergradient.explain`."""
     found = result.diagnose()
     lines = [] if result.inner is None else [_solve("Inner solve", result.inner, "|dG/dphi|")]
-    lines += [_solve("Linear solve", result.linear, "|b - H u|"), *_error(result, found), *_spectrum(result, found)]
-    lines += [f"- {line}" for line in _advice(result, found, problem)]
-    return "\n".join(lines)
+    lines += [
+        _solve("Linear solve", result.linear, "|b - H u|"),
+        *_error(result, found),
+        *_eigenvalues(result, spectrum),
+    ]
+    advice = [*_failures(result), *_negative_curvature(result, spectrum, problem), *_bias(result)]
+    advice += _accuracy(result, found, solves) or ([] if advice else ["Nothing to change."])
+    return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
 
 def _solve(what: str, solve: Result, residual: str) -> str:
     if solve.codes.ndim == 0:
         size = "not measured" if solve.residual.isnan() and not solve.failed else f"{float(solve.residual):.2e}"
         return f"{what}: {Status(int(solve.codes)).name} after {int(solve.steps)} steps, {residual} = {size}."
-    counts = [
-        f"{int((solve.codes == int(status)).sum())} {status.name}"
-        for status in Status
-        if (solve.codes == int(status)).any()
-    ]
+    counts = [f"{int((solve.codes == int(status)).sum())} {status.name}" for status in _statuses(solve.codes)]
     known = solve.residual[solve.residual.isfinite()]
     worst = f", {residual} at most {float(known.max()):.2e}" if len(known) else ""
     return f"{what}: {', '.join(counts)} of {solve.codes.numel()} tasks; at most {int(solve.steps.max())} steps{worst}."
 
 
+def _statuses(codes: Tensor) -> list[Status]:
+    return [status for status in Status if bool((codes == int(status)).any())]
+
+
 def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
-    if not bool(result.ok_per_task.any()):
-        return ["There is no gradient: grad is NaN."]
     ok = result.ok_per_task
+    if not bool(ok.any()):
+        return ["There is no gradient: grad is NaN."]
     lines = []
     if not bool(ok.all()):
         lines.append(f"{int(ok.sum())} of {ok.numel()} tasks are ok and in the gradient; that of the others is NaN.")
-    linear, inner = _relative(result, found)
-    each = "" if ok.ndim == 0 else " of a task, at most"
-    lines.append(
-        f"Estimated relative error of the gradient{each}: {linear:.1e} from the linear solve, {inner:.1e} from the inner solve."
-    )
-    if result.error_estimate.ndim == 0:
-        lines.append(f"Estimated absolute error of grad: {float(result.error_estimate):.2e}.")
+    linear, inner = (_worst(ok, part) for part in _relative(found))
+    if math.isinf(linear + inner):
+        lines.append(
+            "There is no estimate of the error: the curvature is negative, so phi is near no minimum that is known."
+        )
+    else:
+        each = "" if ok.ndim == 0 else " of a task, at most"
+        lines.append(
+            f"Estimated relative error of the gradient{each}: {linear:.1e} from the linear solve, {inner:.1e} from the inner solve."
+        )
+        if found.error.ndim == 0:
+            lines.append(f"Estimated absolute error of grad: {float(found.error):.2e}.")
     bound = result.error_bound
     if bound is not None:
-        worst = torch.where(ok, bound, 0).amax() if bound.ndim else bound
+        worst = _worst(ok, bound) if bound.ndim else float(bound)
         lines.append(
-            f"Rigorous bound of the absolute error: {float(worst):.2e}."
-            if bool(worst.isfinite())
+            f"Rigorous bound of the absolute error: {worst:.2e}."
+            if math.isfinite(worst)
             else "There is no rigorous bound yet: the inner gradient is too large for the condition of Lemma 3, delta < mu / (2 rho)."
         )
     return lines
 
 
-def _relative(result: Hypergradient, found: Diagnosis) -> tuple[float, float]:
-    """The largest relative errors of the tasks that are ok: the linear and the inner part."""
+def _relative(found: Diagnosis) -> tuple[Tensor, Tensor]:
+    """The linear and the inner part of each task, relative to its gradient."""
     size = found.size.clamp_min(torch.finfo(found.size.dtype).tiny)
-    return tuple(float(torch.where(result.ok_per_task, part / size, 0).amax()) for part in (found.linear, found.inner))  # type: ignore[return-value]
+    return found.linear / size, found.inner / size
 
 
-def _spectrum(result: Hypergradient, found: Diagnosis) -> list[str]:
-    smallest, largest = found.smallest[found.smallest.isfinite()], found.largest[found.largest.isfinite()]
-    if not len(smallest.reshape(-1)):
+def _worst(ok: Tensor, values: Tensor) -> float:
+    return float(torch.where(ok, values, 0).amax())
+
+
+def _eigenvalues(result: Hypergradient, spectrum: Spectrum) -> list[str]:
+    seen = spectrum.smallest.isfinite() & spectrum.largest.isfinite()
+    if not bool(seen.any()):
         return []
     name = "the Gauss-Newton matrix" if isinstance(result.curvature, GaussNewton) else "the Hessian of G"
     name += f" + {result.damping:g} I" if result.damping else ""
-    low, high = float(smallest.min()), float(largest.max())
-    condition = f" (condition number about {high / low:.1e})" if low > 0 else ""
-    return [f"Eigenvalues of {name} at phi, as far as 30 products see: {low:.2e} to {high:.2e}{condition}."]
+    low, high = spectrum.smallest[seen], spectrum.largest[seen]
+    condition = float((high / low).max())
+    remark = f" (condition number about {condition:.1e})" if bool((low > 0).all()) else ""
+    return [
+        f"Eigenvalues of {name} at phi, as far as Lanczos sees: {float(low.min()):.2e} to {float(high.max()):.2e}{remark}."
+    ]
 
 
-def _advice(result: Hypergradient, found: Diagnosis, problem: BilevelProblem) -> list[str]:
+def _failures(result: Hypergradient) -> list[str]:
+    solves = (("inner solve", result.inner), ("linear solve", result.linear))
+    return [
+        f"The {what} {status.message}"
+        for what, solve in solves
+        if solve is not None
+        for status in _statuses(solve.codes)
+        if status.failed and status is not Status.NEGATIVE_CURVATURE
+    ]
+
+
+def _bias(result: Hypergradient) -> list[str]:
+    biased = isinstance(result.curvature, GaussNewton), bool(result.damping)
+    if not any(biased):
+        return []
+    what = " and ".join(
+        name for name, there in zip(("GaussNewton()", f"damping={result.damping:g}"), biased, strict=True) if there
+    )
+    return [
+        f"The bias of {what} is not counted in these numbers; Hessian() without damping has none, but needs a minimum."
+    ]
+
+
+def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str]:
+    """Which of the two solves limits the accuracy, and what it would take."""
     ok = result.ok_per_task
-    failed = [status for status in Status if status.failed and status is not Status.NEGATIVE_CURVATURE]
+    linear, inner = _relative(found)
+    enough = max(1e-6, 1e4 * torch.finfo(linear.dtype).eps)
     lines = []
-    for what, solve in (("inner solve", result.inner), ("linear solve", result.linear)):
-        lines += [
-            f"The {what} {s.message}" for s in failed if solve is not None and bool((solve.codes == int(s)).any())
-        ]
-    lines += _negative_curvature(result, found, problem)
-    if isinstance(result.curvature, GaussNewton) or result.damping:
-        what = "GaussNewton()" if isinstance(result.curvature, GaussNewton) else f"damping={result.damping:g}"
+    if not solves and bool(ok.any()):
         lines.append(
-            f"{what} biases the gradient by an amount that these numbers do not count; Hessian() without damping does not."
+            "Identity() solves no linear system: this is the first-order gradient. CG comes closer to the exact one."
         )
-    if bool(ok.any()):
-        linear, inner = _relative(result, found)
-        if result.certificate.measured is False:
-            lines.append(
-                "Identity() solves no linear system: this is the first-order gradient. CG comes closer to the exact one."
-            )
-        elif linear > ACCURATE and linear >= inner:
-            lines.append("The linear solve limits the accuracy: raise its max_steps (num_terms), or lower its rtol.")
-        if inner > ACCURATE and inner > 0.1 * linear:
-            lines.append(
-                "The inner solve limits the accuracy: raise its max_steps, or lower its tol."
-                if result.inner is not None
-                else "phi is not solved well enough: solve the inner problem further before you call."
-            )
-        if max(linear, inner) <= ACCURATE and not lines:
-            lines.append("Nothing to change.")
+    elif bool((rough := ok & (linear > enough) & (linear >= inner)).any()):
+        lines.append("The linear solve limits the accuracy: " + _more(result.linear.codes[rough], "rtol"))
+    if bool((late := ok & (inner > enough) & (inner > 0.1 * linear)).any()):
+        lines.append(
+            "phi limits the accuracy: solve the inner problem further before you call."
+            if result.inner is None
+            else "The inner solve limits the accuracy: " + _more(result.inner.codes[late], "tol")
+        )
     return lines
 
 
-def _negative_curvature(result: Hypergradient, found: Diagnosis, problem: BilevelProblem) -> list[str]:
-    met = torch.zeros_like(result.ok_per_task)
-    for solve in (result.inner, result.linear):
-        if solve is not None and solve.negative_curvature is not None:
-            met = met | (solve.negative_curvature > 0)
-    met = met | (result.linear.codes == int(Status.SOLVED_INDEFINITE))
-    negative = found.smallest <= 0
-    if not bool((met | negative).any()):
-        return []
-    where = "" if met.ndim == 0 else f" in {int((met | negative).sum())} of {met.numel()} tasks"
-    if not bool(negative.any()):
+def _more(codes: Tensor, tolerance: str) -> str:
+    advice = {
+        Status.CONVERGED: f"lower its {tolerance}",
+        Status.MAX_STEPS: "raise its number of steps",
+        Status.LINE_SEARCH_FAILED: "it has reached the rounding floor, use float64",
+        Status.STOPPED_AT_NEGATIVE_CURVATURE: "it stopped at negative curvature, see there",
+    }
+    return _listed(advice[status] for status in _statuses(codes) if status in advice) + "."
+
+
+def _listed(words: Iterable[str]) -> str:
+    return "; ".join(words) or "it is at its limit"
+
+
+def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: BilevelProblem) -> list[str]:
+    linear, inner = result.linear, result.inner
+    at_phi = (linear.codes == int(Status.SOLVED_INDEFINITE)) | (linear.codes == int(Status.NEGATIVE_CURVATURE))
+    if linear.negative_curvature is not None:
+        at_phi = at_phi | (linear.negative_curvature > 0)
+    on_the_way = torch.zeros_like(at_phi)
+    if inner is not None and inner.negative_curvature is not None:
+        on_the_way = inner.negative_curvature > 0
+    negative = spectrum.smallest <= 0
+    if bool((at_phi | negative).any()):
+        count = int((at_phi | negative).sum())
+        where = "" if at_phi.ndim == 0 else f" in {count} of {at_phi.numel()} tasks"
+        seen = _remedy(result, spectrum, problem) if bool(negative.any()) else "Lanczos does not see how much."
         return [
-            f"Negative curvature was met{where} on the way, but is not there at phi: nothing to change for the gradient."
+            f"The curvature at phi is negative{where}, so phi is no minimum of G: {seen} {_other_remedies(result, problem)}"
         ]
-    low = -float(found.smallest[negative].min())
-    lam = "every entry of lam" if isinstance(problem, ProximalProblem) else "the regulariser's curvature"
-    if isinstance(problem, ProximalProblem) and isinstance(problem.lam, float):
-        lam = f"lam, now {problem.lam:g},"
-    return [
-        f"The curvature is negative{where}: its smallest eigenvalue is {-low:.2e} or below, so phi is no minimum of G. "
-        f"Raising {lam} by more than {low:.2e}, or damping of more than {result.damping + low:.2e}, would make it positive at this "
-        "phi, as far as seen. GaussNewton() is never negative for a convex output loss; CG(steihaug=True) keeps what was found before; "
-        "or solve the inner problem further."
-    ]
+    if bool(on_the_way.any()):
+        where = "" if on_the_way.ndim == 0 else f" in {int(on_the_way.sum())} of {on_the_way.numel()} tasks"
+        return [
+            f"The inner solve met negative curvature{where} on the way. At phi there is none: nothing to change for the gradient."
+        ]
+    return []
+
+
+def _remedy(result: Hypergradient, spectrum: Spectrum, problem: BilevelProblem) -> str:
+    """By how much the worst task must be shifted; what Lanczos may have missed is added."""
+    negative = spectrum.smallest <= 0
+    low = float(spectrum.smallest[negative].min())
+    needed = float((spectrum.doubt - spectrum.smallest)[negative].max())
+    if isinstance(problem, ProximalProblem):
+        lam = f"lam, now {problem.lam:g}," if isinstance(problem.lam, float) else "Lambda (every eigenvalue)"
+        shift = f"Raising {lam} by {_up(needed)}"
+    else:
+        shift = f"A term of {_up(needed)} |phi|^2 / 2 in G"
+    return (
+        f"the smallest eigenvalue is about {low:.2e}. {shift}, or damping={_up(result.damping + needed)}, would make it positive at this "
+        "phi, as far as seen."
+    )
+
+
+def _up(x: float) -> str:
+    """Three digits, rounded up and a little more: the number that is named is enough."""
+    if not 0 < x < math.inf:
+        return f"{x:g}" if x else "a little"
+    step = 10.0 ** (math.floor(math.log10(x)) - 2)
+    return f"{step * (math.floor(1.001 * x / step) + 1):.3g}"
+
+
+def _other_remedies(result: Hypergradient, problem: BilevelProblem) -> str:
+    ways = ["Or solve the inner problem further"]
+    if problem.model is not None and not isinstance(result.curvature, GaussNewton):
+        ways.append("use GaussNewton(), which is never negative for a convex output loss")
+    ways.append("or let CG(steihaug=True) keep what it found before")
+    return ", ".join(ways) + "."

@@ -190,8 +190,7 @@ def _hypergradient(
     found = gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
     assert found.part.linear is not None
     certificate = Certificate(
-        call=replace(call, phi=found.part.phi, u=None),
-        u=found.part.linear.value,
+        call=replace(call, phi=found.part.phi, u=found.part.linear.value),
         ok=found.part.ok,
         scale=found.scale,
         per_task=found.per_task,
@@ -200,8 +199,7 @@ def _hypergradient(
         damping=options.damping,
         chunk_size=chunk_size,
         outer_chunk_size=options.outer_chunk_size,
-        measured=not options.linsys.needs_known_inverse,
-        versions=Certificate.versions_of(call),
+        solves=not options.linsys.needs_known_inverse,
     )
     return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 

@@ -10,29 +10,38 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis
+from bilevel.linsys.base import select
 
 
 class PathObjective(Objective):
     """G over a batch as :class:`Objective` has it, but as compositions of ``torch.func`` that are differentiable again.
 
     Args:
-        skip: evaluations at the start that carry no derivative (truncation).
+        levels: as for :class:`Objective`; the leaves of theta have every axis.
+        skip: for each problem, how many of its first steps carry no derivative ``(*batch,)``; None: all steps carry theirs.
     """
 
     def __init__(
-        self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...], skip: int
+        self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...], skip: Tensor | None = None
     ) -> None:
         super().__init__(flat, levels, tensors, sizes)
-        self._plain = self.tensors
-        self._live = list(tensors)
-        self._skip = skip
+        self._plain, self._live, self._skip = self.tensors, list(tensors), skip
+        self._range = (0, 0) if skip is None else (int(skip.min()), int(skip.max()))
         self._both = over_levels(torch.func.grad_and_value(flat.inner), with_axis(levels))
-
-        self.begin_step(0)
+        self.begin_step(0)  # what a method evaluates before its first step belongs to it
 
     def begin_step(self, k: int) -> None:
-        """The first ``skip`` steps carry no derivatives, nor does what comes before them."""
-        self.tensors = self._plain if k < self._skip else self._live
+        """Step k carries the derivatives of the problems that do not skip it."""
+        first, last = self._range
+        if k < first:
+            self.tensors = self._plain
+        elif k < last:
+            assert self._skip is not None
+            n, mask = self.flat.num_theta, self._skip <= k
+            theta = [select(mask, live, plain) for live, plain in zip(self._live[:n], self._plain[:n], strict=True)]
+            self.tensors = [*theta, *self._live[n:]]
+        else:
+            self.tensors = self._live
 
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)``: only ever compared, so it carries nothing."""
@@ -41,7 +50,9 @@ class PathObjective(Objective):
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
-        grad, value = self._both(phi, *self.tensors)
+        gate = _Gate()
+        grad, value = self._both(gate(phi), *map(gate, self.tensors))
+        gate.close(value, grad)
         self.num_grads += 1
         return value, grad
 
@@ -57,13 +68,35 @@ class PathObjective(Objective):
 class _PathLinearisation:
     def __init__(self, objective: PathObjective, phi: Tensor, damping: float) -> None:
         self._objective, self._damping = objective, damping
-        self.value, self.grad = objective.value_and_grad(phi)
-        tensors = objective.tensors
-        gradient = over_levels(objective.flat.condition, with_axis(objective.levels))
-        self._pull = torch.func.vjp(lambda p: gradient(p, *tensors), phi)[1]
+        gate = _Gate()
+        tensors = [gate(tensor) for tensor in objective.tensors]
+        self.grad, self._pull, self.value = torch.func.vjp(  # type: ignore[misc]  # three with has_aux
+            lambda point: objective._both(point, *tensors), gate(phi), has_aux=True
+        )
+        gate.close(self.value, self.grad)
+        objective.num_grads += 1
 
     def matvec(self, v: Tensor) -> Tensor:
         """(Hessian + damping I) v."""
         self._objective.num_matvecs += 1
         (product,) = self._pull(v)
         return product + self._damping * v
+
+
+class _Gate:
+    """Lets no gradient through to the inputs of an evaluation that was not finite, problem by problem.
+
+    A method rejects a trial at which G overflows. In reverse mode 0 * inf would still make NaN of it, behind every mask.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """An input."""
+        if not x.requires_grad:
+            return x
+        x = x.view_as(x)
+        x.register_hook(lambda grad: select(self._finite, grad, torch.zeros_like(grad)))
+        return x
+
+    def close(self, value: Tensor, grad: Tensor) -> None:
+        """What came of the inputs."""
+        self._finite = value.isfinite() & grad.isfinite().all(-1)

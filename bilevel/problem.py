@@ -96,6 +96,9 @@ class BilevelProblem(ABC):
     knows_curvature: bool = False
     """Whether part of the inner Hessian is known in closed form: the next two methods."""
 
+    curvature_scale: float | None = None
+    """k where that part is k I. The library then works with whole vectors, without the two methods."""
+
     def curvature_product(self, v: Tree, theta: Tree) -> Tree:
         """(known part of the inner Hessian at theta) v, for a tree like phi."""
         raise NotImplementedError
@@ -107,6 +110,13 @@ class BilevelProblem(ABC):
     @property
     def model(self) -> tuple[Loss, Loss] | None:
         """``(predict, output_loss)`` where G = output_loss(predict(phi, data), data) + known part; else None."""
+        return None
+
+    @property
+    def split(self) -> tuple[Callable[[Tree, Tree, Any], Tensor], Callable[[Tree], Tree]] | None:
+        """``(remainder, centre)`` where G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with c = centre(theta) and K the
+        known part of the inner Hessian; else None. The library then differentiates the remainder only.
+        """
         return None
 
     @staticmethod
@@ -183,6 +193,13 @@ class ProximalProblem(BilevelProblem):
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
         return self.train_loss(phi, data) + self.regulariser(phi, theta)
 
+    @property
+    def split(self) -> tuple[Callable[[Tree, Tree, Any], Tensor], Callable[[Tree], Tree]] | None:
+        for name in ("inner_objective", "regulariser"):
+            if getattr(type(self), name) is not getattr(ProximalProblem, name):
+                return None  # a subclass has another G
+        return lambda phi, theta, data: self.train_loss(phi, data), lambda theta: theta
+
     def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
         return self.test_loss(phi, data)
 
@@ -213,6 +230,10 @@ class ProximalProblem(BilevelProblem):
             return max(float(leaf.max()) for leaf in leaves)
         in_full = float(torch.linalg.eigvalsh(leaves[0])[-1])
         return max(in_full, float(leaves[0].max())) if self._positive else in_full  # or a diagonal: theta decides
+
+    @property
+    def curvature_scale(self) -> float | None:  # type: ignore[override]  # lam decides
+        return self.lam if isinstance(self.lam, float) else None
 
     def curvature_product(self, v: Tree, theta: Tree = None) -> Tree:
         if self._is_matrix_for(v):

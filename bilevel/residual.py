@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Objective, backward_product, over_levels, refuse_captured, with_axis
 from bilevel.problem import BilevelProblem
-from bilevel.trees import Tree, flatten
+from bilevel.trees import Structure, Tree, flatten
 
 
 class Condition(BilevelProblem):
@@ -19,6 +19,10 @@ class Condition(BilevelProblem):
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
+
+    def __call__(self, phi: Tree, theta: Tree, data: Any = None) -> Tree:
+        """As the user wrote it: what a black box is handed."""
+        return self.fn(phi, theta, data)
 
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
         raise NotImplementedError
@@ -39,11 +43,11 @@ class RootFlat(Flat):
     def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """F ``(d,)``."""
         assert isinstance(self.problem, Condition)
-        value = self.problem.fn(self.phi.unravel(phi), *self.trees(tensors))
+        value = self.problem(self.phi.unravel(phi), *self.trees(tensors))
         leaves, structure = flatten(value)
         if structure != self.phi.structure:
             raise ValueError(
-                f"{self.source}: expected a tree like phi with leaves {self.phi.structure.paths()}, got leaves {structure.paths()}."
+                f"{self.source}: expected a tree like phi, {_named(self.phi.structure)}, got {_named(structure)}."
             )
         for path, leaf, shape in zip(structure.paths(), leaves, self.phi.shapes, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:
@@ -58,6 +62,12 @@ class RootFlat(Flat):
     def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Residual:
         """Numbers at base level, over a batch."""
         return Residual(self, levels, tensors, sizes)
+
+
+def _named(structure: Structure) -> str:
+    if structure.kind is None:
+        return "a tensor"
+    return f"a {structure.kind.__name__} with leaves {structure.paths()}"
 
 
 class FixedPointFlat(RootFlat):
@@ -106,9 +116,13 @@ class Residual(Objective):
         """Nothing is known."""
 
     def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
-        # a residual that does not depend on phi is singular, which the linear solver finds out
-        if value.requires_grad:
-            refuse_captured(value, inputs, self.flat.source)
+        if self._checked:
+            return
+        if not value.requires_grad:
+            raise ValueError(
+                f"{self.flat.source}: expected a function of phi, but the graph shows no dependence on it. Was phi detached?"
+            )
+        refuse_captured(value, inputs, self.flat.source)
         self._checked = True
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class Status(IntEnum):
     SOLVED_INDEFINITE = (
         4,
         False,
-        "solved to rounding, but the matrix is indefinite: the point is a saddle of the inner objective, not a minimum. Solve the "
+        "solved, but the matrix is indefinite: the point is a saddle of the inner objective, not a minimum. Solve the "
         "inner problem further, or raise the regularisation.",
     )
     DIVERGED = (
@@ -76,6 +75,12 @@ class Status(IntEnum):
         True,
         "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping, or remove "
         "variables that the inner objective does not depend on.",
+    )
+    BREAKDOWN = (
+        9,
+        True,
+        "the recurrence of the method broke down (it divides by a number that is zero here), and a fresh start of it too. Solve with "
+        "GMRES or Exact, or from another start.",
     )
 
 
@@ -166,7 +171,8 @@ class Result:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a closer look at a hypergradient found.
+    """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no estimate, because the
+    curvature is negative: then phi is near no minimum.
 
     Attributes:
         error: estimate of ``|grad - exact|`` over all leaves, reduced as ``outer``.
@@ -176,9 +182,8 @@ class Diagnosis:
         slope: ``|dG/dphi|`` at phi ``(*batch,)``.
         residual: ``|b - H u|``, measured anew ``(*batch,)``.
         rhs: ``|b| = |dL/dphi|`` ``(*batch,)``.
-        smallest: what Lanczos sees of the spectrum of H (or Gauss-Newton, with damping) at phi in 30 products: the smallest
-            eigenvalue is at most this ``(*batch,)``.
-        largest: and the largest at least this ``(*batch,)``.
+        num_grads: gradients of G that this look cost, each over the whole batch.
+        num_matvecs: and products.
     """
 
     error: Tensor
@@ -188,8 +193,8 @@ class Diagnosis:
     slope: Tensor
     residual: Tensor
     rhs: Tensor
-    smallest: Tensor
-    largest: Tensor
+    num_grads: int
+    num_matvecs: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,15 +238,18 @@ class Hypergradient:
         """The number of tasks that entered ``grad`` and ``outer``."""
         return int(self.ok_per_task.sum())
 
-    @cached_property
+    @property
     def error_bound(self) -> Tensor | None:
         """A rigorous bound on ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; inf where its condition fails.
 
-        None where it cannot be had: ``problem.constants`` does not state mu, rho and L (and C, unless the problem is proximal), the
-        curvature is Gauss-Newton or damped, or the linear solver measures no residual (``Identity``). Mean and sum are over the
-        tasks that are ok. The first use costs about ten Hessian products. Derivation: :mod:`bilevel.certificates`.
+        None where it cannot be had: ``problem.constants`` does not state mu, rho and L (and C, unless the problem is proximal), or the
+        curvature is Gauss-Newton or damped. Mean and sum are over the tasks that are ok. What rounding may do is added by a model of it,
+        and dominates near the floor. The first use costs about ten products. Derivation: :mod:`bilevel.certificates`.
+
+        Raises:
+            ValueError: theta, data, phi or u were changed in place since; or a constant is no number and not one for each task.
         """
-        return self._certificate().error_bound()
+        return self._certificate().error_bound
 
     @property
     def error_estimate(self) -> Tensor:
@@ -249,22 +257,26 @@ class Hypergradient:
 
         No bound. What ``GaussNewton()`` and damping change is not counted.
         """
-        return self._diagnosis.error
+        return self.diagnose().error
 
     def diagnose(self) -> Diagnosis:
-        """The estimated error with its parts, and the eigenvalues that were seen.
+        """The estimated error with its parts.
 
-        Costs two gradients and up to 240 products on the first use, nothing after.
+        The first use costs two gradients of each function and three solves by CG of at most 100 steps: on with the linear solve, a step of
+        Newton's method from phi (at most seven more where phi is far from the solution), and the linear solve there; and ten products.
+        Later uses cost nothing.
+
+        Raises:
+            ValueError: theta, data, phi or u were changed in place since.
         """
-        return self._diagnosis
+        return self._certificate().diagnosis
 
     def explain(self) -> str:
-        """What happened, how good the gradient is and what to change, in a few sentences. Asks for the bound and the estimate."""
-        return self._certificate().explain(self)
+        """What happened, how good the gradient is and what to change, in a few sentences.
 
-    @cached_property
-    def _diagnosis(self) -> Diagnosis:
-        return self._certificate().diagnose()
+        Asks for the bound, the estimate, and 30 products for the eigenvalues of the curvature.
+        """
+        return self._certificate().explain(self)
 
     def _certificate(self) -> Any:
         if self.certificate is None:

@@ -152,7 +152,7 @@ def _of_equations(
         raise TypeError(f"{name}: expected a function of (phi, theta, data), got {type(fn).__name__}.")
     check_solver(solver)
     check_linsys(linsys)
-    if solver.minimises:
+    if getattr(solver, "minimises", True):
         raise TypeError(
             f"{name}: expected a solver of equations such as Newton(max_steps=20, tol=1e-10) or FixedPointIteration, got {solver!r}, "
             "which minimises. If the equations are the gradient of something, use argmin."

@@ -14,7 +14,7 @@ from bilevel import GaussNewton, ProximalProblem, Status, argmin, hypergradient,
 from bilevel.linsys import CG, Exact, Identity
 from bilevel.solvers import GradientDescent, NewtonCG
 from bilevel.trees import flatten, tree_map
-from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
+from tests.cases import PAIRS, PROBLEMS, Case, inner_solvers, linear_solvers
 
 pytestmark = [
     pytest.mark.cuda,
@@ -55,8 +55,7 @@ def assert_on_gpu_and_same(got: Any, expected: Any, relative: float = 1e-9) -> N
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=relative * (1 + float(other.abs().max())))
 
 
-@pytest.mark.parametrize("linsys", LINSYS_NAMES)
-@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize(("solver", "linsys"), PAIRS)
 @pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
 def test_every_row(case: Case, solver: str, linsys: str) -> None:
     options: dict[str, Any] = {"solver": inner_solvers(case, 1e-9)[solver], "linsys": linear_solvers(1e-11)[linsys]}

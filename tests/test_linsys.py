@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,69 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bilevel import Status
-from bilevel.linsys import CG, Exact, Identity, LinearSolver, Neumann
+from bilevel import Status, linsys
+from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann
 from tests.cases import LINSYS_NAMES, linear_solvers
-
-BATCHES: list[tuple[int, ...]] = [(), (3,), (2, 3)]
-DTYPES = [torch.float32, torch.float64]
-
-
-@dataclass(frozen=True)
-class System:
-    """A x = b over a batch, and its solution by numpy.linalg in float64."""
-
-    a: Tensor  # (*batch, d, d)
-    b: Tensor  # (*batch, d)
-
-    def matvec(self, v: Tensor) -> Tensor:
-        return (self.a @ v.unsqueeze(-1)).squeeze(-1)
-
-    def solution(self) -> np.ndarray:
-        return np.linalg.solve(self.a.double().numpy(), self.b.double().numpy()[..., None])[..., 0]
-
-    def true_residual(self, u: Tensor) -> np.ndarray:
-        a, b, x = self.a.double().numpy(), self.b.double().numpy(), u.double().numpy()
-        return np.linalg.norm(b - (a @ x[..., None])[..., 0], axis=-1)
-
-    def with_problem(self, index: int, a: Tensor | None = None, b: Tensor | None = None) -> System:
-        """The same batch with another matrix or right-hand side at ``index``."""
-        new_a, new_b = self.a.clone(), self.b.clone()
-        if a is not None:
-            new_a[index] = a
-        if b is not None:
-            new_b[index] = b
-        return System(new_a, new_b)
-
-
-class Counter:
-    """Counts calls of a matvec."""
-
-    def __init__(self, system: System) -> None:
-        self.system, self.calls = system, 0
-
-    def __call__(self, v: Tensor) -> Tensor:
-        self.calls += 1
-        return self.system.matvec(v)
-
-
-def build(
-    eigenvalues: Any, *, batch: tuple[int, ...] = (), dtype: torch.dtype = torch.float64, seed: int = 0
-) -> System:
-    """Symmetric matrices with these eigenvalues, in a random basis of its own for each problem of the batch."""
-    rng = np.random.default_rng(seed)
-    values = np.asarray(eigenvalues, dtype=float)
-    d = len(values)
-    q = np.linalg.qr(rng.standard_normal((*batch, d, d)))[0]
-    a = (q * values) @ np.swapaxes(q, -1, -2)
-    a = 0.5 * (a + np.swapaxes(a, -1, -2))
-    b = rng.standard_normal((*batch, d))
-    return System(torch.tensor(a, dtype=dtype), torch.tensor(b, dtype=dtype))
-
-
-def spectrum(d: int, kappa: float, scale: float = 1.0) -> np.ndarray:
-    return scale * np.logspace(0, -np.log10(kappa), d) if d > 1 else np.array([scale])
+from tests.systems import BATCHES, DTYPES, Counter, System, build, spectrum, status_of
 
 
 def scipy_iterates(
@@ -84,10 +26,6 @@ def scipy_iterates(
     found: list[np.ndarray] = []
     scipy.sparse.linalg.cg(a, b, x0=start, rtol=0.0, maxiter=steps, M=m, callback=lambda x: found.append(x.copy()))
     return found
-
-
-def status_of(codes: Tensor) -> list[Status]:
-    return [Status(int(code)) for code in codes.reshape(-1)]
 
 
 sizes = st.integers(1, 9)
@@ -517,6 +455,10 @@ TWINS: dict[str, LinearSolver] = {
     "cg fixed": CG(max_steps=8, rtol=0.0),
     "cg steihaug": CG(max_steps=8, steihaug=True),
     "neumann fixed": Neumann(num_terms=30, step_size=0.2),
+    "minres fixed": MINRES(max_steps=8, rtol=0.0),
+    "gmres restarted": GMRES(max_steps=40, restart=2),
+    "gmres fixed": GMRES(max_steps=7, restart=3, rtol=0.0),
+    "bicgstab fixed": BiCGStab(max_steps=8, rtol=0.0),
 }
 
 
@@ -542,6 +484,36 @@ def test_one_sick_problem_leaves_the_others_as_they_were(name: str, sick: str) -
         assert torch.equal(getattr(result, field)[[0, 2]], getattr(expected, field)[[0, 2]]), field
     if "nan" in sick or "inf" in sick:
         assert Status(int(result.codes[1])) is Status.NON_FINITE
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_problem_that_is_done_keeps_its_answer_while_others_go_on(name: str) -> None:
+    """Two distinct eigenvalues need two steps; the one in the middle needs more."""
+    easy = build([1.0, 1.0, 1.0, 2.0, 2.0, 2.0], batch=(3,), seed=7)
+    system = easy.with_problem(1, build(spectrum(6, 100.0, 2.0), seed=8).a)
+    expected, result = (TWINS[name].solve(s.matvec, s.b) for s in (easy, system))
+    for field in ("value", "codes", "steps", "residual"):
+        assert torch.equal(getattr(result, field)[[0, 2]], getattr(expected, field)[[0, 2]]), field
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a number of a tensor becomes one of Python: on a device that is a wait."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [name for name in TWINS if "fixed" in name])
+def test_fixed_steps_read_nothing_back_and_are_all_taken(name: str) -> None:
+    system = build(np.linspace(1, 5, 12), batch=(3,))
+    counter = Counter(system)
+    with NoHostReads():
+        result = TWINS[name].solve(counter, system.b)
+    expected = {"cg fixed": 8, "neumann fixed": 30, "minres fixed": 8, "gmres fixed": 7 + 2, "bicgstab fixed": 16}[name]
+    assert counter.calls == result.num_matvecs == expected
+    with pytest.raises(AssertionError), NoHostReads():  # the test would see it
+        CG(max_steps=3).solve(system.matvec, system.b)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -594,11 +566,10 @@ def test_bad_systems_are_refused(solver: LinearSolver) -> None:
 
 @pytest.mark.parametrize("solver", [*TWINS.values(), Identity()], ids=repr)
 def test_the_repr_is_the_log_line(solver: LinearSolver) -> None:
-    namespace = {"CG": CG, "Neumann": Neumann, "Exact": Exact, "Identity": Identity}
-    assert eval(repr(solver), namespace) == solver
+    assert eval(repr(solver), vars(linsys).copy()) == solver
     with pytest.raises(AttributeError):
         solver.rtol = 1.0  # type: ignore[attr-defined, misc]
 
 
 def test_the_repr_reads_as_written() -> None:
-    assert repr(CG(max_steps=5)) == "CG(max_steps=5, rtol=1e-06, atol=0.0, steihaug=False)"
+    assert repr(CG(max_steps=5)) == "CG(max_steps=5, rtol=1e-06, atol=0.0, preconditioner=None, steihaug=False)"

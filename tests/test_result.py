@@ -19,7 +19,7 @@ NOT_FAILED = {
     Status.STOPPED_AT_NEGATIVE_CURVATURE,
     Status.SOLVED_INDEFINITE,
 }
-FAILED = {Status.DIVERGED, Status.NON_FINITE, Status.NEGATIVE_CURVATURE, Status.SINGULAR}
+FAILED = {Status.DIVERGED, Status.NON_FINITE, Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.BREAKDOWN}
 
 
 def result(codes: Any, steps: Any = None, residual: Any = None, value: Any = None) -> Result:

@@ -2,53 +2,270 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The layers of ConvNet for many tasks at once, each task with weights of its own.
+#
+# Activations are channels-last, (tasks, n, height, width, channels), so that a convolution is one matrix product for each
+# task, of the windows of its images with its kernel. PyTorch's route is a grouped convolution: for the few images of a support
+# set that is slower, and its second derivative, like that of batch norm, is composed of many passes over the activations.
+# benchmarks/NOTES.md has the numbers.
 
-class _TasksAsChannels(torch.autograd.Function):
-    """Batch norm whose rule under `vmap` is one call over (n, tasks * channels, ...), for any number of tasks.
+EPS = 1e-5  # of batch norm
 
-    PyTorch's own rule normalises without weight and bias and applies these in two more passes, with copies in between. The
-    result is the same; a meta-gradient of eight tasks at once took a tenth less time and a quarter less memory.
+
+class _Windows(torch.autograd.Function):
+    """The windows of a 3x3 convolution with stride 2 and a border of zeros: (tasks, n, h, w, c) -> (tasks, n h' w', 9 c)."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        tasks, n, height, width, channels = x.shape
+        rows, columns = (height + 1) // 2, (width + 1) // 2
+        padded = nn.functional.pad(x, (0, 0, 1, 2 * columns - width, 1, 2 * rows - height)).flatten(0, 1)
+        image, row, pixel, _ = padded.stride()
+        size = (tasks * n, rows, columns, 3, 3 * channels)  # the three pixels of a row of a window lie side by side
+        windows = padded.as_strided(size, (image, 2 * row, 2 * pixel, row, 1))
+        return windows.reshape(tasks, n * rows * columns, 9 * channels)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.images = inputs[0].shape[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Overlap.apply(grad, ctx.images)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Any:
+        return _Windows.apply(tangent)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
+        windows = _Windows.apply(x.movedim(in_dims[0], 0).flatten(0, 1))
+        return windows.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _Overlap(torch.autograd.Function):
+    """The adjoint of :class:`_Windows`: a pixel is the sum of its copies. ``images`` is (n, h, w, c)."""
+
+    @staticmethod
+    def forward(windows: Tensor, images: torch.Size) -> Tensor:
+        n, height, width, channels = images
+        rows, columns = (height + 1) // 2, (width + 1) // 2
+        # windows[.., y, i, x, j, :] belongs to the pixel (2 y + i - 1, 2 x + j - 1): those with i, j > 0 have every pixel once
+        windows = windows.reshape(-1, rows, columns, 3, 3, channels).transpose(2, 3)
+        pixels = windows[:, :, 1:, :, 1:].contiguous()
+        pixels[:, :-1, 1] += windows[:, 1:, 0, :, 1:]
+        pixels[:, :, :, :-1, 1] += windows[:, :, 1:, 1:, 0]
+        pixels[:, :-1, 1, :-1, 1] += windows[:, 1:, 0, 1:, 0]
+        return pixels.reshape(-1, n, 2 * rows, 2 * columns, channels)[:, :, :height, :width]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.Size], output: Tensor) -> None:
+        ctx.images = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Windows.apply(grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _images: None) -> Any:
+        return _Overlap.apply(tangent, ctx.images)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], windows: Tensor, images: torch.Size) -> tuple[Tensor, int]:
+        pixels = _Overlap.apply(windows.movedim(in_dims[0], 0).flatten(0, 1), images)
+        return pixels.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _first_layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Convolution, batch norm, ReLU of images: as :func:`_layer`.
+
+    Mean and variance of the output are those of the windows, mapped by the kernel. A window has nine numbers only, so this saves
+    most passes over the largest activation of the network.
+    """
+    windows = _Windows.apply(x)
+    windows = windows - windows.mean(1, keepdim=True)
+    covariance = windows.mT @ windows / windows.shape[1]
+    kernel = kernel.flatten(1, 3)
+    variance = (kernel * (covariance @ kernel)).sum(1)
+    kernel = kernel * (scale * (variance + EPS).rsqrt()).unsqueeze(1)
+    return torch.baddbmm(shift.unsqueeze(1), windows, kernel).relu()
+
+
+def _layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Convolution, batch norm, ReLU: (tasks, n, h, w, c) -> (tasks, n h' w', c').
+
+    kernel: (tasks, 3, 3, c, c'). scale, shift: of batch norm, (tasks, c').
+    """
+    if len(x) > 1 and not _transforms_active():
+        return _Layer.apply(x, kernel, scale, shift)[0]
+    if len(x) > 1:
+        y = _Windows.apply(x) @ kernel.flatten(1, 3)
+    else:  # PyTorch's convolution is made for that
+        y = nn.functional.conv2d(
+            x.squeeze(0).movedim(-1, 1), kernel.squeeze(0).permute(3, 2, 0, 1), stride=2, padding=1
+        )
+        y = y.movedim(1, -1).flatten(0, 2).unsqueeze(0)
+    y = y - y.mean(1, keepdim=True)
+    r = ((y * y).mean(1, keepdim=True) + EPS).rsqrt()
+    return torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1) * r).relu()
+
+
+class _Layer(torch.autograd.Function):
+    """:func:`_layer` for eager autograd, with both derivatives in closed form. With the windows c,
+
+        y = c kernel - mean,    r = (mean y^2 + eps)^(-1/2),    z = max(0, scale r y + shift)
+
+    over the rows of each task. c, y and r are outputs beside z: the first derivative is a function of them, and so the second
+    derivative comes back here with their cotangents, and goes through the product and the windows once.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        c = _Windows.forward(x)
+        y = c @ kernel.flatten(1, 3)
+        y -= y.mean(1, keepdim=True)
+        r = (y * y).mean(1, keepdim=True).add_(EPS).rsqrt_()
+        z = torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1) * r).relu_()
+        ctx.set_materialize_grads(False)
+        ctx.images = x.shape[1:]
+        ctx.save_for_backward(kernel, scale, z, c, y, r)
+        return z, c, y, r
+
+    @staticmethod
+    def backward(ctx: Any, gz: Tensor | None, gc: Tensor | None, gy: Tensor | None, gr: Tensor | None) -> Any:
+        kernel, scale, z, c, y, r = ctx.saved_tensors
+        g = torch.zeros_like(z) if gz is None else torch.ops.aten.threshold_backward(gz, z, 0)
+        owed = None
+        if gy is not None and gr is not None:  # they come together
+            owed = torch.addcmul(gy, y, gr * r**3 / -y.shape[1])
+            owed = owed - owed.mean(1, keepdim=True)
+        again = torch.is_grad_enabled() and not _transforms_active()
+        gradient = _LayerGradient.apply if again else _layer_gradient
+        dc, dkernel, dscale, dshift = gradient(g, owed, gc, kernel.flatten(1, 3), scale, c, y, r)
+        return _Overlap.apply(dc, ctx.images), dkernel.reshape(kernel.shape), dscale, dshift
+
+
+def _layer_gradient(
+    g: Tensor, owed: Tensor | None, gc: Tensor | None, kernel: Tensor, scale: Tensor, c: Tensor, y: Tensor, r: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The cotangents of c, kernel, scale and shift: with means over the rows,
+
+        dscale = r sum(g y),    dshift = sum(g),    dy = scale r (g - mean g - r^2 y mean(g y)) + owed
+
+    g: cotangent of scale r y + shift. owed, gc: what is added to those of y and c.
+    """
+    m, scale = y.shape[1], scale.unsqueeze(1)
+    dshift, dscale = g.sum(1, keepdim=True), (g * y).sum(1, keepdim=True) * r
+    dy = torch.addcmul(scale * r * dshift / -m, g, scale * r).addcmul_(y, scale * r * r * dscale / -m)
+    dy = dy if owed is None else dy + owed
+    dkernel = c.mT @ dy
+    dc = dy @ kernel.mT if gc is None else torch.baddbmm(gc, dy, kernel.mT)  # last, while it is used next
+    return dc, dkernel, dscale.squeeze(1), dshift.squeeze(1)
+
+
+class _LayerGradient(torch.autograd.Function):
+    """:func:`_layer_gradient` with its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outputs = _layer_gradient(*inputs)
+        ctx.save_for_backward(*inputs, *outputs[2:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, vc: Tensor, vkernel: Tensor, vscale: Tensor, vshift: Tensor) -> Any:
+        g, owed, gc, kernel, scale, c, y, r, *sums = ctx.saved_tensors
+        m = y.shape[1]
+        scale, vscale, vshift, dscale, dshift = (t.unsqueeze(1) for t in (scale, vscale, vshift, *sums))
+        s = scale * r
+        dy = torch.addcmul(s * dshift / -m, g, s).addcmul_(y, s * r * dscale / -m)
+        dy = dy if owed is None else dy + owed
+        v = torch.baddbmm(vc @ kernel, c, vkernel)  # the cotangent of dy
+        mean, along = v.mean(1, keepdim=True), (v * y).mean(1, keepdim=True)
+        k = vscale * r - s * along * r * r
+        vg = torch.addcmul(vshift - s * mean, v, s).addcmul_(y, k)
+        vy = (g * k).addcmul_(v, s * r * dscale / -m)
+        t = (v * g).sum(1, keepdim=True) - mean * dshift - r * dscale * along  # (v, dy) / s
+        vr = scale * t - 2 * s * along * dscale + vscale * dscale / r
+        to_owed, to_gc = None if owed is None else v, None if gc is None else vc
+        return vg, to_owed, to_gc, vc.mT @ dy, (r * t).squeeze(1), dy @ vkernel.mT, vy, vr
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor, *layers: Tensor) -> Tensor:
+    """:class:`ConvNet` for a batch of tasks: images (tasks, n, c, h, w), and kernel, scale, shift of each layer."""
+    x, layer = x.movedim(2, -1), _first_layer
+    for i in range(0, len(layers), 3):
+        n, height, width = x.shape[1:4]
+        x = layer(x, *layers[i : i + 3]).unflatten(1, (n, (height + 1) // 2, (width + 1) // 2))
+        layer = _layer
+    return x.movedim(-1, 2).flatten(2) @ weight.mT + bias.unsqueeze(1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What takes such a function to the transforms of torch.func.
+
+
+def _transforms_active() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def over_tasks(fn: Callable[..., Tensor], *tensors: Tensor, axes: int = 0) -> Tensor:
+    """``fn``, written for tensors with one leading axis of tasks, of tensors with ``axes`` of them, and those of `vmap`.
+
+    Under `vmap` that is one call for all tasks, instead of a rule for each operator.
+    """
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is not None and interpreter.key() == torch._C._functorch.TransformType.Vmap:
+        return _OverTasks.apply(fn, axes, *tensors)
+    if axes == 1:
+        return fn(*tensors)
+    out = fn(*[tensor.reshape(-1, *tensor.shape[axes:]) for tensor in tensors])
+    return out.reshape(*tensors[0].shape[:axes], *out.shape[1:])
+
+
+class _OverTasks(torch.autograd.Function):
+    @staticmethod
+    def forward(fn: Callable[..., Tensor], axes: int, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError("only ever called under vmap")
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass  # `vmap` below replaces this function by an ordinary operator before autograd sees it
+        pass
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bias: Tensor, eps: float
+        info: Any, in_dims: tuple[int | None, ...], fn: Callable[..., Tensor], axes: int, *tensors: Tensor
     ) -> tuple[Tensor, int]:
-        tasks = info.batch_size
-        x, weight, bias = (
-            t.expand(tasks, *t.shape) if axis is None else t.movedim(axis, 0)
-            for t, axis in zip((x, weight, bias), in_dims[:3], strict=True)
-        )
-        n, channels = x.shape[1:3]
-        folded = x.transpose(0, 1).reshape(n, tasks * channels, *x.shape[3:])
-        out = _TasksAsChannels.forward(folded, weight.reshape(-1), bias.reshape(-1), eps)
-        return out.reshape(n, tasks, channels, *x.shape[3:]), 1
+        moved = [
+            tensor.expand(info.batch_size, *tensor.shape)
+            if axis is None
+            else tensor.movedim(axis, 0)
+            if axis
+            else tensor
+            for tensor, axis in zip(tensors, in_dims[2:], strict=True)
+        ]
+        return over_tasks(fn, *moved, axes=axes + 1), 0
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with the statistics of the batch at hand, fast under `torch.func.vmap`. (n, channels, h, w) -> the same."""
+# ----------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, track_running_stats=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The normalised batch."""
-        if torch._C._functorch.is_batchedtensor(x):
-            return _TasksAsChannels.apply(x, self.weight, self.bias, self.eps)
-        return super().forward(x)
+class ConvLayer(nn.Module):
+    """The parameters of one layer of :class:`ConvNet`: a kernel (3, 3, inputs, outputs), scale and shift of batch norm."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        initial = nn.Conv2d(inputs, outputs, kernel_size=3, bias=False).weight.detach()
+        self.kernel = nn.Parameter(initial.permute(2, 3, 1, 0).contiguous())
+        self.scale = nn.Parameter(torch.ones(outputs))
+        self.shift = nn.Parameter(torch.zeros(outputs))
 
 
 class ConvNet(nn.Module):
@@ -66,16 +283,10 @@ class ConvNet(nn.Module):
 
     def __init__(self, ways: int, channels: int = 64, in_size: int = 28, zero_head: bool = False) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        size, inputs = in_size, 1
+        size = in_size
         for _ in range(4):
-            layers += [
-                nn.Conv2d(inputs, channels, kernel_size=3, stride=2, padding=1, bias=False),
-                BatchNorm(channels),
-                nn.ReLU(),
-            ]
-            size, inputs = (size + 1) // 2, channels
-        self.body = nn.Sequential(*layers)
+            size = (size + 1) // 2
+        self.body = nn.ModuleList([ConvLayer(channels if i else 1, channels) for i in range(4)])
         self.head = nn.Linear(channels * size * size, ways)
         if zero_head:
             nn.init.zeros_(self.head.weight)
@@ -83,7 +294,11 @@ class ConvNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch of images."""
-        return self.head(self.body(x).flatten(1))
+        tensors = [x, self.head.weight, self.head.bias]
+        for layer in self.body:
+            assert isinstance(layer, ConvLayer)
+            tensors += [layer.kernel, layer.scale, layer.shift]
+        return over_tasks(_logits, *tensors)
 
 
 class MLP(nn.Module):

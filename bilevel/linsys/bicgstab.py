@@ -63,7 +63,7 @@ class BiCGStab(KrylovSolver):
             t = system.matvec(half_hat)
             slope, tt = dot(t, half), dot(t, t)
             over = norm(half) <= system.threshold  # half a step was enough
-            slow = (slope.abs() <= eps * norm(t) * norm(half)) | over
+            slow = slope.abs() <= eps * norm(t) * norm(half)
             omega = torch.where(slow, 0, slope / torch.where(slow, 1, tt))
             singular = singular | (active & ((norm(v) == 0) | ((tt == 0) & ~over)))
             broken = broken | (active & twisted & slow & ~over)

@@ -62,7 +62,8 @@ class CG(KrylovSolver):
             p = torch.addcmul(z, torch.where(active, rz_new / rz, 0).unsqueeze(-1), p)
             rz = rz_new
             active = system.going(active, norm(r), steps)
-            not_definite = not_definite | (active & (rz < 0))
+            if preconditioned:
+                not_definite = not_definite | (active & (rz < 0))
         found = [(stopped, Status.NEGATIVE_CURVATURE), (singular, Status.SINGULAR)]
         if self.steihaug:
             found.append((stopped & ((steps > 0) | preconditioned), Status.STOPPED_AT_NEGATIVE_CURVATURE))

@@ -88,15 +88,13 @@ def _cycle(system: System, r: Tensor, active: Tensor, steps: Tensor, length: int
         if system.finished(active):
             break
         w = system.matvec(system.precondition(basis[j]))
-        before = norm(w)
-        size = torch.maximum(size, before)
+        size = torch.maximum(size, norm(w))
         space = torch.stack(basis, -2)  # (*batch, j + 1, d)
         h = torch.zeros_like(space[..., 0])
         for _ in range(2):  # once is not enough (Parlett 1998, section 6.9)
             part = (space @ w.unsqueeze(-1)).squeeze(-1)
             h, w = h + part, w - (space.mT @ part.unsqueeze(-1)).squeeze(-1)
         beta = norm(w)
-        beta = torch.where(beta <= rounding * before, 0, beta)  # the Krylov space has ended
         column = torch.cat([h, beta.unsqueeze(-1)], -1)
         rotated = (torch.stack(rotations[: j + 2], -2)[..., : j + 2] @ column.unsqueeze(-1)).squeeze(-1)
         top, bottom = rotated[..., j], rotated[..., j + 1]
@@ -110,14 +108,15 @@ def _cycle(system: System, r: Tensor, active: Tensor, steps: Tensor, length: int
             c * rotations[j] + s * rotations[j + 1],
             c * rotations[j + 1] - s * rotations[j],
         ]
-        # a problem that takes no part gets a row and a column of the identity, and so 0 as its coefficient
-        used = torch.cat([rotated[..., :j], pivot.unsqueeze(-1), torch.zeros_like(eye[..., 0, j + 1 : length])], -1)
-        triangle.append(select(active, used, eye[..., j, :length]))
-        rhs.append(torch.where(active, c.squeeze(-1) * rest, 0))
+        below = torch.zeros_like(eye[..., 0, j + 1 : length])
+        triangle.append(torch.cat([rotated[..., :j], pivot.unsqueeze(-1), below], -1))
+        rhs.append(
+            torch.where(active, c.squeeze(-1) * rest, 0)
+        )  # a problem that takes no part gets 0 as its coefficient
         rest = torch.where(active, -s.squeeze(-1) * rest, rest)
         steps = steps + active
         active = system.going(active, rest.abs(), steps)
-        basis.append(w / torch.where(beta > 0, beta, torch.inf).unsqueeze(-1))
+        basis.append(w / torch.where(beta > 0, beta, torch.inf).unsqueeze(-1))  # 0 where the Krylov space has ended
     k = len(triangle)
     upper = torch.stack(triangle, -1)[..., :k, :]
     y = torch.linalg.solve_triangular(upper, torch.stack(rhs, -1).unsqueeze(-1), upper=True)

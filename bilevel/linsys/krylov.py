@@ -1,7 +1,6 @@
 """What the Krylov methods share: their options, the start, when to stop, and an honest end."""
 
-from __future__ import annotations
-
+# No postponed annotations here: subclasses inherit the fields, and sphinx evaluates their annotations in the modules of those.
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -78,7 +77,7 @@ class Outcome:
         found: what the iteration ran into, the later entry counts; a problem that is solved all the same is not marked.
         negative_curvature: where the iteration saw that A is not positive definite; None if it cannot.
         not_definite: where it saw that M is not positive definite.
-        size: a lower bound of |A|, for a method that cannot tell by itself that its answer is that of a singular A.
+        size: a lower bound of the norm of A, for a method that cannot tell by itself that its answer is that of a singular A.
         measured: the residual is the true one.
     """
 
@@ -142,7 +141,7 @@ class KrylovSolver(LinearSolver):
         end = self.iterate(system, u, r)
         if not (system.fixed_steps or end.measured):
             end = self._refine(system, end)
-        return self._result(system, end, torch.maximum(norm(r), size))
+        return self._result(system, end, size if init is None else torch.maximum(norm(r), size))
 
     def _refine(self, system: System, end: Outcome) -> Outcome:
         """The end with its true residual, after another round wherever only the residual of the recurrence has met the tolerance."""

@@ -9,6 +9,8 @@ from bilevel.solvers.lbfgs import LBFGS
 from bilevel.solvers.nesterov import NesterovAGD
 from bilevel.solvers.newton import Newton
 from bilevel.solvers.newton_cg import NewtonCG
+from bilevel.solvers.scipy_minimize import ScipyMinimize
+from bilevel.solvers.torch_optim import TorchOptim
 
 __all__ = [
     "Anderson",
@@ -21,5 +23,7 @@ __all__ = [
     "NesterovAGD",
     "Newton",
     "NewtonCG",
+    "ScipyMinimize",
     "State",
+    "TorchOptim",
 ]

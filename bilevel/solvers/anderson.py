@@ -15,7 +15,8 @@ from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State, now
 
 @dataclass(frozen=True)
 class _State(State):
-    last: Tensor  # F at the last point (*batch, d)
+    previous: Tensor  # the point before this one (*batch, d), NaN at the first
+    last: Tensor  # F there
     points: Tensor  # differences of successive points, newest first (*batch, memory, d); zero where there is none yet
     residuals: Tensor  # differences of successive F
 
@@ -53,21 +54,25 @@ class Anderson(IterativeSolver):
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         none = torch.zeros((*phi.shape[:-1], self.memory, phi.shape[-1]), dtype=phi.dtype, device=phi.device)
-        return _State(phi, phi, nowhere(phi), torch.full_like(phi, torch.nan), none, none)
+        unknown = torch.full_like(phi, torch.nan)
+        return _State(phi, phi, nowhere(phi), unknown, unknown, none, none)
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         x, f = state.point, local.grad
         points, residuals = state.points, state.residuals
-        # state.phi is the point before this one; at the first step there is none
-        first = state.last.isnan().all(-1)
-        points = torch.cat([torch.where(first[..., None], 0, x - state.phi).unsqueeze(-2), points[..., :-1, :]], dim=-2)
-        change = torch.where(first[..., None], 0, f - state.last)
-        residuals = torch.cat([change.unsqueeze(-2), residuals[..., :-1, :]], dim=-2)
+        first = state.last.isnan().all(-1, keepdim=True)
+        points = _pushed(points, torch.where(first, 0, x - state.previous))
+        residuals = _pushed(residuals, torch.where(first, 0, f - state.last))
         weights = _least_squares(residuals, f)
         mixed_x = x - (weights.unsqueeze(-2) @ points).squeeze(-2)
         mixed_f = f - (weights.unsqueeze(-2) @ residuals).squeeze(-2)
         stalled = state.stalled | ~local.value.isfinite()
-        return _State(x, mixed_x - self.relaxation * mixed_f, stalled, f, points, residuals)
+        phi = mixed_x - self.relaxation * mixed_f
+        return _State(phi, phi, stalled, x, f, points, residuals)
+
+
+def _pushed(rows: Tensor, row: Tensor) -> Tensor:
+    return torch.cat([row.unsqueeze(-2), rows[..., :-1, :]], dim=-2)
 
 
 def _least_squares(rows: Tensor, f: Tensor) -> Tensor:
@@ -77,13 +82,14 @@ def _least_squares(rows: Tensor, f: Tensor) -> Tensor:
     costs a little speed and no accuracy.
     """
     length = norm(rows)
-    unit = torch.where(length[..., None] > 0, rows / length[..., None], 0)
-    unit = torch.where(unit.isfinite(), unit, 0)
+    empty = ~(length > 0) | ~length.isfinite()
+    # quotients of one where there is no row: masked later, 0 / 0 would be NaN in the derivative of a path
+    length = torch.where(empty, 1, length)
+    unit = torch.where(empty[..., None], 0, rows) / length[..., None]
     gram = unit @ unit.mT
     shift = 10 * gram.shape[-1] * torch.finfo(f.dtype).eps
     eye = torch.eye(gram.shape[-1], dtype=f.dtype, device=f.device)
-    empty = torch.diag_embed((length == 0).to(f.dtype))
-    chol, _ = torch.linalg.cholesky_ex(gram + shift * eye + empty)
+    chol, _ = torch.linalg.cholesky_ex(gram + shift * eye + torch.diag_embed(empty.to(f.dtype)))
     rhs = unit @ torch.where(f.isfinite(), f, 0).unsqueeze(-1)
     weights = torch.cholesky_solve(rhs, chol).squeeze(-1)
-    return torch.where(length > 0, weights / length, 0)
+    return torch.where(empty, 0, weights / length)

@@ -115,6 +115,8 @@ class IterativeSolver(InnerSolver):
     tol: float
     growth: ClassVar[float] = GROWTH
     """A residual that ends larger than this multiple of the first one counts as divergence."""
+    differentiable: ClassVar[bool] = True
+    """Whether every operation of a step has a derivative, finite wherever the step is: ``unrolled`` takes only these."""
     check_every: int = 1
     """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
 
@@ -180,22 +182,27 @@ def choose(mask: Tensor, new: S, old: S) -> S:
             return no
         if not isinstance(no, Tensor):
             return choose(mask, yes, no)
-        return torch.where(mask.reshape(mask.shape + (1,) * (no.ndim - mask.ndim)), yes, no)
+        own = mask if no.ndim == mask.ndim else mask.reshape(mask.shape + (1,) * (no.ndim - mask.ndim))
+        return torch.where(own, yes, no)
 
-    return replace(old, **{f.name: of_field(getattr(new, f.name), getattr(old, f.name)) for f in fields(old)})
+    names = [field.name for field in fields(old)]  # type: ignore[arg-type]
+    return replace(old, **{name: of_field(getattr(new, name), getattr(old, name)) for name in names})  # type: ignore[type-var]
 
 
 def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
     """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a
-    line search.
+    line search; 1 where that is no number.
     """
     _, grad = objective.value_and_grad(phi)
-    size = norm(grad)
+    # along anything where the gradient is zero: 0 / 0 would be NaN in the derivative of a path, masked or not
+    direction = select(norm(grad) > 0, grad, torch.ones_like(grad))
+    size = norm(direction)
     eps = torch.finfo(phi.dtype).eps ** 0.5 * (1 + norm(phi)) / size
-    _, ahead = objective.value_and_grad(phi - eps.unsqueeze(-1) * grad)
-    curvature = norm(ahead - grad) / (eps * size)
-    step = 1 / curvature
-    return torch.where(step.isfinite() & (step > 0), step, 1.0)
+    _, ahead = objective.value_and_grad(phi - eps.unsqueeze(-1) * direction)
+    curvature = norm(select(ahead.isfinite().all(-1), ahead, grad) - grad) / (eps * size)
+    usable = curvature > 0
+    step = 1 / torch.where(usable, curvature, 1)
+    return torch.where(usable & (step > 0) & step.isfinite(), step, 1.0)
 
 
 def tree_value(objective: Objective, phi: Tensor) -> Tree:

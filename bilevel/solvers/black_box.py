@@ -1,7 +1,9 @@
-"""Any procedure that returns a point: SciPy, another library, a sampler, a look-up."""
+"""Any procedure that returns a point: another library, a sampler, a look-up."""
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -14,9 +16,57 @@ from bilevel.linsys.base import check_number
 from bilevel.solvers.base import InnerSolver, Run
 from bilevel.trees import flatten
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
-class BlackBox(InnerSolver):
+class Answer:
+    """What a procedure found for one task.
+
+    Attributes:
+        phi: ``(d,)``.
+        steps: that it took.
+        start: ``|dG/dphi|`` at the start; NaN if it does not know.
+        note: what it says of an answer that is not good enough; goes to the log.
+    """
+
+    phi: Tensor
+    steps: int = 0
+    start: float = torch.nan
+    note: str = ""
+
+
+class TaskByTask(InnerSolver):
+    """A procedure that takes one task at a time. Its answers are measured, not believed: CONVERGED where ``|dG/dphi| <= tol``, else
+    MAX_STEPS. ``num_grads`` and ``num_matvecs`` are those of the task that took most.
+    """
+
+    tol: float
+
+    @abstractmethod
+    def find(self, objective: Objective, phi: Tensor) -> Answer:
+        """From the start phi ``(d,)``, which is its own to change, to an answer. ``objective`` has the batch shape ``()``."""
+
+    def run(self, objective: Objective, phi: Tensor) -> Run:
+        answers, singles = [], []
+        for single, start in zip(objective.singles(), phi.reshape(-1, phi.shape[-1]), strict=True):
+            answers.append(self.find(single, start.clone()))
+            singles.append(single)
+        notes = [answer.note for answer in answers if answer.note]
+        if notes:
+            _logger.warning("%r: %d of %d tasks are not solved to tol. %s", self, len(notes), len(answers), notes[0])
+        objective.num_grads += max(single.num_grads for single in singles)
+        objective.num_matvecs += max(single.num_matvecs for single in singles)
+        batch = phi.shape[:-1]
+        found = torch.stack([answer.phi for answer in answers]).reshape(phi.shape)
+        steps = torch.tensor([answer.steps for answer in answers], device=phi.device).reshape(batch)
+        start = phi.new_tensor([answer.start for answer in answers]).reshape(batch)
+        no = torch.zeros_like(steps, dtype=torch.bool)
+        return Run(found, no, no, steps, start, None, self.tol)
+
+
+@dataclass(frozen=True)
+class BlackBox(TaskByTask):
     """A procedure of the user's. The implicit gradient needs the point only, not the way to it (paper, section 3.1).
 
     Args:
@@ -40,26 +90,21 @@ class BlackBox(InnerSolver):
             raise TypeError(f"fn: expected a function of (problem, theta, data, init), got {type(self.fn).__name__}.")
         check_number("tol", self.tol)
 
-    def run(self, objective: Objective, phi: Tensor) -> Run:
-        layout = objective.flat.phi
-        answers = []
-        for theta, data, init in objective.tasks(phi.clone()):  # fn may optimise its start in place
-            with torch.enable_grad():
-                answer = self.fn(objective.flat.problem, theta, data, init)
-            leaves, structure = flatten(answer)
-            if structure != layout.structure:
+    def find(self, objective: Objective, phi: Tensor) -> Answer:
+        flat, layout = objective.flat, objective.flat.phi
+        theta, data = flat.trees(objective.tensors)
+        with torch.enable_grad():
+            answer = self.fn(flat.problem, theta, data, layout.unravel(phi))
+        leaves, structure = flatten(answer)
+        if structure != layout.structure:
+            raise ValueError(
+                f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got "
+                f"leaves {structure.paths()}."
+            )
+        for path, leaf, shape in zip(structure.paths(), leaves, layout.shapes, strict=True):
+            if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:
+                got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise ValueError(
-                    f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got "
-                    f"leaves {structure.paths()}."
+                    f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}."
                 )
-            for path, leaf, shape in zip(structure.paths(), leaves, layout.shapes, strict=True):
-                if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:
-                    got = f"{leaf.dtype} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-                    raise ValueError(
-                        f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}."
-                    )
-            answers.append(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]))
-        found = torch.stack(answers).reshape(phi.shape)
-        zero = torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)
-        no = zero.bool()
-        return Run(found, no, no, zero, torch.full_like(phi[..., 0], torch.nan), None, self.tol)
+        return Answer(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]))

@@ -57,7 +57,7 @@ class GradientDescent(IterativeSolver):
     def step(self, objective: Objective, state: State, local: Local) -> State:
         if isinstance(state, _State):
             return self._backtrack(state, local)
-        phi = state.point - self.step_size * local.grad  # type: ignore[operator]
+        phi = torch.add(state.point, local.grad, alpha=-self.step_size)  # type: ignore[operator]
         return replace(state, phi=phi, point=phi, stalled=state.stalled | ~local.value.isfinite())
 
     @staticmethod

@@ -8,14 +8,29 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, dot
-from bilevel.solvers.base import IterativeSolver, Local, State, choose, initial_step_size, nowhere
+from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, nowhere
+
+# a step size grows by at most this factor, and stays below this part of 1 / (local Lipschitz constant)
+GROW, SAFETY = 1.1, 0.9
+TOO_LONG = 2.0  # a step that exceeds 1 / (local Lipschitz constant) by this factor is taken again
 
 
 @dataclass(frozen=True)
 class _State(State):
     step_size: Tensor
     t: Tensor  # the sequence of Nesterov 1983 that gives the momentum (t_k - 1) / t_{k+1}
+
+
+@dataclass(frozen=True)
+class _Adaptive(_State):
+    """``point`` is a trial from ``base``, by way of ``ahead = base - step_size grad``."""
+
+    base: Tensor
+    grad: Tensor
+    ahead: Tensor
+    momentum: Tensor
+    started: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +42,9 @@ class NesterovAGD(IterativeSolver):
     gradient points against the last movement (O'Donoghue and Candes 2015), which needs no constant.
 
     Args:
-        step_size: 1 / (largest eigenvalue of the Hessian of G); None: backtracking for each problem.
+        step_size: 1 / (largest eigenvalue of the Hessian of G); None: each problem has a step size of its own, from the changes of
+            the gradient that it meets on its way (as Malitsky and Mishchenko 2020); it falls and grows. Nothing is evaluated for it
+            but one more gradient at the start, and one for each step that turns out too long and is taken again.
         max_steps: gradient evaluations, >= 1.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
@@ -64,34 +81,66 @@ class NesterovAGD(IterativeSolver):
                 raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum:g}.")
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
-        one = torch.ones_like(phi[..., 0])
-        step_size = initial_step_size(objective, phi) if self.step_size is None else one * self.step_size
-        return _State(phi, phi, nowhere(phi), step_size, one)
+        one, no = torch.ones_like(phi[..., 0]), nowhere(phi)
+        if self.step_size is not None:
+            return _State(phi, phi, no, self.step_size * one, one)
+        step_size = initial_step_size(objective, phi)
+        return _Adaptive(phi, phi, no, step_size, one, phi, torch.zeros_like(phi), phi, 0 * one, no)
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
-        y, grad = state.point, local.grad
-        x = y - state.step_size.unsqueeze(-1) * grad
+        if isinstance(state, _Adaptive):
+            return self._adapt(state, local)
+        x = state.point - state.step_size.unsqueeze(-1) * local.grad
         move = x - state.phi
-        if self.momentum is None and self.strong_convexity is None:
-            t = torch.where(dot(grad, move) > 0, 1.0, state.t)  # restart
-            t_next = 0.5 * (1 + torch.sqrt(1 + 4 * t**2))
-            beta = (t - 1) / t_next
-        else:
-            t_next, beta = state.t, self._momentum(state.step_size)
+        beta, t = self._momentum(local.grad, move, state.t, state.step_size, state.step_size)
         stalled = state.stalled | ~local.value.isfinite()
-        new = replace(state, phi=x, point=x + beta.unsqueeze(-1) * move, stalled=stalled, t=t_next)
-        if self.step_size is not None:
-            return new
-        # backtracking: the step from y must lower G as a step of 1 / (Lipschitz constant) would
-        decrease = 0.5 * state.step_size * dot(grad, grad)
-        at_floor = decrease <= 10 * torch.finfo(decrease.dtype).eps * local.value.abs()
-        accept = at_floor | (objective.value(x) <= local.value - decrease)
-        return replace(
-            choose(accept | stalled, new, state), step_size=torch.where(accept, state.step_size, 0.5 * state.step_size)
-        )
+        return replace(state, phi=x, point=x + beta.unsqueeze(-1) * move, stalled=stalled, t=t)
 
-    def _momentum(self, step_size: Tensor) -> Tensor:
+    def _momentum(
+        self, grad: Tensor, move: Tensor, t: Tensor, step_size: Tensor, last_step_size: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The momentum after this movement, and the next t (with step sizes that change: Scheinberg, Goldfarb and Bai 2014)."""
         if self.momentum is not None:
-            return torch.full_like(step_size, self.momentum)
-        q = torch.sqrt(step_size * self.strong_convexity).clamp_max(1.0)  # type: ignore[operator]
-        return (1 - q) / (1 + q)
+            return torch.full_like(t, self.momentum), t
+        if self.strong_convexity is not None:
+            q = torch.sqrt(step_size * self.strong_convexity).clamp_max(1.0)
+            return (1 - q) / (1 + q), t
+        t = torch.where(dot(grad, move) >= 0, 1.0, t)  # restart; where the gradient is zero, too
+        t_next = 0.5 * (1 + torch.sqrt(1 + 4 * last_step_size / step_size * t**2))
+        return (t - 1) / t_next, t_next
+
+    def _adapt(self, state: _Adaptive, local: Local) -> _Adaptive:
+        """Judge the step to this point by the Lipschitz constant of the gradient along it, and choose the next."""
+        eps, first, old = torch.finfo(state.phi.dtype).eps, ~state.started, state.step_size
+        finite = (norm(local.grad) < torch.inf) & local.value.isfinite()
+        moved = state.point - state.base
+        inverse, decided = _inverse_lipschitz(local.grad - state.grad, moved, eps * norm(state.base))
+        decided = decided & ~first
+        again = ~first & (~finite | (decided & (old > TOO_LONG * inverse)))
+        shorter = torch.where(finite, torch.minimum(SAFETY * inverse, 0.5 * old), 0.1 * old)
+        longer = torch.where(decided, torch.minimum(SAFETY * inverse, GROW * old), old)
+        step_size = torch.where(again, torch.maximum(shorter, 0.1 * old), longer)
+
+        phi = select(again | first, state.phi, state.ahead)
+        base, grad = select(again, state.base, state.point), select(again, state.grad, local.grad)
+        ahead = base - step_size.unsqueeze(-1) * grad
+        move = ahead - phi
+        beta, t = self._momentum(grad, move, state.t, step_size, old)
+        beta = torch.where(again, torch.where(finite, state.momentum, 0.0), beta)
+        t = torch.where(again, torch.where(finite, state.t, 1.0), t)
+        negligible = again & ~(step_size * norm(grad) > eps * norm(base))
+        stalled = state.stalled | negligible | (first & ~finite)
+        point = select(stalled, phi, ahead + beta.unsqueeze(-1) * move)
+        return _Adaptive(phi, point, stalled, step_size, t, base, grad, ahead, beta, torch.ones_like(first))
+
+
+def _inverse_lipschitz(change: Tensor, move: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / (Lipschitz constant of the gradient along a movement), and where the movement is long enough to tell.
+
+    For convex G the gradient is co-coercive, |change|^2 <= L change . move; elsewhere |change| <= L |move|.
+    """
+    size, along = norm(change), dot(change, move)
+    decided = (norm(move) > 1e3 * rounding) & (size > 0) & (size < torch.inf)
+    # quotients of ones where they are not used: 0 / 0 would be NaN in the derivative of the path, mask or not
+    size = torch.where(decided, size, 1.0)
+    return torch.where(along > 0, along / size**2, norm(move) / size), decided

@@ -32,6 +32,7 @@ class Newton(IterativeSolver):
     """
 
     minimises: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = False  # linear solvers are made for values
 
     max_steps: int = 20
     tol: float = 0.0

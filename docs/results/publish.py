@@ -4,7 +4,7 @@
     python docs/results/publish.py benchmark NAME
 
 RUN is the folder of ``imaml train``; each EVALUATION is what ``imaml evaluate RUN --json`` printed. Writes NAME.json, NAME.png and
-NAME.md beside this file. ``benchmark`` makes NAME.md from the NAME.json that benchmarks/meta_gradient.py wrote. No number in a page
+NAME.md beside this file. ``benchmark`` makes NAME.md from the NAME.json that benchmarks/NAME.py wrote. No number in a page
 is typed by hand; what is to be said in words comes from NAME.note.txt.
 """
 
@@ -133,6 +133,58 @@ def benchmark_page(name: str, rows: dict[str, Any]) -> str:
     return "\n".join(lines) + note(name)
 
 
+def preconditioning_page(name: str, result: dict[str, Any]) -> str:
+    """The page of benchmarks/preconditioning.py, in Markdown; docs/choosing.md takes the first table from between the marks."""
+    rows, environment, options = result["rows"], result["environment"], result["options"]
+    labels = list(next(iter(rows.values())))
+    lines = [
+        "# Preconditioners",
+        "",
+        "Products until the relative residual is 1e-8, those for building it included.",
+        "",
+        "<!-- short -->",
+        "",
+    ]
+    lines += [f"| preconditioner of CG | {' | '.join(rows)} |", "|---" * (1 + len(rows)) + "|"]
+    for label in labels:
+        cells = [
+            f"{table[label]['to_residual']:.0f}" + ("" if table[label]["converged"] else " (not reached)")
+            for table in rows.values()
+        ]
+        lines.append(f"| {_code(label)} | {' | '.join(cells)} |")
+    lines += ["", "<!-- end of short -->", ""]
+    for spectrum, table in rows.items():
+        lines += [
+            f"## {spectrum[0].upper()}{spectrum[1:]}",
+            "",
+            result["spectra"][spectrum],
+            "",
+            "| preconditioner | products to a residual of 1e-8 | error there | products to an error of 1e-8 | of these, for building |",
+            "|---|---|---|---|---|",
+        ]
+        for label, row in table.items():
+            lines.append(
+                f"| {_code(label)} | {row['to_residual']:.0f} | {row['error_there']:.1e} | {row['to_error']:.0f} | {row['building']:.0f} |"
+            )
+        lines.append("")
+    lines += [
+        f"Random dense matrices of {options['size']} variables with these spectra, float64; residual and error relative; the median of "
+        f"{options['seeds']} seeds. The product that confirms the residual is counted. Command: `{public(environment['command'])}`; torch "
+        f"{environment['torch']}; commit `{environment['commit'][:12]}`. The counts do not depend on the machine, but for rounding.",
+        "",
+    ]
+    return "\n".join(lines) + note(name)
+
+
+def _code(label: str) -> str:
+    """Code for what is code."""
+    expression = re.match(r"\w+\(.*?\)", label)
+    return f"`{expression[0]}`{label[len(expression[0]) :]}" if expression else label
+
+
+BENCHMARKS = {"meta_gradient": benchmark_page, "preconditioning": preconditioning_page}
+
+
 def into_readme(name: str, result: dict[str, Any]) -> None:
     """The table of the README, between its two marks."""
     readme = HERE.parents[1] / "README.md"
@@ -160,7 +212,7 @@ def main() -> None:
     """The command line."""
     if sys.argv[1] == "benchmark":
         name = sys.argv[2]
-        (HERE / f"{name}.md").write_text(benchmark_page(name, json.loads((HERE / f"{name}.json").read_text())))
+        (HERE / f"{name}.md").write_text(BENCHMARKS[name](name, json.loads((HERE / f"{name}.json").read_text())))
         return
     run, name, evaluations = Path(sys.argv[2]), sys.argv[3], [Path(arg) for arg in sys.argv[4:]]
     result = read_run(run, evaluations)

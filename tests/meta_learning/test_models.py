@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from applications.meta_learning.models import MLP, BatchNorm, ConvNet, check_module, count_parameters, initial_theta
+from applications.meta_learning.models import MLP, ConvNet, check_module, count_parameters, initial_theta
 
 
 def test_the_last_layer_of_the_papers_network_has_256_inputs() -> None:
@@ -95,44 +95,3 @@ def test_deterministic_modules_are_accepted(module: nn.Module) -> None:
 def test_others_are_refused(module: nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_module(module)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_batch_norm_is_that_of_pytorch_under_every_nesting(channels: int) -> None:
-    """Value, gradient, Hessian product and forward mode, mapped over tasks, against PyTorch's own rules."""
-    from torch.func import grad, jvp, vmap
-
-    torch.manual_seed(channels)
-    ours = BatchNorm(channels).double()
-    theirs = nn.BatchNorm2d(channels, track_running_stats=False).double()
-    x = torch.randn(4, 6, channels, 3, 2, dtype=torch.float64)
-    weights = {"weight": torch.rand(4, channels).double() + 0.5, "bias": torch.randn(4, channels).double()}
-    direction = {name: torch.randn_like(leaf) for name, leaf in weights.items()}
-
-    def results(module: nn.Module) -> list[torch.Tensor]:
-        def loss(w: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-            return (functional_call(module, w, (x,)) ** 3).cos().sum()
-
-        leaves = [leaf.clone().requires_grad_() for leaf in [*weights.values(), x]]
-        value = vmap(loss)(dict(zip(weights, leaves, strict=False)), leaves[-1])
-        first = torch.autograd.grad(value.sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum((g**2).sum() for g in first), leaves)
-        shared = vmap(loss, in_dims=(None, 0))({name: leaf[0] for name, leaf in weights.items()}, x)
-        forward = jvp(lambda w: vmap(loss)(w, x), (weights,), (direction,))
-        nested = vmap(vmap(loss, in_dims=(None, 0)), in_dims=(0, None))(weights, x)
-        return [
-            value,
-            *first,
-            *second,
-            shared,
-            *forward,
-            *vmap(grad(loss))(weights, x).values(),
-            nested,
-            loss(weights_of(0), x[0]),
-        ]
-
-    def weights_of(task: int) -> dict[str, torch.Tensor]:
-        return {name: leaf[task] for name, leaf in weights.items()}
-
-    for got, expected in zip(results(ours), results(theirs), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 SPECTRA = ["geometric", "one small", "one large", "random"]
+DIRECT = ", theta also in L"  # in the name of a case
 DEFAULT_KAPPA = {torch.float64: 1e6, torch.float32: 1e3}
 
 
@@ -38,10 +39,8 @@ class Limits:
         if not self.bottom <= self.top:
             raise ValueError(f"expected max_kappa >= {self.bottom:g}, got {self.top:g}.")
         if self.min_kappa > 1 and self.min_dim == 1:
-            raise ValueError(
-                "min_kappa > 1 needs min_dim >= 2: one number has the condition number 1."
-            )
-        largest = 0.1 / (self.max_dim * torch.finfo(self.dtype).eps)
+            raise ValueError("min_kappa > 1 needs min_dim >= 2: the condition number of one number is 1.")
+        largest = 0.01 / (self.max_dim * torch.finfo(self.dtype).eps)
         if self.top > largest:
             raise ValueError(
                 f"expected max_kappa <= {largest:.1e}, beyond which {self.dtype} cannot store a matrix of {self.max_dim} rows that is "
@@ -64,12 +63,12 @@ class Limits:
 
     def kappas(self) -> st.SearchStrategy[float]:
         """Condition numbers, spread over their orders of magnitude; they shrink to the smallest."""
-        span = float(np.log10(self.top / self.bottom))
-        return st.floats(0, span).map(lambda power: float(min(self.bottom * 10**power, self.top)))
+        # integers, for Hypothesis spreads them evenly, and floats not at all
+        return st.integers(0, 100).map(lambda k: float(self.bottom * (self.top / self.bottom) ** (k / 100)))
 
 
 SEEDS = st.integers(0, 2**32 - 1)
-SCALES = st.floats(-2, 2).map(lambda power: float(10**power))
+SCALES = st.integers(-20, 20).map(lambda k: float(10 ** (k / 10)))
 """The size of a problem: shrinks to 1."""
 
 
@@ -115,3 +114,38 @@ def with_spectrum(basis: Array, eigenvalues: Array) -> Array:
     """The symmetric matrix with these eigenvectors (columns) and eigenvalues, to rounding: d eps times the largest."""
     matrix = (basis * eigenvalues) @ basis.T
     return 0.5 * (matrix + matrix.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What was drawn for a problem before its family draws the rest.
+
+    Attributes:
+        d: the dimension of phi.
+        kappas: the condition number of each task.
+        shape: one of ``SPECTRA``.
+        scale: the size of the inner Hessian, or of its regularisation.
+        source: of the numbers.
+        max_dim: the largest dimension of theta.
+        structured: variables may be trees.
+        dtype: of the tensors.
+    """
+
+    d: int
+    kappas: tuple[float, ...]
+    shape: str
+    scale: float
+    source: Source
+    max_dim: int
+    structured: bool
+    dtype: torch.dtype
+
+    def name(self, family: str) -> str:
+        """For the report of a failure."""
+        kappas = ", ".join(f"{kappa:.3g}" for kappa in self.kappas)
+        return f"{family}, dim={self.d}, kappa={kappas}, scale={self.scale:.3g}, seed={self.source.seed}"
+
+
+def columns(factors: Any, v: Array) -> Array:
+    """diag(factors) v for v ``(n,)`` or ``(n, k)``; factors ``(n,)`` or one number."""
+    return (factors * v.T).T

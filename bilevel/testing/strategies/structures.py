@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from bilevel.testing.strategies.draws import SEEDS, Source
-from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
+from bilevel.testing.strategies.draws import SEEDS, Array, Source
+from bilevel.trees import Layout, Tree, layout_of, tree_map
 
-NAMES = ["weight", "bias", "a", "b", "conv1", "0"]
+NAMES = ["weight", "bias", "b", "a", "conv1", "0"]
 
 
 def trees(
@@ -20,52 +20,67 @@ def trees(
 ) -> st.SearchStrategy[Tree]:
     """Nested dicts, lists and tuples of tensors, as phi and theta may be. They shrink to one 0-d tensor.
 
-    The keys of a dict are in any order of insertion. How the leaves hang together is the business of a problem: in the trees that the
-    problem strategies draw, all leaves are coupled through the inner Hessian.
+    The keys of a dict come in any order. How the leaves hang together is the business of a problem: in the trees that the problem
+    strategies draw, all leaves are coupled through the inner Hessian.
 
     Args:
-        max_leaves: at most this many tensors.
+        max_leaves: at most this many tensors; there is at least one.
         max_size: the longest axis of a leaf.
         max_ndim: the largest number of axes of a leaf.
-        dtype: float64 or float32.
+        dtype: of every leaf.
+
+    Raises:
+        ValueError: a limit that leaves nothing to draw.
     """
     for name, value, least in (("max_leaves", max_leaves, 1), ("max_size", max_size, 1), ("max_ndim", max_ndim, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}.")
-    shapes = st.lists(st.integers(1, max_size), max_size=max_ndim).map(torch.Size)
-    return _filled(_nested(shapes, max_leaves), dtype)
+    leaves = st.lists(st.integers(1, max_size), max_size=max_ndim).map(np.zeros)
+    return st.builds(lambda tree, seed: _filled(tree, Source(seed), dtype), _nested(leaves, max_leaves, 3), SEEDS)
+
+
+def _filled(tree: Tree, source: Source, dtype: torch.dtype) -> Tree:
+    return tree_map(lambda leaf: torch.tensor(source.normal(*leaf.shape), dtype=dtype), tree)
 
 
 @st.composite
-def _nested(draw: st.DrawFn, leaves: st.SearchStrategy[Any], max_leaves: int, depth: int = 3) -> Tree:
-    """A tree of 1 to ``max_leaves`` leaves."""
-    count = draw(st.integers(1, max_leaves)) if depth else 1
-    if count == 1 and not (depth and draw(st.booleans())):
+def _nested(draw: st.DrawFn, leaves: st.SearchStrategy[Array], max_leaves: int, depth: int) -> Tree:
+    """A tree of at most so many leaves and levels."""
+    if depth == 0 or not draw(st.booleans()):
         return draw(leaves)
-    children = []
-    while count:
-        own = draw(st.integers(1, count))
-        children.append(draw(_nested(leaves, own, depth - 1)))
-        count -= own
+    left = draw(st.integers(1, max_leaves))
+    children: list[Any] = []
+    while left:
+        share = draw(st.integers(1, left))
+        children.append(draw(_nested(leaves, share, depth - 1)))
+        left -= share
     kind = draw(st.sampled_from(["tuple", "list", "dict"]))
     if kind == "dict":
-        keys = draw(st.permutations(NAMES + [f"layer{k}" for k in range(len(children) - len(NAMES))]))
-        return dict(zip(keys, children, strict=False))
+        extra = [f"layer{k}" for k in range(len(children) - len(NAMES))]
+        return dict(zip(draw(st.permutations(NAMES + extra)), children, strict=False))
     return tuple(children) if kind == "tuple" else children
 
 
 @st.composite
-def _filled(draw: st.DrawFn, shapes: st.SearchStrategy[Tree], dtype: torch.dtype) -> Tree:
-    # torch.Size is a tuple, which flatten would open
-    boxed = draw(shapes.map(_boxed))
-    source = Source(draw(SEEDS))
-    leaves, structure = flatten(boxed)
-    return unflatten(structure, [torch.tensor(source.normal(*leaf.shape), dtype=dtype) for leaf in leaves])
+def layouts(draw: st.DrawFn, d: int, structured: bool) -> Layout:
+    """Ways to lay out a vector ``(d,)``: as it is, or as a dict of two or three leaves, whose keys are not in ravel order."""
+    if not structured or d == 1 or not draw(st.booleans()):
+        return layout_of(np.zeros(d))[0]
+    cuts = sorted(draw(st.sets(st.integers(1, d - 1), min_size=1, max_size=min(2, d - 1))))
+    sizes = [end - start for start, end in itertools.pairwise([0, *cuts, d])]
+    first, *rest = [np.zeros(draw(st.sampled_from(_shapes(size)))) for size in sizes]
+    return layout_of({"weight": first, "bias": rest[0] if len(rest) == 1 else [rest[0], (rest[1],)]})[0]
 
 
-def _boxed(tree: Tree) -> Tree:
-    if isinstance(tree, torch.Size):
-        return np.empty(tree)
-    if isinstance(tree, dict):
-        return {key: _boxed(value) for key, value in tree.items()}
-    return type(tree)(_boxed(value) for value in tree)
+def _shapes(size: int) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = [(size,)]
+    if size == 1:
+        shapes.append(())
+    if size % 2 == 0:
+        shapes.append((2, size // 2))
+    return shapes
+
+
+def raveled(layout: Layout, tree: Tree) -> torch.Tensor:
+    """The vector ``(d,)`` of a tree, in ravel order."""
+    return layout.ravel(layout_of(tree)[1])

@@ -1,0 +1,176 @@
+"""Is this hypergradient right, and if not, which part is wrong? One line in a user's test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel import BilevelProblem, Hessian, Hypergradient, Result
+from bilevel.curvature import Curvature
+from bilevel.linsys.base import LinearSolver, check_number
+from bilevel.testing.determinism import check_deterministic
+from bilevel.testing.pieces import derivative_parts
+from bilevel.testing.report import Part, Report, Verdict, not_judged
+from bilevel.testing.solves import Answer, Choices, Sum, find_minimum
+from bilevel.testing.view import View, view
+from bilevel.trees import Tree, flatten, tree_map
+
+DEFAULT_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
+TASKS = 3  # of a batch, so many are checked
+
+
+def check_hypergradient(
+    problem: BilevelProblem,
+    theta: Tree,
+    data: Any = None,
+    *,
+    solver: Any,
+    linsys: LinearSolver,
+    init: Tree | None = None,
+    curvature: Curvature = Hessian(),
+    damping: float = 0.0,
+    batched: bool = False,
+    rtol: float | None = None,
+) -> Report:
+    """Check ``bilevel.hypergradient(...)`` with these arguments against values of G and L, and name the part that is at fault.
+
+    The references are computed in float64 where the problem allows that, also for a float32 call. They are: differences of G, L and
+    dG/dphi for each derivative; the minimum of G, found again by Newton's method; the implicit formula with dense matrices; the
+    gradient through one exact Newton step; differences of F(theta) = L(phi*(theta), theta). Above 500 variables no matrix is built;
+    above 50, differences are taken along random directions, the same in each run.
+
+    A truncated solve is at fault when what it leaves is larger than ``rtol``. The bias of ``GaussNewton()``, damping and
+    ``Identity()`` is measured and shown as "by choice", and is no fault: ``report["curvature"].error`` is its size.
+
+    Args:
+        problem, theta, data, solver, linsys, init, curvature, damping, batched: as in :func:`bilevel.hypergradient`. Of a batch
+            the first 3 tasks are checked, each as it comes out of the batched call.
+        rtol: the largest error that is no fault, relative to the larger of the two terms of the gradient. None: 1e-5 for float64 and
+            1e-3 for float32, or 16 eps times the condition number of the inner Hessian where that is more (at most 0.1).
+
+    Returns:
+        The :class:`~bilevel.testing.Report`; of a batch, that of the worst task.
+
+    Raises:
+        AssertionError: something is at fault; the message is the report.
+        ValueError: the problem is no deterministic function (:func:`~bilevel.testing.check_deterministic`).
+        TypeError, ValueError: an argument that ``hypergradient`` refuses.
+    """
+    if rtol is not None:
+        check_number("rtol", rtol, positive=True)
+    if not batched:  # first of all, so that a module is not changed by the call that follows
+        check_deterministic(problem, theta, data, init=init)
+    found = bilevel.hypergradient(
+        problem,
+        theta,
+        data,
+        solver=solver,
+        linsys=linsys,
+        init=init,
+        curvature=curvature,
+        damping=damping,
+        batched=batched,
+        reduction="none",
+    )
+    reports = []
+    for index in range(min(len(found.outer_per_task), TASKS)) if batched else [None]:
+        own, start = _of_task(data, index), _of_task(init, index)
+        if batched:
+            check_deterministic(problem, theta, own, init=start)
+        start = problem.initial_phi(theta, own) if start is None else start
+        report = _examine(_Task(problem, theta, own, start, found, index), Choices(linsys, curvature, damping), rtol)
+        if not report.ok:
+            raise AssertionError(str(report))
+        reports.append(report)
+    return max(reports, key=lambda report: report["hypergradient"].error)
+
+
+def _of_task(tree: Any, index: int | None) -> Any:
+    """One task of a batched tree."""
+
+    def one(leaf: Any) -> Any:
+        return leaf[index] if index is not None and isinstance(leaf, Tensor) and leaf.ndim else leaf
+
+    return tree_map(one, tree)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One problem, and what the library found; ``index``: its place in the batch."""
+
+    problem: BilevelProblem
+    theta: Tree
+    data: Any
+    start: Tree
+    found: Hypergradient
+    index: int | None
+
+    @property
+    def title(self) -> str:
+        """For the report."""
+        return "" if self.index is None else f"task {self.index} of {len(self.found.outer_per_task)}: "
+
+    def answer(self, view: View) -> Answer:
+        """What was found, in the precision of the references."""
+        assert self.found.inner is not None
+
+        def vector(tree: Tree) -> Tensor:
+            return torch.cat([leaf.reshape(-1) for leaf in flatten(_of_task(tree, self.index))[0]]).to(view.dtype)
+
+        def solve(result: Result) -> Result:
+            codes, steps, residual = _of_task((result.codes, result.steps, result.residual), self.index)
+            return Result(value=None, codes=codes, steps=steps, residual=residual)
+
+        grad, phi, u = (vector(tree) for tree in (self.found.grad, self.found.phi, self.found.linear.value))
+        return Answer(grad, phi, u, solve(self.found.inner), solve(self.found.linear))
+
+
+def _examine(task: _Task, choices: Choices, rtol: float | None) -> Report:
+    """The report on one task."""
+    seen, start, theta = view(task.problem, task.start, task.theta, task.data)
+    dtype = flatten(task.theta)[0][0].dtype
+    allowed = rtol or DEFAULT_RTOL[dtype]
+    answer = task.answer(seen)
+    candidates = [start] if bool(answer.inner.failed) else [answer.phi, start]
+    points = [phi for phi in candidates if seen.is_finite(phi, theta)]
+    if not points:
+        raise AssertionError(
+            f"check_hypergradient FAILED: {task.title}G, L or dG/dphi is not finite at the start of the inner solve. "
+            + answer.inner.describe("The solver")
+        )
+    parts = derivative_parts(seen, points, theta, allowed)
+    wrong = {part.name for part in parts if part.verdict is Verdict.FAULT}
+    notes, kappa = [], None
+    if wrong & {"dG/dphi", "d2G/dphi2"}:
+        parts += [not_judged(name) for name in ("implicit formula", "inner solve", "linear solve", "hypergradient")]
+    else:
+        minimum, note = find_minimum(seen, answer, start, theta)
+        notes += [note] if note else []
+        kappa = minimum.kappa
+        if rtol is None and kappa is not None:
+            allowed = max(allowed, min(16 * torch.finfo(dtype).eps * kappa, 0.1))
+        parts += _after(parts, Sum(seen, theta, answer, choices, minimum, allowed).parts())
+    if seen.dtype != torch.float64:
+        notes.append(
+            "The problem cannot be evaluated in float64 (does it hold float32 tensors of its own?), so the references are in float32 "
+            "too, and less certain."
+        )
+    setting = (
+        f"{task.title}{start.numel()} numbers in phi, {theta.numel()} in theta; gradient in {_name(dtype)}, references in "
+        f"{_name(seen.dtype)}; rtol {allowed:.1e}" + ("" if kappa is None else f"; condition number {kappa:.1e}")
+    )
+    return Report(parts=tuple(parts), rtol=allowed, setting=setting, notes=tuple(notes))
+
+
+def _after(derivatives: list[Part], others: list[Part]) -> list[Part]:
+    """Where a derivative is at fault, so is what is made of it; the two solves have faults of their own."""
+    made = ("implicit formula", "Newton step", "hypergradient") if any(part.is_at_fault for part in derivatives) else ()
+    return [part.following() if part.name in made else part for part in others]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,190 @@
+"""Is the problem a function? The same arguments must give the same values, and nothing else may change."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel import BilevelProblem
+from bilevel.solvers import BlackBox
+from bilevel.testing.modules import Modules, same_entries
+from bilevel.trees import Tree, flatten, tree_map
+
+ROUNDS = 3
+CUDA_ROUNDING = 1e3  # many CUDA kernels add in any order: differences of so many eps are let pass there
+
+
+def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, *, init: Tree | None = None) -> None:
+    """Check that G and L are functions of their arguments: the same values each time, bit for bit, and no side effects.
+
+    Evaluates both and their gradients in phi and theta three times, a little beside the start of the inner solve. What this moves is
+    put back: random number generators and the buffers of modules. Tensors are handed over as copies. On CUDA, differences of the
+    order of rounding are let pass.
+
+    Args:
+        problem, theta, data, init: as in :func:`bilevel.solve`, for one task.
+
+    Raises:
+        ValueError: values change, random numbers are drawn, a module changes its buffers (running statistics of batch norm), or an
+            argument is written to. The message says which function does that and in which module, and what to do.
+        TypeError, ValueError: an argument that the library refuses.
+    """
+    with _random_numbers_put_back(), Modules() as modules:
+        stay = BlackBox(lambda problem, theta, data, init: init)  # the library checks the arguments and gives the start
+        start = bilevel.solve(problem, *_copy((theta, data)), init=init, solver=stay).value
+        arguments = (tree_map(_moved, start), theta, data)
+        functions = {"inner_objective": problem.inner_objective, "outer_loss": problem.outer_loss}
+        rounds: dict[str, list[_Round]] = {name: [] for name in functions}
+        for _ in range(ROUNDS):
+            for name, function in functions.items():
+                rounds[name].append(_evaluate(name, function, arguments, modules))
+    findings = [f"- {name} {finding}" for name in functions for finding in _findings(rounds[name])]
+    if findings:
+        raise ValueError("expected deterministic functions of phi, theta and data, but\n" + "\n".join(findings))
+
+
+@dataclass(frozen=True)
+class _Round:
+    """One evaluation: values and gradients, the states of the random number generators before and after, and what was seen."""
+
+    values: dict[str, Tensor]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    written: list[str]
+    changed: list[str]
+    drawing: list[str]
+
+
+def _moved(leaf: Tensor) -> Tensor:
+    """A little beside the start, where derivatives are less likely to be zero."""
+    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(leaf)
+    return leaf + 1e-3 * noise * torch.where(leaf == 0, 1, leaf.abs())
+
+
+def _evaluate(
+    name: str, function: Callable[..., Tensor], arguments: tuple[Tree, Tree, Any], modules: Modules
+) -> _Round:
+    copies = _copy(arguments)
+    with torch.enable_grad():
+        variables = [leaf.requires_grad_() for tree in copies[:2] for leaf in flatten(tree)[0]]
+        num_phi = len(flatten(copies[0])[0])
+        before = _generators()
+        with modules.watched() as watched:
+            value = function(*copies)
+            if not isinstance(value, Tensor) or value.ndim:
+                got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: expected a 0-d tensor, got {got}. Reduce it, for example with .sum().")
+            grads: list[Tensor | None] = [None] * len(variables)
+            if value.requires_grad:
+                grads = list(torch.autograd.grad(value, variables, allow_unused=True))
+        after = _generators()
+    found = [x.new_zeros(()) if grad is None else grad for x, grad in zip(variables, grads, strict=True)]
+    values = {
+        "value": value.detach(),
+        "gradient in phi": torch.cat([grad.reshape(-1) for grad in found[:num_phi]]),
+        "gradient in theta": torch.cat([grad.reshape(-1) for grad in found[num_phi:]]),
+    }
+    return _Round(values, before, after, _written(arguments, copies), watched.changed, watched.drawing)
+
+
+def _findings(rounds: list[_Round]) -> Iterator[str]:
+    """What is wrong with one function, as predicates."""
+    first = rounds[0]
+    changes = [
+        f"its {name} by up to {change:.1e}"
+        for name in first.values
+        if (change := max(_difference(first.values[name], other.values[name]) for other in rounds[1:])) > 0
+    ]
+    drawn = [name for name in first.before if _is_drawn(rounds, name)]
+    drawing = sorted({name for one in rounds for name in one.drawing})
+    changed = sorted({name for one in rounds for name in one.changed})
+    written = sorted({name for one in rounds for name in one.written})
+    if changes:
+        yield f"changes from call to call, {', '.join(changes)} (relative)" + (
+            "." if drawn or changed or written else STATE
+        )
+    if drawn:
+        layers = f" In training mode: {', '.join(drawing)}: call .eval() on the module." if drawing else ""
+        yield f"draws random numbers from {', '.join(drawn)}.{layers}" + ("" if drawing else DRAW)
+    if changed:
+        yield f"changes buffers of modules: {', '.join(changed)}.{BUFFERS}"
+    if written:
+        yield f"writes to its arguments in place: {', '.join(written)}. Work on a copy (.clone())."
+
+
+BUFFERS = " Call .eval() on the module, or build norm layers with track_running_stats=False."
+DRAW = " Draw them once, before the call, and pass them in data; for layers such as dropout call .eval() on the module."
+STATE = (
+    ", though it draws no random numbers that can be seen. Does it keep a state of its own: a counter, an iterator over batches, a "
+    "generator? Pass in data what changes."
+)
+
+
+def _is_drawn(rounds: list[_Round], name: str) -> bool:
+    """Whether the state moves on; a function that seeds the generator itself ends in the same state each time."""
+    ends = [one.after[name] for one in rounds]
+    return any(one.before[name] != one.after[name] for one in rounds) and any(end != ends[0] for end in ends)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """0 for the same bits (NaN like NaN), else the largest difference relative to the largest entry."""
+    same = same_entries(a, b)
+    if bool(same.all()):
+        return 0.0
+    size = max(float(a.abs().max()), float(b.abs().max()))
+    change = float(torch.where(same, 0, a - b).abs().max()) / size
+    change = change if change == change and size < float("inf") else float("inf")
+    return 0.0 if a.is_cuda and change <= CUDA_ROUNDING * torch.finfo(a.dtype).eps else change
+
+
+def _copy(tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _written(originals: tuple[Tree, Tree, Any], copies: tuple[Tree, Tree, Any]) -> list[str]:
+    names = []
+    for name, original, copy in zip(("phi", "theta", "data"), originals, copies, strict=True):
+        leaves, structure = flatten(original)
+        for path, old, new in zip(structure.paths(), leaves, flatten(copy)[0], strict=True):
+            if isinstance(old, Tensor) and not bool(same_entries(old, new).all()):
+                names.append(name + path)
+    return names
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The global random number generators.
+
+
+def _generators() -> dict[str, Any]:
+    """The states, as values that can be compared."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states = {
+        "torch (CPU)": torch.get_rng_state().numpy().tobytes(),
+        "numpy.random": (kind, np.asarray(keys).tobytes(), *rest),
+        "random": random.getstate(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["torch (CUDA)"] = [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
+    return states
+
+
+@contextmanager
+def _random_numbers_put_back() -> Iterator[None]:
+    on_cpu, numbers, plain = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_cpu)
+        np.random.set_state(numbers)
+        random.setstate(plain)
+        if on_cuda is not None:
+            torch.cuda.set_rng_state_all(on_cuda)
