@@ -211,6 +211,11 @@ def inner_solvers(case: Case, tol: float) -> dict[str, solvers.InnerSolver]:
         "agd-backtracking": solvers.NesterovAGD(step_size=None, max_steps=2000, tol=tol),
         "agd-known-mu": solvers.NesterovAGD(step_size=step, strong_convexity=0.2, max_steps=2000, tol=tol),
         "newton-cg": solvers.NewtonCG(max_steps=30, cg_steps=20, tol=tol),
+        "lbfgs": solvers.LBFGS(max_steps=500, tol=tol),
+        "scipy": solvers.ScipyMinimize(method="trust-ncg", tol=tol),
+        "torch-sgd": solvers.TorchOptim(
+            lambda params: torch.optim.SGD(params, lr=step, momentum=0.6), max_steps=2000, tol=tol
+        ),
         "black-box": solvers.BlackBox(lambda problem, theta, data, init: case.phi_star(theta, data), tol=tol),
     }
 

@@ -37,9 +37,8 @@ class LowRank:
         x = to_columns(v, self.finite.shape)
         coefficients = self.vectors.mT @ x
         left = x - self.vectors @ coefficients
-        left = left - self.vectors @ (
-            self.vectors.mT @ left
-        )  # what cancels in the first line is not divided by a small rest
+        # twice, so that what cancels in the first line is not divided by a small rest
+        left = left - self.vectors @ (self.vectors.mT @ left)
         inside = self.vectors @ (coefficients / eigenvalues.unsqueeze(-1))
         return from_columns(inside + left / rest[..., None, None], v.shape)
 

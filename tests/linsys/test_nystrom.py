@@ -57,6 +57,14 @@ def test_more_rank_is_better_and_d_is_exact() -> None:
     assert medians[3] == medians[4] < 1e-9
 
 
+def test_a_tiny_shift_does_not_blow_rounding_up() -> None:
+    """rank = d: nothing is left outside the range of U but rounding, which is not to be divided by 1e-12."""
+    system = build(np.linspace(1, 9, 12), batch=(3,))
+    result = Nystrom(rank=12, shift=1e-12, rtol=1e-9).solve(system.matvec, system.b)
+    assert set(status_of(result.codes)) == {Status.CONVERGED}
+    np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=0, atol=1e-9)
+
+
 def test_the_same_sketch_in_every_call_and_another_for_another_seed() -> None:
     system = build(spectrum(9, 100.0), batch=(2,))
     solve = lambda seed: Nystrom(rank=3, shift=0.01, seed=seed).solve(system.matvec, system.b).value  # noqa: E731

@@ -96,6 +96,9 @@ def test_a_sick_matrix_leaves_the_others_as_they_were(name: str, sick: float) ->
     system = healthy.with_problem(1, a)
     before, after = dense(RECIPES[name], healthy), dense(RECIPES[name], system)
     assert (before[[0, 2]] == after[[0, 2]]).all()
+    assert (
+        np.isfinite(after[1]).all() and (np.diag(after[1]) > 0).all()
+    )  # what is wrong with A is for its products to show
     for solver in (CG(max_steps=20, preconditioner=RECIPES[name]), MINRES(max_steps=20, preconditioner=RECIPES[name])):
         expected, result = solver.solve(healthy.matvec, healthy.b), solver.solve(system.matvec, system.b)
         assert status_of(result.codes) == [Status.CONVERGED, Status.NON_FINITE, Status.CONVERGED]
