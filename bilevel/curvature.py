@@ -22,7 +22,7 @@ class FiniteDifference:
     Its relative error is about 1e-10 in float64 and 1e-4 in float32, so no rigorous bound is given with it.
 
     Args:
-        step: length of the step relative to 1 + |phi|, > 0; None: the cube root of the machine epsilon.
+        step: length of the step relative to ``1 + |phi|``, > 0; None: the cube root of the machine epsilon.
     """
 
     step: float | None = None

@@ -36,7 +36,7 @@ napoleon_use_ivar = True
 # A reference that leads nowhere is an error (make docs), except to other projects: their inventories would have to
 # be downloaded. `Tensor` and the rest of the second pattern are names that the annotations import.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?"),
+    ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?|Tensor"),
 ]
 
 

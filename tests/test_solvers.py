@@ -13,6 +13,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, GaussNewton, Hessian, ProximalProblem, Result, Status, solve
+from bilevel.curvature import ReverseOverReverse
 from bilevel.solvers import BlackBox, GradientDescent, InnerSolver, NesterovAGD, NewtonCG
 from bilevel.trees import flatten
 from tests.cases import PROBLEMS, SOLVER_NAMES, Case, inner_solvers
@@ -814,6 +815,7 @@ def test_the_repr_is_the_log_line(name: str) -> None:
         "NesterovAGD": NesterovAGD,
         "NewtonCG": NewtonCG,
         "Hessian": Hessian,
+        "ReverseOverReverse": ReverseOverReverse,
     }
     assert eval(repr(solver), namespace) == solver
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 FORMAT = "imaml-checkpoint"
-VERSION = 1
+VERSION = 2
 
 Checkpoint = dict[str, Any]
 

@@ -19,9 +19,9 @@ SUFFICIENT_DECREASE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Newton(IterativeSolver):
-    """phi <- phi - t A^{-1} F(phi), with A = dF/dphi and a step length t from backtracking on |F| (Dennis and Schnabel 1996, ch. 6).
+    """phi <- phi - t A^{-1} F(phi), with A = dF/dphi and a step length t from backtracking on ``|F|`` (Dennis and Schnabel 1996, ch. 6).
 
-    Quadratic convergence near a regular solution. Where A is singular, or no step length lowers |F|, the problem stops with
+    Quadratic convergence near a regular solution. Where A is singular, or no step length lowers ``|F|``, the problem stops with
     ``LINE_SEARCH_FAILED`` at the best point found.
 
     Args:
