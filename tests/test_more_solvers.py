@@ -68,7 +68,11 @@ def test_lbfgs_on_a_curved_valley() -> None:
     torch.testing.assert_close(found.value, torch.ones(3, 2, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", [LBFGS(max_steps=60), LBFGS(max_steps=200, tol=1e-8), *BOXES.values()], ids=repr)
+@pytest.mark.parametrize(
+    "solver",
+    [LBFGS(max_steps=60), LBFGS(max_steps=200, tol=1e-8), *BOXES.values()],
+    ids=["lbfgs", "lbfgs to tol", *BOXES],
+)
 def test_a_bad_task_leaves_the_others_as_they_were(solver: InnerSolver) -> None:
     problem = BilevelProblem.from_functions(
         lambda phi, theta, data: (phi.exp() * theta.exp()).sum() - phi @ data,
@@ -138,6 +142,7 @@ def test_what_the_users_function_raises_reaches_the_caller(name: str) -> None:
         (lambda: TorchOptim("adam", max_steps=1), TypeError, "factory: expected a function of the parameters"),  # type: ignore[arg-type]
         (lambda: ScipyMinimize(method="no such method"), ValueError, "method"),
     ],
+    ids=["steps", "memory", "optimizer steps", "factory", "method"],
 )
 def test_wrong_options(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
