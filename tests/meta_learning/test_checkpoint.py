@@ -105,7 +105,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="was not written by imaml"):
         load_checkpoint(path)
     torch.save({"format": module.FORMAT, "version": 99}, path)
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 2"):
         load_checkpoint(path)
     torch.save({"format": module.FORMAT, "version": module.VERSION}, path)
     with pytest.raises(CheckpointError, match=r"incomplete: missing \['classes', 'config'"):
