@@ -349,7 +349,8 @@ def demo_command(
 @app.command()
 def experiment(
     name: Annotated[
-        str | None, typer.Argument(help="its name, e1 for example; none: list them", show_default=False)
+        str | None,
+        typer.Argument(help="its name, or e1 for all whose name starts so; none: list them", show_default=False),
     ] = None,
     folder: Annotated[Path, typer.Option("--out", help="folder for NAME.json, NAME.png and NAME.md")] = Path(
         "experiments"
@@ -358,15 +359,20 @@ def experiment(
         bool, typer.Option("--quick", help="a minute at most, on the same code; the numbers mean little")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random problems", min=0)] = 0,
+    data_dir: DataDir = None,
 ) -> None:
-    """Repeat a figure or table of the paper: numbers as JSON, and a figure and a page made from them."""
+    """Repeat a figure or table of the paper: numbers as JSON, and a figure and a page made from them.
+
+    A long one that was interrupted goes on where it was when the same command is given again.
+    """
     with reported_errors():
-        by_name = {e.name.split("_")[0]: e for e in EXPERIMENTS}
         if name is None:
-            out.print(two_columns("experiments", [(short, e.title) for short, e in by_name.items()]))
+            out.print(two_columns("experiments", [(e.name, e.title) for e in EXPERIMENTS]))
             return
-        if name not in by_name:
-            raise ConfigError(f"expected an experiment of {', '.join(by_name)}, got {name!r}")
-        with out.status(by_name[name].title):
-            path = by_name[name].record(folder, quick=quick, seed=seed)
-        out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)
+        wanted = [e for e in EXPERIMENTS if name in (e.name, e.name.split("_")[0])]
+        if not wanted:
+            raise ConfigError(f"expected an experiment of {', '.join(e.name for e in EXPERIMENTS)}, got {name!r}")
+        for one in wanted:
+            with out.status(one.title):
+                path = one.record(folder, quick=quick, seed=seed, data_dir=data_dir)
+            out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)

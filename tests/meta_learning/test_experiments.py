@@ -12,32 +12,57 @@ from typer.testing import CliRunner
 from applications.meta_learning.cli import app
 from applications.meta_learning.experiments import EXPERIMENTS, Experiment
 from applications.meta_learning.experiments import e1_meta_gradient as e1
+from applications.meta_learning.experiments.base import Request
 
 RUNNER = CliRunner()
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
 def test_quick_version(experiment: Experiment, tmp_path: Path) -> None:
-    short = experiment.name.split("_")[0]
-    result = RUNNER.invoke(app, ["experiment", short, "--quick", "--seed", "3", "--out", str(tmp_path)])
+    result = RUNNER.invoke(app, ["experiment", experiment.name, "--quick", "--seed", "3", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / f"{experiment.name}.json").read_text())
     assert stored["quick"] and stored["seed"] == 3 and {"commit", "torch", "processor"} <= set(stored["environment"])
     assert (tmp_path / f"{experiment.name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / f"{experiment.name}.md").read_text()
-    assert "quick run" in page and f"imaml experiment {short} --quick --seed 3" in page
+    assert "quick run" in page and f"imaml experiment {experiment.name} --quick --seed 3" in page
     assert not re.search(r"\b(nan|inf|None)\b", page), page
+    assert not (tmp_path / f"{experiment.name}.parts").exists()
     # the page is made from the JSON alone
     (tmp_path / f"{experiment.name}.md").unlink()
     experiment.publish(tmp_path / f"{experiment.name}.json")
     assert (tmp_path / f"{experiment.name}.md").read_text() == page
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda e: e.name)
+def test_published_page_is_that_of_its_numbers(experiment: Experiment) -> None:
+    stored = RESULTS / f"{experiment.name}.json"
+    if not stored.exists():
+        pytest.skip("not measured yet")
+    numbers = json.loads(stored.read_text())
+    assert not numbers["quick"]
+    assert stored.with_suffix(".md").read_text() == experiment.page(numbers)
+
+
+def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
+    request = Request(quick=True, seed=0, data_dir=None, parts=tmp_path / "parts")
+    assert request.part("one", lambda: {"x": 1}) == {"x": 1}
+
+    def again() -> dict[str, int]:
+        raise AssertionError("measured twice")
+
+    assert request.part("one", again) == {"x": 1}
+    with pytest.raises(ZeroDivisionError):
+        request.part("two", lambda: {"x": 1 // 0})
+    assert request.part("two", lambda: {"x": 2}) == {"x": 2}  # a part that failed is measured again
+
+
 def test_list_and_unknown_name() -> None:
     listed = RUNNER.invoke(app, ["experiment"])
     assert listed.exit_code == 0 and "e1" in listed.output and "meta-gradient" in listed.output
     wrong = RUNNER.invoke(app, ["experiment", "e9"])
-    assert wrong.exit_code == 2 and "expected an experiment of e1" in wrong.output and "got 'e9'" in wrong.output
+    assert wrong.exit_code == 2 and "expected an experiment of e1_" in wrong.output and "got 'e9'" in wrong.output
 
 
 @pytest.mark.parametrize("spectrum", e1.SPECTRA)

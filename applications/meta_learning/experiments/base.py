@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from applications.meta_learning.logs import environment, write_atomically
+from applications.meta_learning.logs import environment, write_atomically, write_json
 
 Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked of an experiment.
+
+    quick: a minute at most, on the same code paths, with numbers that mean little.
+    data_dir: folder of the real Omniglot. None: those that need images take generated characters, and the page says so.
+    parts: folder for the parts of a long experiment that are done.
+    """
+
+    quick: bool
+    seed: int
+    data_dir: Path | None
+    parts: Path
+
+    def part(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
+        """The numbers of this part: those on disk if an interrupted run had come so far, else measured now and kept."""
+        path = self.parts / f"{name}.json"
+        if not path.exists():
+            numbers = measure()
+            self.parts.mkdir(parents=True, exist_ok=True)
+            write_json(path, numbers)
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Experiment(ABC):
@@ -22,8 +49,8 @@ class Experiment(ABC):
     paper: str
 
     @abstractmethod
-    def run(self, *, quick: bool, seed: int) -> Numbers:
-        """Measure. `quick`: a minute at most, on the same code paths, with numbers that mean little."""
+    def run(self, request: Request) -> Numbers:
+        """Measure. What takes minutes goes through `request.part`, so that an interrupted run can go on."""
 
     @abstractmethod
     def draw(self, result: Numbers, path: Path) -> None:
@@ -33,18 +60,20 @@ class Experiment(ABC):
     def findings(self, result: Numbers) -> list[str]:
         """Lines of Markdown: tables, and what agrees with the paper and what does not, with the numbers of the result."""
 
-    def record(self, folder: Path, *, quick: bool, seed: int) -> Path:
-        """Run, and write NAME.json, NAME.png and NAME.md to the folder.
+    def record(self, folder: Path, *, quick: bool, seed: int, data_dir: Path | None = None) -> Path:
+        """Run, or go on with an interrupted run, and write NAME.json, NAME.png and NAME.md to the folder.
 
         Returns:
             The path of the JSON.
         """
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        result = self.run(quick=quick, seed=seed)
+        parts = folder / f"{self.name}.parts" / f"{'quick-' if quick else ''}seed-{seed}"
+        result = self.run(Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts))
         conditions = {"quick": quick, "seed": seed, "environment": environment(torch.device("cpu"))}
-        write_atomically(path, json.dumps({**conditions, "result": result}, indent=1) + "\n")
+        write_json(path, {**conditions, "result": result})
         self.publish(path)
+        shutil.rmtree(parts.parent, ignore_errors=True)
         return path
 
     def publish(self, path: Path) -> None:
@@ -65,7 +94,7 @@ class Experiment(ABC):
             "",
             *self.findings(stored["result"]),
             "",
-            f"Command: `imaml experiment {self.name.split('_')[0]}{' --quick' if stored['quick'] else ''} --seed {stored['seed']}`. "
+            f"Command: `imaml experiment {self.name}{' --quick' if stored['quick'] else ''} --seed {stored['seed']}`. "
             f"Hardware: {e['processor']}, {e['threads']} threads; torch {e['torch']}; commit `{e['commit'][:12]}`.",
             "",
         ]

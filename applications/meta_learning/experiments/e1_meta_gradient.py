@@ -10,6 +10,7 @@ with A = X^T X / n, c = X^T y / n, and A', c' those of the test data. (The paper
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 import bilevel
-from applications.meta_learning.experiments.base import Experiment, Numbers, table
+from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
 from applications.meta_learning.report import PALETTE, STYLE
 from bilevel import Constants, ProximalProblem
 from bilevel.linsys import CG
@@ -41,30 +42,15 @@ class E1(Experiment):
         "figure 2a, and figure 1 of the author response. The spectrum of the problem is not given there; here are five."
     )
 
-    def run(self, *, quick: bool, seed: int) -> Numbers:
-        steps = STEPS[:3] if quick else STEPS
-        tasks = 2 if quick else 20
+    def run(self, request: Request) -> Numbers:
+        steps = STEPS[:3] if request.quick else STEPS
+        tasks = 2 if request.quick else 20
         curves: list[Numbers] = []
         for index, spectrum in enumerate(SPECTRA):
             for dtype in (torch.float64, torch.float32):
-                task, theta = _tasks(spectrum, tasks, seed + 1000 * index)
-                exact = _exact(task, theta)
-                problem = _problem(task)
-                cast = {key: value.to(dtype) for key, value in task.items()}
-                for method in _methods(dtype):
-                    errors = [
-                        _errors(method, k, problem, theta.to(dtype), cast, exact)
-                        for k in (steps if method["grows"] else steps[:1])
-                    ]
-                    curves.append(
-                        {
-                            "spectrum": spectrum,
-                            "dtype": str(dtype).removeprefix("torch."),
-                            "method": method["name"],
-                            "steps": list(steps if method["grows"] else steps[:1]),
-                            **{key: [error[key] for error in errors] for key in errors[0]},
-                        }
-                    )
+                name = f"{spectrum}-{dtype}".replace(" ", "-").replace("torch.", "")
+                measure = partial(_curves, spectrum, dtype, steps, tasks, request.seed + 1000 * index)
+                curves += request.part(name, measure)["curves"]
         return {"tasks": tasks, "d": D, "n": N, "lam": LAM, "kappa": KAPPA, "curves": curves}
 
     def draw(self, result: Numbers, path: Path) -> None:
@@ -118,6 +104,28 @@ class E1(Experiment):
             f"The rigorous bound was violated by {violated} of {result['tasks']} problems of any method and precision; the third panel "
             "shows it with the estimate beside the true error.",
         ]
+
+
+def _curves(spectrum: str, dtype: torch.dtype, steps: tuple[int, ...], tasks: int, seed: int) -> Numbers:
+    """Errors of all methods over the number of steps."""
+    task, theta = _tasks(spectrum, tasks, seed)
+    exact = _exact(task, theta)
+    problem = _problem(task)
+    cast = {key: value.to(dtype) for key, value in task.items()}
+    curves = []
+    for method in _methods(dtype):
+        counts = steps if method["grows"] else steps[:1]
+        errors = [_errors(method, k, problem, theta.to(dtype), cast, exact) for k in counts]
+        curves.append(
+            {
+                "spectrum": spectrum,
+                "dtype": str(dtype).removeprefix("torch."),
+                "method": method["name"],
+                "steps": list(counts),
+                **{key: [error[key] for error in errors] for key in errors[0]},
+            }
+        )
+    return {"curves": curves}
 
 
 def _after(result: Numbers, steps: int) -> list[str]:
