@@ -359,6 +359,9 @@ def experiment(
         bool, typer.Option("--quick", help="a minute at most, on the same code; the numbers mean little")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random problems", min=0)] = 0,
+    only: Annotated[
+        str | None, typer.Option(help="one cell of a table (e4), as the error for a wrong name lists them")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Repeat a figure or table of the paper: numbers as JSON, and a figure and a page made from them.
@@ -373,6 +376,9 @@ def experiment(
         if not wanted:
             raise ConfigError(f"expected an experiment of {', '.join(e.name for e in EXPERIMENTS)}, got {name!r}")
         for one in wanted:
-            with out.status(one.title):
-                path = one.record(folder, quick=quick, seed=seed, data_dir=data_dir)
+            if only is not None and only not in one.cells:
+                cells = ", ".join(one.cells) or "none, because it is measured as a whole"
+                raise ConfigError(f"--only: expected a cell of {one.name} ({cells}), got {only!r}")
+            out.print(one.title, highlight=False)
+            path = one.record(folder, quick=quick, seed=seed, data_dir=data_dir, only=only, console=out)
             out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)

@@ -218,7 +218,8 @@ class Run:
             result = self.trainer.check_progress(stop)
         except Stopped:
             return  # it is made up for after --resume
-        self.display.evaluated(self.log.write("evaluation", progress.step, progress.seconds, asdict(result)), result)
+        values = {**asdict(result), "step_seconds": round(progress.step_seconds, 3)}
+        self.display.evaluated(self.log.write("evaluation", progress.step, progress.seconds, values), result)
 
 
 def use_threads(config: Config) -> None:

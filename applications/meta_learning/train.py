@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,12 +38,14 @@ class Progress:
     """Where a run is, and what it has met so far.
 
     seconds: time in the outer loop, evaluations and checkpoints included.
+    step_seconds: time in the meta-steps alone; on the CPU that of the processor, so that other programs beside it do not count.
     window: records of the meta-steps since the last line of the log.
     best: highest mean of an evaluation during training (lowest error). For information: nothing is selected by it.
     """
 
     step: int = 0
     seconds: float = 0.0
+    step_seconds: float = 0.0
     tasks: int = 0
     failed_tasks: int = 0
     negative_tasks: int = 0
@@ -83,6 +86,8 @@ class Trainer:
         Raises:
             TrainingFailed: that was the last of `max_failed_steps` such steps in a row.
         """
+        clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        started = clock()
         data = self.sampler.sample(self.config.meta_batch)
         meta = self.method.algorithm.meta_gradient(self.method.problem, self.theta, data)
         self.progress.step += 1
@@ -98,6 +103,7 @@ class Trainer:
             self.progress.skipped_in_a_row += 1
             self.last_failure = meta.failures
         self.progress.window.append(record)
+        self.progress.step_seconds += clock() - started
         if self.progress.skipped_in_a_row >= self.config.max_failed_steps:
             raise TrainingFailed(self._explain_failure())
         return record

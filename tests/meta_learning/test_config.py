@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 
-from applications.meta_learning.algorithms import ImplicitMAML
+from applications.meta_learning.algorithms import MAML, FirstOrderMAML, ImplicitMAML, Reptile
 from applications.meta_learning.config import Config, ConfigError, changed_fields
 from applications.meta_learning.method import build_method, build_network
 from applications.meta_learning.models import count_parameters
@@ -71,10 +71,10 @@ def test_settings_of_another_version_are_refused() -> None:
 @pytest.mark.parametrize(("ways", "steps"), [(5, 16), (20, 25)])
 @pytest.mark.parametrize("shots", [1, 5])
 def test_the_presets_of_table_2_are_the_papers(ways: int, shots: int, steps: int) -> None:
-    gd, hf, fo = (preset(f"omniglot-{ways}w{shots}s-{name}") for name in ("gd", "hf", "fo"))
-    for config in (gd, hf, fo):
+    rows = [preset(f"omniglot-{ways}w{shots}s-{name}") for name in ("gd", "hf", "fo", "maml", "reptile")]
+    for config in rows:
         assert (config.ways, config.shots, config.query_shots) == (ways, shots, shots)
-        assert (config.lam, config.outer_rate, config.outer_steps, config.meta_batch) == (2.0, 1e-3, 20_000, 32)
+        assert (config.outer_rate, config.outer_steps, config.meta_batch) == (1e-3, 20_000, 32)
         assert (config.channels, config.train_classes, config.rotations, config.split) == (64, 1200, True, "random")
         assert (config.curvature, config.damping, config.schedule, config.dataset) == (
             "hessian",
@@ -82,11 +82,14 @@ def test_the_presets_of_table_2_are_the_papers(ways: int, shots: int, steps: int
             "constant",
             "omniglot",
         )
+    gd, hf, fo, maml, reptile = rows
+    assert gd.lam == hf.lam == 2.0 and fo.lam == maml.lam == reptile.lam == 0.0
     method = build_method(gd, build_network(gd))
     solver = GradientDescent(step_size=0.1, max_steps=steps)
     assert method.algorithm == ImplicitMAML(solver=solver, linsys=CG(max_steps=5, rtol=0.0))
     assert build_method(hf, build_network(hf)).solver == NewtonCG(max_steps=3, cg_steps=5)
-    assert build_method(fo, build_network(fo)).algorithm.linsys == Identity()
+    for config, kind in ((fo, FirstOrderMAML), (maml, MAML), (reptile, Reptile)):
+        assert build_method(config, build_network(config)).algorithm == kind(solver=solver)
 
 
 def test_every_preset_is_described_and_every_data_set_has_one() -> None:

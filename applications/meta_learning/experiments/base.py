@@ -6,11 +6,13 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from applications.meta_learning.logs import environment, write_atomically, write_json
 
@@ -24,18 +26,26 @@ class Request:
     quick: a minute at most, on the same code paths, with numbers that mean little.
     data_dir: folder of the real Omniglot. None: those that need images take generated characters, and the page says so.
     parts: folder for the parts of a long experiment that are done.
+    only: the one part to measure, of an experiment whose parts are runs of their own (E4). None: all.
+    console: where progress is shown.
     """
 
     quick: bool
     seed: int
     data_dir: Path | None
     parts: Path
+    only: str | None = None
+    console: Console = field(default_factory=lambda: Console(quiet=True))
 
-    def part(self, name: str, measure: Callable[[], Numbers]) -> Numbers:
-        """The numbers of this part: those on disk if an interrupted run had come so far, else measured now and kept."""
+    def part(self, name: str, measure: Callable[[], Numbers], *, spinner: bool = True) -> Numbers:
+        """The numbers of this part: those on disk if an interrupted run had come so far, else measured now and kept.
+
+        spinner: False where `measure` shows its progress itself.
+        """
         path = self.parts / f"{name}.json"
         if not path.exists():
-            numbers = measure()
+            with self.console.status(name) if spinner else nullcontext():
+                numbers = measure()
             self.parts.mkdir(parents=True, exist_ok=True)
             write_json(path, numbers)
         return json.loads(path.read_text(encoding="utf-8"))
@@ -47,6 +57,7 @@ class Experiment(ABC):
     name: str
     title: str
     paper: str
+    cells: tuple[str, ...] = ()  # names of the parts that can be asked for one by one
 
     @abstractmethod
     def run(self, request: Request) -> Numbers:
@@ -60,7 +71,16 @@ class Experiment(ABC):
     def findings(self, result: Numbers) -> list[str]:
         """Lines of Markdown: tables, and what agrees with the paper and what does not, with the numbers of the result."""
 
-    def record(self, folder: Path, *, quick: bool, seed: int, data_dir: Path | None = None) -> Path:
+    def record(
+        self,
+        folder: Path,
+        *,
+        quick: bool,
+        seed: int,
+        data_dir: Path | None = None,
+        only: str | None = None,
+        console: Console | None = None,
+    ) -> Path:
         """Run, or go on with an interrupted run, and write NAME.json, NAME.png and NAME.md to the folder.
 
         Returns:
@@ -69,11 +89,15 @@ class Experiment(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         parts = folder / f"{self.name}.parts" / f"{'quick-' if quick else ''}seed-{seed}"
-        result = self.run(Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts))
-        conditions = {"quick": quick, "seed": seed, "environment": environment(torch.device("cpu"))}
+        console = console or Console(quiet=True)
+        request = Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts, only=only, console=console)
+        result = self.run(request)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        conditions = {"quick": quick, "seed": seed, "environment": environment(device)}
         write_json(path, {**conditions, "result": result})
         self.publish(path)
-        shutil.rmtree(parts.parent, ignore_errors=True)
+        if quick or not self.cells:  # the runs of cells are kept: they have the checkpoints
+            shutil.rmtree(parts.parent, ignore_errors=True)
         return path
 
     def publish(self, path: Path) -> None:

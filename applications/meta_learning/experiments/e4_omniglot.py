@@ -1,0 +1,311 @@
+"""E4: Omniglot, all algorithms on the same tasks and network (Table 2 of the paper).
+
+`E4CPU` is what two processor cores can do in hours, one column of the table and few outer steps; `E4` is the whole table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from applications.meta_learning.config import Config
+from applications.meta_learning.evaluate import PAPER, TIGHT, Protocol
+from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
+from applications.meta_learning.experiments.training import trained
+from applications.meta_learning.method import conditions
+from applications.meta_learning.presets import preset
+from applications.meta_learning.report import STYLE
+
+OURS, OURS_FIRST_ORDER = "ours", "ours-fo"
+ROWS = {
+    "gd": "iMAML, gradient descent",
+    "hf": "iMAML, Hessian-free",
+    "fo": "first-order MAML",
+    OURS: "iMAML, settings of our own",
+    OURS_FIRST_ORDER: "first-order MAML, the same settings",
+    "maml": "MAML",
+    "reptile": "Reptile",
+}
+COLOURS = dict(zip(ROWS, ("#4477aa", "#66ccee", "#cc3311", "#228833", "#ee7733", "#aa3377", "#777777"), strict=True))
+QUOTED = {  # Table 2, test accuracy in %
+    "5w1s": {"gd": "99.16 ± 0.35", "hf": "99.50 ± 0.26", "fo": "98.3 ± 0.5", "maml": "98.7 ± 0.4", "reptile": "97.68 ± 0.04"},
+    "5w5s": {"gd": "99.67 ± 0.12", "hf": "99.74 ± 0.11", "fo": "99.2 ± 0.2", "maml": "99.9 ± 0.1", "reptile": "99.48 ± 0.06"},
+    "20w1s": {"gd": "94.46 ± 0.42", "hf": "96.18 ± 0.36", "fo": "89.4 ± 0.5", "maml": "95.8 ± 0.3", "reptile": "89.43 ± 0.14"},
+    "20w5s": {"gd": "98.69 ± 0.1", "hf": "99.14 ± 0.1", "fo": "97.9 ± 0.1", "maml": "98.9 ± 0.2", "reptile": "97.12 ± 0.32"},
+}  # fmt: skip
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided Student quantile for so many seeds
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run. column: ways and shots. row: a key of `ROWS`."""
+
+    column: str
+    row: str
+    split: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder, and of the option --only."""
+        return f"{self.column}-{self.row}-{self.split}-{self.seed}"
+
+
+class Table2(Experiment):
+    """The cells of the table, each a run of its own, with the checkpoint in its folder."""
+
+    paper = "table 2"
+    steps: int
+    batch: int
+    runs: tuple[Cell, ...]
+
+    @property
+    def cells(self) -> tuple[str, ...]:  # type: ignore[override]  # computed here
+        """The names of the runs."""
+        return tuple(cell.name for cell in self.runs)
+
+    def config(self, cell: Cell, request: Request) -> Config:
+        """The settings of a run."""
+        ours = cell.row in (OURS, OURS_FIRST_ORDER)
+        base = preset("omniglot-5w1s-cpu" if ours else f"omniglot-{cell.column}-{cell.row}")
+        if cell.row == OURS_FIRST_ORDER:
+            base = replace(base, linear="identity", curvature="hessian")
+        if request.data_dir is None:
+            base = replace(base, dataset="glyphs")
+        else:
+            base = replace(base, split=cell.split)  # type: ignore[arg-type]  # random or alphabets
+        if request.quick:
+            return replace(
+                base,
+                channels=4,
+                outer_steps=2,
+                meta_batch=2,
+                eval_interval=1,
+                eval_tasks=4,
+                glyph_classes=40,
+                train_classes=20,
+                log_interval=1,
+                seed=request.seed,
+                threads=1,
+            )
+        return replace(
+            base,
+            outer_steps=self.steps,
+            meta_batch=self.batch,
+            eval_interval=self.steps // 10,
+            eval_tasks=200,
+            seed=request.seed + cell.seed,
+            threads=1,
+        )
+
+    def run(self, request: Request) -> Numbers:
+        """Train what is asked for, and collect what has been trained by now."""
+        protocols = (Protocol(name="paper", tasks=4, query_shots=None),) if request.quick else (PAPER, TIGHT)
+        found: dict[str, Any] = {}
+        for cell in self.runs[:4] if request.quick else self.runs:
+            if request.only not in (None, cell.name) and not (request.parts / f"{cell.name}.json").exists():
+                continue
+            config = self.config(cell, request)
+            measure = partial(
+                trained, request, cell.name, config, protocols, trace_every=max(1, config.outer_steps // 50)
+            )
+            found[cell.name] = {**vars(cell), **request.part(cell.name, measure, spinner=False)}
+        dataset = "glyphs" if request.data_dir is None else "omniglot"
+        some = self.config(self.runs[0], request)
+        return {"dataset": dataset, "conditions": conditions(some), "runs": found, "expected": len(self.runs)}
+
+    def draw(self, result: Numbers, path: Path) -> None:
+        runs = [run for run in result["runs"].values() if run["split"] == "random" or result["dataset"] != "omniglot"]
+        columns = list(dict.fromkeys(run["column"] for run in runs))
+        with plt.rc_context(STYLE):
+            figure, grid = plt.subplots(
+                len(columns), 2, figsize=(12, 4.2 * len(columns)), squeeze=False, layout="constrained"
+            )
+            for axes, column in zip(grid, columns, strict=True):
+                for row, name in ROWS.items():
+                    curves = [
+                        run["curve"] for run in runs if (run["column"], run["row"]) == (column, row) and run["curve"]
+                    ]
+                    for seed, curve in enumerate(curves):
+                        mean = [100 * point["mean"] for point in curve]
+                        minutes = [point["step_seconds"] / 60 for point in curve]
+                        label, style = name if seed == 0 else None, {"color": COLOURS[row], "lw": 1.2, "alpha": 0.8}
+                        axes[0].plot([point["step"] for point in curve], mean, label=label, **style)
+                        axes[1].plot(minutes, mean, **style)
+                axes[0].set(xlabel="outer steps", ylabel="accuracy on held-out characters, %", title=column)
+                axes[1].set(xlabel="minutes in meta-steps", title="the same over time")
+                axes[0].legend(fontsize=8)
+            figure.savefig(path)
+            plt.close(figure)
+
+    def findings(self, result: Numbers) -> list[str]:
+        runs = list(result["runs"].values())
+        lines = [*self._conditions(result), ""]
+        for column in dict.fromkeys(run["column"] for run in runs):
+            for split in dict.fromkeys(run["split"] for run in runs if run["column"] == column):
+                group = [run for run in runs if (run["column"], run["split"]) == (column, split)]
+                lines += [
+                    f"## {_words(column)}, {split} split",
+                    "",
+                    *_accuracies(group, column),
+                    "",
+                    *_comparison(group),
+                ]
+        lines += ["## What the runs met", "", *_met(runs), "", *_failures(runs)]
+        missing = result["expected"] - len(runs)
+        if missing:
+            lines += [f"{missing} of {result['expected']} runs are not measured yet.", ""]
+        return lines
+
+    def _conditions(self, result: Numbers) -> list[str]:
+        some = next(iter(result["runs"].values()))
+        c = some["config"]
+        tests = ", ".join(
+            f"{t['tasks']} tasks with {t['query_shots']} queries per class ({name})"
+            for name, t in some["tests"].items()
+        )
+        return [
+            f"{c['outer_steps']} outer steps of {c['meta_batch']} tasks. "
+            f"Test on characters that training never saw: {tests}; the same for all rows. "
+            + " ".join(f"{key.capitalize()}: {text}." for key, text in result["conditions"].items()),
+            "",
+            "The first five rows of settings are the paper's (`imaml info`: presets), the baselines with the steps of iMAML; "
+            "the two rows of our own are the preset `omniglot-5w1s-cpu` with so many steps, and the same without a linear system. "
+            "Nothing is selected by an accuracy: the numbers are those of the last step. "
+            "Time is that of the processor in meta-steps, one thread; evaluations are left out. One cell: "
+            f"`imaml experiment {self.name} --only {next(iter(result['runs']))}`; given again, it goes on from its checkpoint.",
+        ]
+
+
+class E4CPU(Table2):
+    """See the module."""
+
+    name = "e4_omniglot_cpu"
+    title = "E4. Omniglot, 5-way 1-shot, on two processor cores"
+    steps, batch = 1_000, 8
+    runs = tuple(
+        Cell("5w1s", row, "random", seed)
+        for rows in ((OURS, "gd", "fo", OURS_FIRST_ORDER, "hf"), ("maml", "reptile"))
+        for seed in range(3)
+        for row in rows
+    ) + tuple(Cell("5w1s", row, "alphabets", 0) for row in ROWS)
+
+
+class E4(Table2):
+    """See the module."""
+
+    name = "e4_omniglot"
+    title = "E4. Omniglot, the whole of Table 2"
+    steps, batch = 20_000, 32
+    runs = tuple(
+        Cell(column, row, split, seed)
+        for split, seeds in (("random", range(3)), ("alphabets", range(1)))
+        for seed in seeds
+        for column in QUOTED
+        for row in ("hf", "gd", "fo", "maml", "reptile")
+    )
+
+
+def _words(column: str) -> str:
+    ways, shots = column.removesuffix("s").split("w")
+    return f"{ways}-way {shots}-shot"
+
+
+def _accuracies(group: list[Numbers], column: str) -> list[str]:
+    protocols = list(group[0]["tests"])
+    body = []
+    for row, name in ROWS.items():
+        runs = [run for run in group if run["row"] == row]
+        if runs:
+            cells = [_mean([run["tests"][p] for run in runs]) for p in protocols]
+            minutes = statistics.mean(run["step_seconds"] for run in runs) / 60
+            seeds = ", ".join(str(run["config"]["seed"]) for run in runs)
+            body.append([name, QUOTED[column].get(row, "–"), *cells, f"{minutes:.1f}", seeds])
+    return table(["algorithm", "paper, %", *(f"here, % ({p})" for p in protocols), "minutes", "seeds"], body)
+
+
+def _mean(tests: list[Numbers]) -> str:
+    """Over seeds, with a 95 % interval: of the seeds where there are several, of the test tasks where there is one."""
+    values = [100 * test["mean"] for test in tests]
+    if len(values) == 1:
+        return f"{values[0]:.2f} ± {100 * tests[0]['interval']:.2f} (tasks)"
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.2f} ± {half:.2f} ({', '.join(f'{v:.2f}' for v in values)})"
+
+
+def _comparison(group: list[Numbers]) -> list[str]:
+    """iMAML against first-order MAML at equal outer steps and at equal time, seed by seed."""
+    lines = []
+    for one, other in ((OURS, OURS_FIRST_ORDER), (OURS, "fo"), ("gd", "fo"), ("hf", "fo")):
+        pairs = [
+            (a, b)
+            for a in group
+            for b in group
+            if (a["row"], b["row"]) == (one, other) and a["seed"] == b["seed"] and a["curve"] and b["curve"]
+        ]
+        if not pairs:
+            continue
+        protocol = list(pairs[0][0]["tests"])[-1]
+        steps = [100 * (a["tests"][protocol]["mean"] - b["tests"][protocol]["mean"]) for a, b in pairs]
+        ends = [min(a["step_seconds"], b["step_seconds"]) for a, b in pairs]
+        times = [100 * (_at_time(a, end) - _at_time(b, end)) for (a, b), end in zip(pairs, ends, strict=True)]
+        lines.append([f"{ROWS[one]} − {ROWS[other]}", _difference(steps), _difference(times)])
+    if not lines:
+        return []
+    return [
+        "Difference in accuracy, in points, seed by seed (the same characters, tasks and start); mean ± 95 % interval over the seeds. "
+        "At equal time: the curve where the run with the cheaper steps ends, 200 tasks with 5 queries.",
+        "",
+        *table(["difference", "at equal outer steps", "at equal time"], lines),
+        "",
+    ]  # fmt: skip
+
+
+def _difference(values: list[float]) -> str:
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.2f} (one seed)"
+    return f"{mean:+.2f} ± {T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def _at_time(run: Numbers, seconds: float) -> float:
+    """Accuracy of the last evaluation that had come by then, interpolated to the time."""
+    curve = run["curve"]
+    for before, after in itertools.pairwise(curve):
+        if after["step_seconds"] >= seconds > before["step_seconds"]:
+            share = (seconds - before["step_seconds"]) / (after["step_seconds"] - before["step_seconds"])
+            return float(before["mean"] + share * (after["mean"] - before["mean"]))
+    return float(curve[-1]["mean"])
+
+
+def _met(runs: list[Numbers]) -> list[str]:
+    body = []
+    for run in runs:
+        residuals = [point["inner_residual"] for point in run["trace"] if point["inner_residual"] is not None]
+        body.append(
+            [
+                ROWS[run["row"]],
+                f"{run['column']}, {run['split']}, {run['seed']}",
+                f"{100 * run['negative_tasks'] / max(1, run['tasks']):.1f} %",
+                f"{100 * run['failed_tasks'] / max(1, run['tasks']):.1f} %",
+                f"{residuals[0]:.2g} → {residuals[-1]:.2g}" if residuals else "–",
+            ]
+        )
+    return table(
+        ["algorithm", "run", "tasks with negative curvature", "tasks left out", "inner residual, first → last"], body
+    )
+
+
+def _failures(runs: list[Numbers]) -> list[str]:
+    failed = [run for run in runs if run["failure"]]
+    return [
+        f"- {ROWS[run['row']]} ({run['column']}, {run['split']}, {run['seed']}) ended at step {run['steps']}: "
+        f"{run['config']['max_failed_steps']} steps in a row had no usable task."
+        for run in failed
+    ]
