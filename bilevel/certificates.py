@@ -325,8 +325,8 @@ def _correct(look: _Look, ok: Tensor, per_task: bool) -> _Correction:
 
 
 def _newton(look: _Look, hidden: Tensor, ok: Tensor) -> tuple[Tensor, _Look]:
-    """Where Newton's method met negative curvature, and a look at the point that it came to: one step if that lowers the gradient to a
-    tenth, as it does near a solution; else more, shortened until they lower it.
+    """Where Newton's method met negative curvature or came no nearer, and a look at the point that it came to: one step if that lowers
+    the gradient to a tenth, as it does near a solution; else more, shortened until they lower it.
     """
     known = look.objective.curvature_inverse(0.0)
     start, here = norm(look.local.grad), look
@@ -344,7 +344,8 @@ def _newton(look: _Look, hidden: Tensor, ok: Tensor) -> tuple[Tensor, _Look]:
         far = far & (norm(here.local.grad) > 0.1 * start)
         if not bool(far.any()):
             break
-    return lost, here
+    # where it could not even halve the gradient, at a kink say, its step says nothing of the distance
+    return lost | (far & ~(norm(here.local.grad) <= 0.5 * start)), here
 
 
 def _solve(

@@ -197,6 +197,9 @@ class Objective:
     def begin_step(self, k: int) -> None:
         """Told by a solver at the start of its step k."""
 
+    def verify(self, phi: Tensor) -> None:
+        """Told where a solve has ended; for objectives that were recorded earlier."""
+
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)`` at phi ``(*batch, d)``."""
         with torch.no_grad():

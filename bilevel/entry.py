@@ -22,6 +22,7 @@ from bilevel.derivatives import (
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
 from bilevel.result import Result
+from bilevel.tracing import Programs, TracedObjective
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -38,6 +39,7 @@ class Call:
         sizes: the batch shape, ``()`` or ``(tasks,)``.
         phi: the start of the inner solve, or the point that was handed in, ``(*sizes, d)``.
         u: the start of the linear solve, ``(*sizes, d)``; None: zero.
+        programs: the derivatives of the problem, as recorded; None: taken by autograd each time.
     """
 
     flat: Flat
@@ -46,6 +48,7 @@ class Call:
     sizes: tuple[int, ...]
     phi: Tensor
     u: Tensor | None = None
+    programs: Programs | None = None
 
     def chunks(self, chunk_size: int | None) -> list[Call]:
         """The call cut along the task axis into pieces of at most ``chunk_size`` tasks."""
@@ -57,12 +60,14 @@ class Call:
             cut = slice(start, start + chunk_size)
             tensors = [tensor[cut] if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)]
             phi, u = self.phi[cut], None if self.u is None else self.u[cut]
-            pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi, u))
+            pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi, u, self.programs))
         return pieces
 
     def objective(self) -> Objective:
         """G over the tasks of this call."""
-        return self.flat.objective(self.levels, self.tensors, self.sizes)
+        if self.programs is None:
+            return self.flat.objective(self.levels, self.tensors, self.sizes)
+        return TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
 
     def outer_loss(self, phi: Tensor, tensors: Sequence[Tensor], levels: Levels) -> Tensor:
         """L ``(*batch,)`` of these tensors, with its graph."""
@@ -88,8 +93,10 @@ def prepare(
     theta_batched: bool = False,
     phi_name: str = "init",
     flat_type: type[Flat] = Flat,
+    compile: bool = False,
 ) -> Call:
     """Check the arguments of a call and make them flat. ``phi`` None: the problem's own start. ``flat_type``: the kind of condition.
+    ``compile``: record the derivatives.
 
     Raises:
         TypeError, ValueError: what was expected, what came, what to do.
@@ -134,7 +141,10 @@ def prepare(
         tensors,
         levels,
         sizes,
-        layout.ravel(phi_leaves).detach(),
+        layout.ravel(phi_leaves)
+        .detach()
+        .contiguous(),  # a start that all tasks share is a view, which forward mode refuses
+        programs=Programs.of(problem) if compile else None,
     )
 
 
@@ -247,6 +257,7 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
 def run_solver(objective: Objective, phi: Tensor, solver: Any) -> Result:
     """The result of an inner solver, its value a vector ``(*batch, d)``."""
     run = solver.run(objective, phi.detach())
+    objective.verify(run.phi)
     _, grad = objective.value_and_grad(run.phi)
     return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
 

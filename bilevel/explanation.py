@@ -66,7 +66,7 @@ def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
     linear, inner = (_worst(ok, part) for part in _relative(found))
     if math.isinf(linear + inner):
         lines.append(
-            "There is no estimate of the error: the curvature is negative, so phi is near no minimum that is known."
+            "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum."
         )
     else:
         each = "" if ok.ndim == 0 else " of a task, at most"
@@ -157,7 +157,8 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str
 def _more(codes: Tensor, tolerance: str) -> str:
     advice = {
         Status.CONVERGED: f"lower its {tolerance}",
-        Status.MAX_STEPS: "raise its number of steps",
+        Status.MAX_STEPS: "raise its number of steps"
+        + (", or lower its step size if |dG/dphi| does not fall with them" if tolerance == "tol" else ""),
         Status.LINE_SEARCH_FAILED: "it has reached the rounding floor, use float64",
         Status.STOPPED_AT_NEGATIVE_CURVATURE: "it stopped at negative curvature, see there",
     }

@@ -22,13 +22,24 @@ from typing import Any
 import torch
 
 from bilevel.accuracy import to_accuracy, warmed
-from bilevel.batching import Part, Reduction, as_tree, chunks, concatenate, gather, nan_where_not, ok_where_finite
+from bilevel.batching import (
+    Gathered,
+    Part,
+    Reduction,
+    as_tree,
+    chunks,
+    concatenate,
+    gather,
+    nan_where_not,
+    ok_where_finite,
+)
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
 from bilevel.linsys.base import LinearSolver, check_count, check_number
 from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Result, Status
+from bilevel.tracing import with_programs
 from bilevel.trees import Tree
 
 
@@ -42,6 +53,7 @@ def solve(
     batched: bool = False,
     theta_batched: bool = False,
     chunk_size: int | None = None,
+    compile: bool = False,
 ) -> Result:
     """Solve the inner problem.
 
@@ -54,17 +66,23 @@ def solve(
         batched: solve a batch of tasks at once.
         theta_batched: theta has the task axis too: one theta for each task.
         chunk_size: at most this many tasks at once; bounds memory and changes nothing else.
+        compile: record the derivatives of G as a list of tensor operations at the first call, and replay them without autograd from
+            then on. Saves time where the tensors are small and the problem is solved many times, for several outer steps say; the
+            recording itself takes some tenths of a second, again for every new shape. Changes nothing else: what cannot be recorded
+            is logged and computed as usual, and one gradient at the solution is checked against autograd, so that a value that
+            the objective captured and that has changed since leads to a new recording.
 
     Returns:
         A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`.
     """
     check_solver(solver)
-    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
+    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched, compile=compile)
     refuse_transforms(call, "solve")
-    parts = []
-    for piece in chunks(call, chunk_size):
-        parts.append(run_solver(piece.objective(), piece.phi, solver))
-    found = concatenate(parts)
+
+    def run(call: Call) -> Result | None:
+        return concatenate([run_solver(piece.objective(), piece.phi, solver) for piece in chunks(call, chunk_size)])
+
+    found = with_programs(call, run)
     assert found is not None
     return as_tree(found, call)
 
@@ -85,6 +103,7 @@ def implicit_gradient(
     outer_chunk_size: int | None = None,
     allow_unused: bool = False,
     warm_start: Hypergradient | None = None,
+    compile: bool = False,
 ) -> Hypergradient:
     """The hypergradient at a point phi that you bring, however it was found (the formula at the top of this module).
 
@@ -105,11 +124,14 @@ def implicit_gradient(
         allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
         warm_start: the result for a theta nearby (of the previous outer step): the linear solve starts from its solution. Tasks that
             failed there start from zero.
+        compile: as in :func:`solve`.
 
     Returns:
         A :class:`~bilevel.Hypergradient`; ``inner`` is None.
     """
-    call = prepare(problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi")
+    call = prepare(
+        problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi", compile=compile
+    )
     call = warmed(call, warm_start, phi_too=False)
     options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
     return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
@@ -133,6 +155,7 @@ def hypergradient(
     allow_unused: bool = False,
     warm_start: Hypergradient | None = None,
     accuracy: float | None = None,
+    compile: bool = False,
 ) -> Hypergradient:
     """Solve the inner problem and take the hypergradient there: Algorithm 2 of the paper for a whole meta-batch. The fast path.
 
@@ -149,7 +172,7 @@ def hypergradient(
     check_solver(solver)
     if warm_start is not None and init is not None:
         raise ValueError("expected init or warm_start, got both: each says where the inner solve starts.")
-    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched)
+    call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched, compile=compile)
     options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
 
     def run(call: Call, solver: Any, linsys: LinearSolver) -> Hypergradient:
@@ -187,7 +210,10 @@ def _hypergradient(
     chunk_size: int | None,
     name: str,
 ) -> Hypergradient:
-    found = gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
+    def run(call: Call) -> Gathered:
+        return gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
+
+    found = with_programs(call, run)
     assert found.part.linear is not None
     certificate = Certificate(
         call=replace(call, phi=found.part.phi, u=found.part.linear.value),
@@ -209,6 +235,7 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     objective = call.objective()
     run = None if solver is None else solver.run(objective, call.phi)
     phi = call.phi.detach() if run is None else run.phi
+    objective.verify(phi)
     inner_grads = objective.num_grads
     outer, b, direct = call.outer_gradient(phi, options.outer_chunk_size)
     local = objective.linearise(phi, options.curvature, options.damping, with_theta=True)

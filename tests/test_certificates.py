@@ -692,7 +692,21 @@ def test_no_estimate_at_a_point_with_negative_curvature(linsys, lam):
     result = at(problem, [1.0, 2.0, 3.0, 4.0], theta, linsys)
     if result.ok:
         assert float(result.error_estimate) == np.inf
-        assert "There is no estimate of the error: the curvature is negative" in result.explain()
+        assert (
+            "There is no estimate of the error: from phi, Newton's method meets negative curvature" in result.explain()
+        )
+
+
+def test_no_estimate_at_a_kink():
+    """G = |phi - 1| + |phi - theta|^2 / 2 has its minimum at the kink, phi* = 1 for theta in (0, 2): the exact gradient is 0, and the
+    condition does not hold anywhere near.
+    """
+    problem = bilevel.ProximalProblem.from_losses(lambda phi, data: (phi - 1).abs(), lambda phi, data: phi.clone(), 1.0)
+    result = bilevel.hypergradient(
+        problem, torch.tensor(0.5, dtype=F64), solver=GradientDescent(step_size=0.1, max_steps=200), linsys=Exact()
+    )
+    assert float(result.error_estimate) == np.inf
+    assert "comes no nearer to a minimum" in result.explain() and "lower its step size" in result.explain()
 
 
 def test_the_theorem_holds_at_a_saddle_that_is_solved():
@@ -871,7 +885,11 @@ def test_explain_says_what_happened_and_how_good_it_is():
     [
         ((400, 0.0), CG(max_steps=3, rtol=0.0), ["The linear solve limits the accuracy: raise its number of steps."]),
         ((400, 0.0), CG(max_steps=90, rtol=1e-2), ["The linear solve limits the accuracy: lower its rtol."]),
-        ((5, 0.0), Exact(), ["The inner solve limits the accuracy: raise its number of steps."]),
+        (
+            (5, 0.0),
+            Exact(),
+            ["The inner solve limits the accuracy: raise its number of steps, or lower its step size if"],
+        ),
         ((400, 1e-2), Exact(), ["The inner solve limits the accuracy: lower its tol."]),
         ((400, 1e-12), CG(max_steps=90, rtol=1e-12), ["Nothing to change."]),
         (

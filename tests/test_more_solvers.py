@@ -167,3 +167,13 @@ else:
     raise AssertionError("no error")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scipy_minimize_is_a_value() -> None:
+    """Its options are copied, and it can be a key."""
+    options = {"maxiter": 5}
+    solver = ScipyMinimize(options=options)
+    options["maxiter"] = 1
+    assert solver.options == {"maxiter": 5}
+    assert {solver: 1}[ScipyMinimize(options={"maxiter": 5})] == 1
+    assert solver != ScipyMinimize(options={"maxiter": 6})

@@ -40,6 +40,7 @@ class CG(KrylovSolver):
         singular = torch.zeros_like(active)
         steps = torch.zeros_like(active, dtype=torch.int64)
         preconditioned = system.preconditioner is not None
+        size = norm(r)
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -61,7 +62,8 @@ class CG(KrylovSolver):
             rz_new = dot(r, z)
             p = torch.addcmul(z, torch.where(active, rz_new / rz, 0).unsqueeze(-1), p)
             rz = rz_new
-            active = system.going(active, norm(r), steps)
+            size = norm(r) if preconditioned else rz.sqrt()
+            active = system.going(active, size, steps)
             if preconditioned:
                 not_definite = not_definite | (active & (rz < 0))
         found = [(stopped, Status.NEGATIVE_CURVATURE), (singular, Status.SINGULAR)]
@@ -69,7 +71,7 @@ class CG(KrylovSolver):
             found.append((stopped & ((steps > 0) | preconditioned), Status.STOPPED_AT_NEGATIVE_CURVATURE))
         return Outcome(
             value=u,
-            residual=norm(r),
+            residual=size,
             steps=steps,
             found=tuple(found),
             negative_curvature=stopped,

@@ -88,13 +88,14 @@ class NewtonCG(IterativeSolver):
             if k == 0:
                 x = select(bad, p, x)
             active = active & ~bad
-            # quotients of one where a problem is done: 0 / 0 there would be NaN in the derivative of the path, mask or not
-            alpha = rr / torch.where(active, curvature, 1)
-            x = select(active, x + alpha.unsqueeze(-1) * p, x)
-            r = select(active, r - alpha.unsqueeze(-1) * ap, r)
+            # a problem that is done keeps x and r because its alpha is zero, if its A p is a number. Quotients of one there: 0 / 0
+            # would be NaN in the derivative of the path, mask or not
+            alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0).unsqueeze(-1)
+            x = torch.addcmul(x, alpha, p)
+            r = torch.addcmul(r, alpha, select(active, ap, r), value=-1)
             rr_new = dot(r, r)
-            beta = rr_new / torch.where(active, rr, 1)
-            p = select(active, r + beta.unsqueeze(-1) * p, p)
+            beta = (rr_new / torch.where(active, rr, 1)).unsqueeze(-1)
+            p = select(active, torch.addcmul(r, beta, p), p)
             rr = torch.where(active, rr_new, rr)
             active = active & (rr > threshold)
         return x, negative

@@ -61,7 +61,7 @@ class ScipyMinimize(TaskByTask):
 
     method: str = "L-BFGS-B"
     tol: float = 1e-6
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method.lower() not in _OPTIONS:
@@ -69,6 +69,7 @@ class ScipyMinimize(TaskByTask):
         check_number("tol", self.tol)
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options: expected a dict of SciPy's options, got {type(self.options).__name__}.")
+        object.__setattr__(self, "options", dict(self.options))  # what the caller does to theirs later is not ours
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         optimize = _scipy_optimize()

@@ -37,7 +37,7 @@ def test_settings_are_frozen_and_named() -> None:
         ("lam", float("nan"), "lam: expected a finite number"),
         ("lam", True, "lam: expected float"),
         ("inner", "adam", "inner: expected one of gd, agd, newton-cg, got 'adam'"),
-        ("dataset", "mnist", "dataset: expected one of glyphs, omniglot, sinusoid"),
+        ("dataset", "mnist", "dataset: expected one of glyphs, omniglot, mini-imagenet, folder, sinusoid, got"),
         ("outer_steps", 10.0, "outer_steps: expected int"),
         ("minutes", -1.0, "minutes: expected at least 0"),
         ("split", "alphabets", "split: expected 'random'"),

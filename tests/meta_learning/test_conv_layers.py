@@ -1,5 +1,6 @@
-"""ConvNet's layers against PyTorch's convolution and batch norm, to second order, for one task and for many."""
+"""ConvNet's layers against PyTorch's convolution, batch norm and max-pooling, to second order, for one task and for many."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -8,27 +9,48 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
-from applications.meta_learning.models import ConvNet
+from applications.meta_learning.models import ConvNet, _max_pool
 from applications.meta_learning.problem import Theta, cross_entropy, few_shot_problem
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, Exact
 from bilevel.solvers import GradientDescent
 
 WAYS, CHANNELS, LAM = 3, 4, 0.7
-SIZES = [28, 12, 9]
 
 
-def reference(in_size: int) -> nn.Module:
+@dataclass(frozen=True)
+class Kind:
+    """What the images and the network are."""
+
+    in_size: int
+    in_channels: int = 1
+    pooled: bool = False
+
+    def net(self) -> ConvNet:
+        options: Any = {"in_size": self.in_size, "in_channels": self.in_channels, "pooled": self.pooled}
+        return ConvNet(WAYS, channels=CHANNELS, **options).double()
+
+    def __str__(self) -> str:
+        return f"{self.in_size}-{self.in_channels}-{'pooled' if self.pooled else 'strided'}"
+
+
+KINDS = pytest.mark.parametrize(
+    "kind", [Kind(28), Kind(12), Kind(9), Kind(9, 3), Kind(16, 3, True), Kind(21, 3, True), Kind(26, 1, True)], ids=str
+)
+
+
+def reference(kind: Kind) -> nn.Module:
     """The same network from PyTorch's modules."""
     layers: list[nn.Module] = []
-    size, inputs = in_size, 1
+    size, inputs = kind.in_size, kind.in_channels
     for _ in range(4):
         layers += [
-            nn.Conv2d(inputs, CHANNELS, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(inputs, CHANNELS, 3, stride=1 if kind.pooled else 2, padding=1, bias=False),
             nn.BatchNorm2d(CHANNELS, track_running_stats=False),
             nn.ReLU(),
+            nn.MaxPool2d(2) if kind.pooled else nn.Identity(),
         ]
-        size, inputs = (size + 1) // 2, CHANNELS
+        size, inputs = size // 2 if kind.pooled else (size + 1) // 2, CHANNELS
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(CHANNELS * size * size, WAYS)).double()
 
 
@@ -43,27 +65,28 @@ def theta_of(net: ConvNet) -> Theta:
 
 def translated(theta: Theta) -> Theta:
     """Our parameters under PyTorch's names and in its layout."""
-    out = {"13.weight" if "weight" in k else "13.bias": v for k, v in theta.items() if k.startswith("head.")}
+    out = {"17.weight" if "weight" in k else "17.bias": v for k, v in theta.items() if k.startswith("head.")}
     for i in range(4):
-        out[f"{3 * i}.weight"] = theta[f"body.{i}.kernel"].permute(3, 2, 0, 1)
-        out[f"{3 * i + 1}.weight"] = theta[f"body.{i}.scale"]
-        out[f"{3 * i + 1}.bias"] = theta[f"body.{i}.shift"]
+        out[f"{4 * i}.weight"] = theta[f"body.{i}.kernel"].permute(3, 2, 0, 1)
+        out[f"{4 * i + 1}.weight"] = theta[f"body.{i}.scale"]
+        out[f"{4 * i + 1}.bias"] = theta[f"body.{i}.shift"]
     return out
 
 
-def tasks(count: int, in_size: int) -> Any:
+def tasks(count: int, kind: Kind) -> Any:
     generator = torch.Generator().manual_seed(4)
 
     def part(n: int) -> dict[str, Tensor]:
-        x = torch.rand(count, n, 1, in_size, in_size, generator=generator, dtype=torch.float64)
+        shape = (count, n, kind.in_channels, kind.in_size, kind.in_size)
+        x = torch.rand(shape, generator=generator, dtype=torch.float64)
         return {"x": x, "y": torch.randint(0, WAYS, (count, n), generator=generator)}
 
     return {"support": part(6), "query": part(5)}
 
 
-def losses(in_size: int) -> tuple[Any, Any]:
+def losses(kind: Kind) -> tuple[Any, Any]:
     """(ours, PyTorch's): functions of (theta, images, labels)."""
-    net, plain = ConvNet(WAYS, channels=CHANNELS, in_size=in_size).double(), reference(in_size)
+    net, plain = kind.net(), reference(kind)
     return (
         lambda theta, x, y: nn.functional.cross_entropy(functional_call(net, theta, (x,)), y),
         lambda theta, x, y: nn.functional.cross_entropy(functional_call(plain, translated(theta), (x,)), y),
@@ -75,11 +98,11 @@ def assert_trees(found: Theta, expected: Theta, rtol: float = 1e-9) -> None:
         torch.testing.assert_close(found[name], leaf, rtol=rtol, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("in_size", SIZES)
-def test_one_task(in_size: int) -> None:
-    ours, plain = losses(in_size)
-    theta = theta_of(ConvNet(WAYS, channels=CHANNELS, in_size=in_size).double())
-    data = tasks(1, in_size)["support"]
+@KINDS
+def test_one_task(kind: Kind) -> None:
+    ours, plain = losses(kind)
+    theta = theta_of(kind.net())
+    data = tasks(1, kind)["support"]
     x, y = data["x"][0], data["y"][0]
     torch.testing.assert_close(ours(theta, x, y), plain(theta, x, y), rtol=1e-12, atol=0)
     v = {name: torch.randn_like(leaf) for name, leaf in theta.items()}
@@ -100,16 +123,16 @@ def test_one_task(in_size: int) -> None:
 
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=["hessian", "gauss-newton"])
-@pytest.mark.parametrize("in_size", SIZES)
+@KINDS
 @pytest.mark.parametrize("count", [1, 3])
-def test_meta_gradient_of_many_tasks(count: int, in_size: int, curvature: Any) -> None:
+def test_meta_gradient_of_many_tasks(count: int, kind: Kind, curvature: Any) -> None:
     """The whole of Algorithm 2 against a loop over tasks with PyTorch's modules."""
-    net = ConvNet(WAYS, channels=CHANNELS, in_size=in_size).double()
-    theta, data = theta_of(net), tasks(count, in_size)
+    net = kind.net()
+    theta, data = theta_of(net), tasks(count, kind)
     solver, linsys = GradientDescent(step_size=0.05, max_steps=3), CG(max_steps=3, rtol=0.0, steihaug=True)
     options = {"solver": solver, "linsys": linsys, "curvature": curvature}
     found = bilevel.hypergradient(few_shot_problem(net, cross_entropy, LAM), theta, data, batched=True, **options)
-    plain = reference(in_size)
+    plain = reference(kind)
     total = {name: torch.zeros_like(leaf) for name, leaf in theta.items()}
     problem = bilevel.ProximalProblem.from_model(
         lambda phi, task: functional_call(plain, translated(phi), (task["support"]["x"],)),
@@ -127,12 +150,12 @@ def test_meta_gradient_of_many_tasks(count: int, in_size: int, curvature: Any) -
     assert_trees(found.grad, total, rtol=1e-8)
 
 
-def test_hessian_of_many_tasks_is_that_of_pytorch() -> None:
+@pytest.mark.parametrize("kind", [Kind(9), Kind(17, 3, True)], ids=str)
+def test_hessian_of_many_tasks_is_that_of_pytorch(kind: Kind) -> None:
     """The retained graph with several right-hand sides at once, column by column."""
-    in_size = 9
-    _, plain = losses(in_size)
-    net = ConvNet(WAYS, channels=CHANNELS, in_size=in_size).double()
-    theta, data = theta_of(net), tasks(2, in_size)
+    _, plain = losses(kind)
+    net = kind.net()
+    theta, data = theta_of(net), tasks(2, kind)
     problem = few_shot_problem(net, cross_entropy, LAM)
     found = bilevel.implicit_gradient(
         problem,
@@ -162,8 +185,9 @@ def test_hessian_of_many_tasks_is_that_of_pytorch() -> None:
 
 
 def test_a_bad_task_leaves_the_others_as_they_were() -> None:
-    net = ConvNet(WAYS, channels=CHANNELS, in_size=12).double()
-    problem, theta, data = few_shot_problem(net, cross_entropy, LAM), theta_of(net), tasks(3, 12)
+    kind = Kind(12)
+    net = kind.net()
+    problem, theta, data = few_shot_problem(net, cross_entropy, LAM), theta_of(net), tasks(3, kind)
     options: Any = {
         "solver": GradientDescent(step_size=0.05, max_steps=3),
         "linsys": CG(max_steps=3, rtol=0.0, steihaug=True),
@@ -176,3 +200,23 @@ def test_a_bad_task_leaves_the_others_as_they_were() -> None:
     assert bad.ok.tolist() == [True, False, True]
     for name in theta:
         assert torch.equal(bad.grad[name][[0, 2]], good.grad[name][[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pooling_is_that_of_pytorch(dtype: torch.dtype) -> None:
+    """Also in the gradient where pixels tie: zeros after a ReLU, and an image of one grey level."""
+    random = torch.rand(2, 3, 5, 7, 4, dtype=dtype)
+    for x in (random, (random - 0.5).relu(), torch.ones_like(random)):
+        ours, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found = _max_pool(ours)
+        expected = nn.functional.max_pool2d(plain.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1).unflatten(0, (2, 3))
+        assert torch.equal(found, expected)
+        weights = torch.rand(found.shape, dtype=dtype)
+        (found * weights).sum().backward()
+        (expected * weights).sum().backward()
+        assert torch.equal(ours.grad, plain.grad)
+
+
+def test_a_network_whose_pooling_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="in_size: expected at least 16, which pooling halves four times, got 15"):
+        ConvNet(WAYS, in_size=15, pooled=True)

@@ -186,7 +186,11 @@ def test_the_tasks_of_a_seed_are_the_same_on_every_device():
         ({"ways": 13}, ValueError, r"ways: expected at most the 12 classes to draw from, got 13"),
         ({"ways": 1}, ValueError, r"ways: expected at least 2 classes per task, got 1"),
         ({"ways": 2.0}, ValueError, r"ways: expected an integer >= 1, got 2.0"),
-        ({"shots": 4}, ValueError, r"expected shots \+ query_shots <= 7, the drawings of a class .* got 4 \+ 4"),
+        (
+            {"shots": 4},
+            ValueError,
+            r"expected shots \+ query_shots <= 7, the images of the smallest class .* got 4 \+ 4",
+        ),
         ({"shots": 0}, ValueError, r"shots: expected an integer >= 1, got 0"),
         ({"query_shots": -1}, ValueError, r"query_shots: expected an integer >= 1, got -1"),
         ({"seed": -1}, ValueError, r"seed: expected an integer from 0 to 2\*\*63 - 1, got -1"),

@@ -16,6 +16,12 @@ def test_the_last_layer_of_the_papers_network_has_256_inputs() -> None:
     assert count_parameters(net) == 9 * 64 + 3 * 9 * 64 * 64 + 4 * 2 * 64 + 256 * 5 + 5
 
 
+def test_the_network_for_mini_imagenet_has_the_800_inputs_of_mamls() -> None:
+    net = ConvNet(5, channels=32, in_size=84, in_channels=3, pooled=True)
+    assert net(torch.rand(2, 3, 84, 84)).shape == (2, 5)
+    assert count_parameters(net) == 9 * 3 * 32 + 3 * 9 * 32 * 32 + 4 * 2 * 32 + 800 * 5 + 5
+
+
 @pytest.mark.parametrize("size", [8, 20, 28, 33])
 def test_any_image_size(size: int) -> None:
     assert ConvNet(3, channels=4, in_size=size)(torch.rand(6, 1, size, size)).shape == (6, 3)
@@ -35,7 +41,12 @@ def test_a_zero_head_prefers_no_label() -> None:
 
 
 @pytest.mark.parametrize(
-    ("net", "x"), [(ConvNet(3, channels=4).double(), (4, 5, 1, 28, 28)), (MLP(8).double(), (4, 5, 1))]
+    ("net", "x"),
+    [
+        (ConvNet(3, channels=4).double(), (4, 5, 1, 28, 28)),
+        (ConvNet(3, channels=4, in_size=19, in_channels=3, pooled=True).double(), (4, 5, 3, 19, 19)),
+        (MLP(8).double(), (4, 5, 1)),
+    ],
 )
 def test_networks_over_tasks_are_the_networks_of_each_task(net: nn.Module, x: tuple[int, ...]) -> None:
     images = torch.rand(x, dtype=torch.float64)

@@ -1,0 +1,164 @@
+"""E6: its numbers against NumPy and SciPy, its search against made-up errors."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from applications.meta_learning.data import SinusoidSampler
+from applications.meta_learning.experiments import e6_sinusoid as e6
+from applications.meta_learning.experiments.base import Request
+from applications.meta_learning.logs import write_json
+from applications.meta_learning.tasks import TEST_SEED_OFFSET, load_source
+from applications.meta_learning.train import Trainer
+from tests.meta_learning.tiny import SINUSOID
+
+
+def request(tmp_path: Path, *, quick: bool = True) -> Request:
+    return Request(quick=quick, seed=0, data_dir=None, parts=tmp_path)
+
+
+def forward(theta: list[np.ndarray], x: np.ndarray) -> tuple[np.ndarray, ...]:
+    w0, b0, w1, b1, w2, b2 = theta
+    first = np.maximum(x @ w0.T + b0, 0)
+    second = np.maximum(first @ w1.T + b1, 0)
+    return first, second, second @ w2.T + b2
+
+
+def slopes(theta: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """Back-propagation by hand of the mean squared error."""
+    first, second, out = forward(theta, x)
+    d_out = 2 * (out - y) / len(x)
+    d_second = d_out @ theta[4] * (second > 0)
+    d_first = d_second @ theta[2] * (first > 0)
+    return [d_first.T @ x, d_first.sum(0), d_second.T @ first, d_second.sum(0), d_out.T @ second, d_out.sum(0)]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7])
+def test_curve_is_that_of_gradient_descent_in_numpy(lam: float) -> None:
+    config = replace(
+        SINUSOID,
+        dtype="float64",
+        algorithm="imaml" if lam else "first-order",
+        lam=lam,
+        inner_step_size=0.02,
+        outer_steps=2,
+        eval_interval=1,
+        seed=4,
+    )
+    found = e6.trained(config, tasks=3)
+    trainer = Trainer(config, load_source(config))
+    for _ in range(2):
+        trainer.meta_step()
+    names = [f"{layer}.{kind}" for layer in ("body.0", "body.2", "head") for kind in ("weight", "bias")]
+    theta = [trainer.theta[name].detach().numpy() for name in names]
+    sampler = SinusoidSampler(
+        shots=5,
+        query_shots=e6.QUERY_SHOTS,
+        seed=4 + 10_000 + TEST_SEED_OFFSET,
+        device="cpu",
+        dtype=trainer.theta["head.bias"].dtype,
+    )
+    data = sampler.sample(3)
+    for point in found["curve"]:
+        errors = []
+        for task in range(3):
+            x, y, xq, yq = (data[part][key][task].numpy() for part in ("support", "query") for key in ("x", "y"))
+            phi = [leaf.copy() for leaf in theta]
+            for _ in range(point["steps"]):
+                phi = [p - 0.02 * (g + lam * (p - t)) for p, g, t in zip(phi, slopes(phi, x, y), theta, strict=True)]
+            errors.append(np.mean((forward(phi, xq)[-1] - yq) ** 2))
+        assert point["mean"] == pytest.approx(np.mean(errors), rel=1e-9)
+        assert point["interval"] == pytest.approx(1.96 * np.std(errors, ddof=1) / 3**0.5, rel=1e-9)
+    assert [point["step"] for point in found["training"]] == [1, 2]
+
+
+def with_search(folder: Path, row: str, errors: list[float | None]) -> None:
+    for candidate, error in zip(e6.GRID[row], errors, strict=True):
+        write_json(folder / f"{e6.part_name(row, candidate)}.json", {"error": error, "failed_tasks": 0})
+
+
+def test_search_takes_the_smallest_error_and_no_failure(tmp_path: Path) -> None:
+    grid = e6.GRID["gd"]
+    errors: list[float | None] = [float(5 + i) for i in range(len(grid))]
+    errors[0], errors[3] = None, 0.25
+    with_search(tmp_path, "gd", errors)
+    assert e6.E6()._search(request(tmp_path, quick=False), "gd")["chosen"] == grid[3]
+    with_search(tmp_path, "maml", [None] * len(e6.GRID["maml"]))
+    with pytest.raises(RuntimeError, match=r"^MAML: no candidate of the search could be trained$"):
+        e6.E6()._search(request(tmp_path, quick=False), "maml")
+
+
+def test_a_candidate_that_cannot_be_trained_has_no_error() -> None:
+    config = replace(
+        SINUSOID, inner_step_size=1e12, inner_steps=10, algorithm="first-order", max_failed_steps=2, outer_steps=4
+    )
+    found = e6.searched(config)
+    assert found["error"] is None and found["failed_tasks"] == 2 * config.meta_batch
+
+
+def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: dict[str, list[Any]] = {"searched": [], "trained": []}
+    for name in configs:
+
+        def record(config: Any, *rest: int, name: str = name) -> dict[str, Any]:
+            configs[name].append(config)
+            return {"error": 1.0, "failed_tasks": 0}
+
+        monkeypatch.setattr(e6, name, record)
+    result = e6.E6().run(request(tmp_path, quick=False))
+    searched, reported = ({c.seed for c in configs[name]} for name in ("searched", "trained"))
+    assert reported == {0, 1, 2} and not searched & reported
+    steps = [run["factor"] for run in result["runs"]]
+    assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(2) == len(e6.ROWS)
+    assert {c.outer_steps for c in configs["trained"]} == {e6.OUTER_STEPS, 2 * e6.OUTER_STEPS}
+    assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
+    again = configs["trained"].copy()
+    e6.E6().run(request(tmp_path, quick=False))  # all parts are there
+    assert configs["trained"] == again
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0, 4.5], [0.3, 0.1]])
+def test_interval_is_that_of_student(values: list[float]) -> None:
+    low, high = scipy.stats.t.interval(0.95, len(values) - 1, loc=np.mean(values), scale=scipy.stats.sem(values))
+    assert e6.half_width(values) == pytest.approx((high - low) / 2, rel=1e-4)
+    assert e6.half_width(values[:1]) is None
+
+
+def made_up(row: str, seed: int, errors: tuple[float, float], factor: int = 1) -> dict[str, Any]:
+    points = [{"steps": s, "mean": m, "interval": 0.1, "failed": 0} for s, m in zip((1, 10), errors, strict=True)]
+    training = [{"step": 5 * factor, "error": 2.0}, {"step": 10 * factor, "error": 1.0 / factor}]
+    return {
+        "row": row,
+        "shots": 5,
+        "seed": seed,
+        "factor": factor,
+        "outer_steps": 10 * factor,
+        "curve": points,
+        "training": training,
+    }
+
+
+def test_comparison_counts_what_the_numbers_say() -> None:
+    runs = [made_up(row, seed, (1.0 + 0.01 * seed, 1.0)) for row in e6.ROWS for seed in range(3)]
+    for run in runs:
+        if run["row"] == "gd":  # clearly lower after 1 step, higher after 10 in one seed and lower in another
+            run["curve"][0]["mean"] -= 0.5
+            run["curve"][1]["mean"] += (0.4, -0.1, 0.0)[run["seed"]]
+    lines = e6._comparison({"runs": runs})
+    line = next(line for line in lines if "gradient descent against MAML" in line)
+    assert "lower error at 1 of 2 numbers of steps (1)" in line and "below 0 at 1, above 0 at 0." in line
+    other = next(line for line in lines if "Hessian-free against MAML" in line)
+    assert "lower error at 0 of 2 numbers of steps;" in other and "below 0 at 0, above 0 at 0." in other
+
+
+def test_convergence_says_what_a_run_of_twice_the_length_gained() -> None:
+    settings = {row: {"inner_steps": 5} for row in e6.ROWS}
+    runs = [made_up(row, 0, (1.0, 1.0), factor) for row in e6.ROWS for factor in (1, 2)]
+    lines = e6._convergence({"runs": runs, "settings": settings})
+    assert "between 50 and 50 % of the error: more steps would still change these numbers." in lines[0]
+    assert "| MAML | 5 | 2 | 1 | 0.5 | 1 | 1 |" in lines
+    assert e6._convergence({"runs": runs[::2], "settings": settings}) == []

@@ -1,0 +1,337 @@
+"""compile=True: the same numbers, from derivatives that were recorded once. The oracle is what autograd gives without, and closed forms."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel.curvature import FiniteDifference, ForwardOverReverse, GaussNewton, Hessian
+from bilevel.linsys import CG, Exact
+from bilevel.solvers import GradientDescent, NewtonCG
+from bilevel.tracing import Programs
+from bilevel.trees import flatten
+from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
+
+F64 = torch.float64
+NEWTON, SOLVED = NewtonCG(max_steps=30, cg_steps=20, tol=1e-11), CG(max_steps=60, rtol=1e-12)
+
+
+def leaves(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def assert_same(one: bilevel.Hypergradient, other: bilevel.Hypergradient, tol: float = 1e-9) -> None:
+    for a, b in zip(leaves(one.grad), leaves(other.grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+    torch.testing.assert_close(one.outer, other.outer, rtol=tol, atol=tol)
+    torch.testing.assert_close(one.ok, other.ok)
+    assert one.linear is not None and other.linear is not None
+    assert one.linear.num_matvecs == other.linear.num_matvecs
+    if one.inner is not None and other.inner is not None:
+        assert (one.inner.num_grads, one.inner.num_matvecs) == (other.inner.num_grads, other.inner.num_matvecs)
+
+
+def count(problem: bilevel.BilevelProblem) -> int:
+    return len(Programs.of(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_every_inner_solver(case: Case, solver: str, dtype: torch.dtype) -> None:
+    case = case.to(dtype)
+    method = inner_solvers(case, 1e-10 if dtype == F64 else 1e-3)[solver]
+    plain, recorded, replayed = (
+        bilevel.hypergradient(case.problem, case.theta, case.data, solver=method, linsys=CG(max_steps=30), compile=c)
+        for c in (False, True, True)
+    )
+    for other in (recorded, replayed):
+        assert other.inner is not None and plain.inner is not None
+        assert other.inner.codes.equal(plain.inner.codes)
+        assert_same(other, plain, 1e-9 if dtype == F64 else 1e-3)
+
+
+@pytest.mark.parametrize("linear", LINSYS_NAMES)
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_every_linear_solver(case: Case, linear: str) -> None:
+    """Among them those that take several vectors at once."""
+    phi = case.phi_star(case.theta, case.data)
+    method = linear_solvers(1e-11)[linear]
+    found = [
+        bilevel.implicit_gradient(case.problem, phi, case.theta, case.data, linsys=method, compile=c)
+        for c in (False, True)
+    ]
+    assert_same(found[1], found[0])
+
+
+def logistic(n: int = 12, d: int = 3, classes: int = 4) -> tuple[bilevel.BilevelProblem, Tensor, dict[str, Any]]:
+    """Integer labels, a static leaf, an outer loss that depends on theta."""
+
+    def inner(w: Tensor, theta: Tensor, data: Any) -> Tensor:
+        fit = torch.nn.functional.cross_entropy(data["x"] @ w, data["y"])
+        return data["weight"] * fit + 0.5 * (theta.exp().unsqueeze(-1) * w**2).sum()
+
+    def outer(w: Tensor, theta: Tensor, data: Any) -> Tensor:
+        return torch.nn.functional.cross_entropy(data["v"] @ w, data["y"]) + 0.1 * theta.sum() ** 2
+
+    g = torch.Generator().manual_seed(3)
+    data = {
+        "x": torch.randn(5, n, d, generator=g, dtype=F64),
+        "v": torch.randn(5, n, d, generator=g, dtype=F64),
+        "y": torch.randint(classes, (5, n), generator=g),
+        "weight": 2.0,
+    }
+    problem = bilevel.BilevelProblem.from_functions(inner, outer, lambda theta, data: theta.new_zeros(d, classes))
+    return problem, torch.full((d,), -1.0, dtype=F64), data
+
+
+def one_task(data: dict[str, Any], i: int) -> dict[str, Any]:
+    return {key: value[i] if isinstance(value, Tensor) else value for key, value in data.items()}
+
+
+def test_other_values_of_the_same_shape_need_no_new_recording() -> None:
+    problem, theta, data = logistic()
+    for i in range(3):
+        shifted = theta + 0.3 * i
+        found = bilevel.hypergradient(problem, shifted, one_task(data, i), solver=NEWTON, linsys=SOLVED, compile=True)
+        if i == 0:
+            recorded = count(problem)
+        plain = bilevel.hypergradient(problem, shifted, one_task(data, i), solver=NEWTON, linsys=SOLVED)
+        assert_same(found, plain)
+    assert count(problem) == recorded > 0
+
+
+def test_other_shapes_dtypes_and_static_leaves_are_recorded_anew() -> None:
+    problem, theta, data = logistic()
+    task = one_task(data, 0)
+    variants = [
+        (theta, task),
+        (theta, {**task, "x": task["x"][:7], "y": task["y"][:7], "v": task["v"][:7]}),
+        (theta, {**task, "weight": 0.5}),
+        (
+            theta.float(),
+            {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in task.items()},
+        ),
+        (theta, {**task, "x": task["x"].T.contiguous().T}),
+    ]
+    seen = []
+    for th, da in variants:
+        tol = 1e-9 if th.dtype == F64 else 1e-4
+        method = replace(NEWTON, tol=1e-11 if th.dtype == F64 else 1e-4)
+        found = bilevel.hypergradient(problem, th, da, solver=method, linsys=CG(max_steps=12), compile=True)
+        seen.append(count(problem))
+        for a, b in zip(
+            leaves(found.grad),
+            leaves(bilevel.hypergradient(problem, th, da, solver=method, linsys=CG(max_steps=12)).grad),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=tol, atol=tol)
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 2}, {"theta_batched": True}, {"reduction": "none"}], ids=str)
+def test_batches(options: dict[str, Any]) -> None:
+    problem, theta, data = logistic()
+    if options.get("theta_batched"):
+        theta = theta + 0.1 * torch.arange(5, dtype=F64).unsqueeze(-1)
+    found = [
+        bilevel.hypergradient(problem, theta, data, solver=NEWTON, linsys=SOLVED, batched=True, compile=c, **options)
+        for c in (False, True)
+    ]
+    assert_same(found[1], found[0])
+
+
+def test_a_task_that_fails_leaves_the_others_as_they_are() -> None:
+    problem, theta, data = logistic()
+    broken = {**data, "x": data["x"].clone()}
+    broken["x"][1] = torch.nan
+    found, plain = (
+        bilevel.hypergradient(problem, theta, broken, solver=NEWTON, linsys=SOLVED, batched=True, compile=c)
+        for c in (True, False)
+    )
+    assert found.ok.tolist() == [True, False, True, True, True]
+    assert_same(found, plain)
+
+
+@pytest.mark.parametrize(
+    "curvature", [Hessian(product=ForwardOverReverse()), Hessian(product=FiniteDifference()), GaussNewton()], ids=repr
+)
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_curvatures(curvature: Any, damping: float) -> None:
+    """The proximal problem also splits its quadratic part off and knows an inverse of it."""
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(4, 8, 3, generator=g, dtype=F64), torch.randint(2, (4, 8), generator=g)
+    problem = bilevel.ProximalProblem.from_model(
+        lambda phi, data: torch.tanh(data[0] @ phi["a"]) @ phi["b"],
+        lambda outputs, data: torch.nn.functional.cross_entropy(outputs, data[1]),
+        lambda phi, data: torch.nn.functional.cross_entropy(torch.tanh(data[0] @ phi["a"]) @ phi["b"], data[1]),
+        0.7,
+    )
+    theta = {"a": torch.randn(3, 5, generator=g, dtype=F64), "b": torch.randn(5, 2, generator=g, dtype=F64)}
+    found, plain = (
+        bilevel.hypergradient(
+            problem,
+            theta,
+            (x, y),
+            solver=NewtonCG(max_steps=4, curvature=curvature, damping=damping),
+            linsys=CG(max_steps=5, rtol=0.0),
+            curvature=curvature,
+            damping=damping,
+            batched=True,
+            compile=c,
+        )
+        for c in (True, False)
+    )
+    # differences of gradients round in another order
+    assert_same(found, plain, 1e-6 if isinstance(getattr(curvature, "product", None), FiniteDifference) else 1e-9)
+
+
+def test_several_vectors_at_once() -> None:
+    problem, theta, data = logistic()
+    found = bilevel.hypergradient(problem, theta, one_task(data, 0), solver=NEWTON, linsys=Exact(), compile=True)
+    assert_same(found, bilevel.hypergradient(problem, theta, one_task(data, 0), solver=NEWTON, linsys=Exact()))
+
+
+def test_in_place_operations_of_the_objective() -> None:
+    """Cut in two, a program with in-place writes would read what is not there yet."""
+
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        out = torch.zeros_like(phi)
+        out[1:] += 2 * phi[1:]
+        out.mul_(phi)
+        return out.sum() + ((data @ phi).sin() ** 2).sum() + 2 * (phi - theta[0]).square().sum()
+
+    g = torch.Generator().manual_seed(2)
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: (phi**3).sum(), lambda theta, data: data[0] * 0 + 0.1
+    )
+    for scale in (1.0, 0.5):
+        data = scale * torch.randn(3, 4, generator=g, dtype=F64)
+        found, plain = (
+            bilevel.hypergradient(
+                problem, torch.tensor([0.3, 1.0], dtype=F64), data, solver=NEWTON, linsys=SOLVED, compile=c
+            )
+            for c in (True, False)
+        )
+        assert_same(found, plain)
+
+
+class Weighted(bilevel.BilevelProblem):
+    """G = weight/2 |phi - theta|^2 + |phi|^2/2, phi* = weight theta / (weight + 1)."""
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def inner_objective(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        return 0.5 * self.weight * (phi - theta).square().sum() + 0.5 * phi.square().sum()
+
+    def outer_loss(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        return phi.sum()
+
+    def initial_phi(self, theta: Tensor, data: Any = None) -> Tensor:
+        return torch.zeros_like(theta)
+
+
+def weighted_grad(problem: Weighted) -> float:
+    found = bilevel.hypergradient(problem, torch.ones(2, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=True)
+    assert found.inner is not None and found.inner.status is bilevel.Status.CONVERGED
+    return found.unwrap()[0].item()
+
+
+def test_a_captured_value_that_changes_leads_to_a_new_recording() -> None:
+    problem = Weighted(1.0)
+    assert weighted_grad(problem) == pytest.approx(0.5)
+    problem.weight = 3.0
+    assert weighted_grad(problem) == pytest.approx(0.75)
+    assert bilevel.solve(problem, torch.ones(2, dtype=F64), solver=NEWTON, compile=True).value[0] == pytest.approx(0.75)
+    problem.weight = 1.0
+    assert bilevel.solve(problem, torch.ones(2, dtype=F64), solver=NEWTON, compile=True).value[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "deep", "pickle"]
+)
+def test_a_copy_of_a_problem_has_recordings_of_its_own(duplicate: Any) -> None:
+    problem = Weighted(1.0)
+    weighted_grad(problem)
+    before = count(problem)
+    other = duplicate(problem)
+    other.weight = 3.0
+    assert weighted_grad(other) == pytest.approx(0.75)
+    assert weighted_grad(problem) == pytest.approx(0.5) and count(problem) == before
+
+
+def test_chance_in_the_objective_is_an_error() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta - torch.rand_like(phi)).square().sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    with pytest.raises(
+        ValueError, match=r"function of phi, theta and data, but two evaluations at the same point differ"
+    ):
+        bilevel.solve(problem, torch.ones(3), solver=GradientDescent(step_size=0.5, max_steps=3), compile=True)
+
+
+def test_what_cannot_be_recorded_is_logged_and_computed_without(caplog: pytest.LogCaptureFixture) -> None:
+    def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        bend = 1.0 if float(theta.detach().sum()) > 0 else 2.0  # a number read from a tensor
+        return 0.5 * bend * (phi - theta).square().sum() + 0.5 * phi.square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
+    )
+    for value, expected in ((1.0, 0.5), (-1.0, 2 / 3)):
+        with caplog.at_level(logging.WARNING, logger="bilevel.tracing"):
+            found = bilevel.hypergradient(
+                problem, torch.full((2,), value, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=True
+            )
+        assert found.unwrap()[0].item() == pytest.approx(expected)
+    assert any("could not record" in message and "computed without" in message for message in caplog.messages)
+
+
+def test_errors_of_the_user_are_those_without_compile() -> None:
+    weight = torch.ones((), requires_grad=True)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: weight * (phi - theta).square().sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    for compile in (False, True):
+        with pytest.raises(ValueError, match="inner_objective uses a tensor that carries a gradient"):
+            bilevel.solve(problem, torch.ones(2), solver=GradientDescent(step_size=0.1, max_steps=2), compile=compile)
+
+
+def test_warm_start_accuracy_and_the_certificate() -> None:
+    problem, theta, data = logistic()
+    task = one_task(data, 0)
+    first = bilevel.hypergradient(problem, theta, task, solver=NEWTON, linsys=SOLVED, accuracy=1e-6, compile=True)
+    assert first.error_estimate is not None and first.error_estimate.item() < 1e-4
+    assert "CONVERGED" in first.explain()
+    again = bilevel.hypergradient(
+        problem, theta + 0.01, task, solver=NEWTON, linsys=SOLVED, warm_start=first, compile=True
+    )
+    assert_same(
+        again,
+        bilevel.hypergradient(problem, theta + 0.01, task, solver=NEWTON, linsys=SOLVED, warm_start=first),
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
+def test_on_a_gpu() -> None:
+    problem, theta, data = logistic()
+    data = {key: value.cuda() if isinstance(value, Tensor) else value for key, value in data.items()}
+    found = [
+        bilevel.hypergradient(problem, theta.cuda(), data, solver=NEWTON, linsys=SOLVED, batched=True, compile=c)
+        for c in (False, True)
+    ]
+    assert_same(found[1], found[0])
