@@ -34,6 +34,7 @@ from applications.meta_learning.options import (
     TEST_SETTINGS,
     DataDir,
     Download,
+    data_dir_for,
     err,
     out,
     reported_errors,
@@ -108,6 +109,7 @@ def train(
     imaml train                                          generated characters
     imaml train --dataset omniglot --download --out runs/mine
     imaml train --preset omniglot-5w1s-hf --data-dir PATH
+    imaml train --dataset folder --data-dir PATH --ways 3    your own images
     imaml train --resume --out runs/mine
     """
     with reported_errors():
@@ -138,12 +140,13 @@ class _Chosen:
 def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """A new run; the folder is cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
+    data_dir = data_dir_for(config.dataset, chosen.data_dir)
     use_threads(config)
     with out.status("loading the data ..."):
-        source = load_source(config, data_dir=chosen.data_dir, download=chosen.download)
+        source = load_source(config, data_dir=data_dir, download=chosen.download)
     trainer = Trainer(config, source)
     clear_folder(folder)
-    return trainer, chosen.data_dir, []
+    return trainer, data_dir, []
 
 
 def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
@@ -151,12 +154,13 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
     old = Config.from_dict(stored["config"])
     config = replace(preset(chosen.name) if chosen.preset_name else old, **chosen.settings)
     changes = [{"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)]
+    data_dir = data_dir_for(config.dataset, chosen.data_dir)
     use_threads(config)
     with out.status("loading the data ..."):
-        source = matching_source(stored, config, data_dir=chosen.data_dir, download=chosen.download)
+        source = matching_source(stored, config, data_dir=data_dir, download=chosen.download)
     trainer = Trainer(config, source)
     trainer.restore(stored)
-    return trainer, chosen.data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None), changes
+    return trainer, data_dir or (Path(stored["data_dir"]) if stored["data_dir"] else None), changes
 
 
 def _train(
@@ -272,6 +276,7 @@ def evaluate_command(
         stored = load_checkpoint(checkpoint)
         config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **settings})
         use_threads(config)
+        data_dir = data_dir_for(config.dataset, data_dir)
         source = matching_source(stored, config, data_dir=data_dir, download=download)
         trainer = Trainer(config, source)
         load_theta(trainer.theta, stored["theta"])
@@ -380,5 +385,7 @@ def experiment(
                 cells = ", ".join(one.cells) or "none, because it is measured as a whole"
                 raise ConfigError(f"--only: expected a cell of {one.name} ({cells}), got {only!r}")
             out.print(one.title, highlight=False)
-            path = one.record(folder, quick=quick, seed=seed, data_dir=data_dir, only=only, console=out)
+            path = one.record(
+                folder, quick=quick, seed=seed, data_dir=data_dir_for("omniglot", data_dir), only=only, console=out
+            )
             out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)

@@ -14,6 +14,12 @@ OUTER = "Outer loop"
 RUN = "Run"
 
 
+# What runs did that were written before these settings were there.
+IMPLIED = {"colours": "grey", "network": "strided"}
+
+SMALLEST_POOLED = 16  # pixels: what can be halved four times, rounding down
+
+
 class ConfigError(ValueError):
     """A setting, or a combination of settings, that cannot work; the message says what to give instead."""
 
@@ -41,32 +47,46 @@ class Config:
     """
 
     # Data and tasks
-    dataset: Literal["glyphs", "omniglot", "sinusoid"] = setting(
+    dataset: Literal["glyphs", "omniglot", "mini-imagenet", "folder", "sinusoid"] = setting(
         "glyphs",
         DATA,
-        "glyphs: generated characters, needs no file; omniglot: see --data-dir; sinusoid: regression",
+        "glyphs: generated characters, needs no file; omniglot, mini-imagenet, folder (your own images): see --data-dir; "
+        "sinusoid: regression",
         fixed=True,
     )
-    split: Literal["random", "alphabets"] = setting(
+    split: Literal["random", "alphabets", "published"] = setting(
         "random",
         DATA,
-        "classes held out: a random choice, or (alphabets, omniglot only) the evaluation alphabets",
+        "classes held out: a random choice; alphabets: the evaluation alphabets of omniglot; published: that of mini-imagenet",
         fixed=True,
     )
     train_classes: int = setting(
-        1200, DATA, "classes for meta-training in a random split; the others are held out", at_least=1, fixed=True
+        1200,
+        DATA,
+        "classes for meta-training in a random split; the others are held out; 0: three quarters",
+        at_least=0,
+        fixed=True,
     )
     glyph_classes: int = setting(1600, DATA, "number of characters to generate (glyphs)", at_least=2, fixed=True)
     rotations: bool = setting(
-        True, DATA, "in training, turn the characters of a task by multiples of 90 degrees", fixed=True
+        True, DATA, "in training, turn the classes of a task by multiples of 90 degrees", fixed=True
     )
     image_size: int = setting(28, DATA, "height and width of the images in pixels", at_least=8, fixed=True)
+    colours: Literal["grey", "rgb"] = setting(
+        "grey", DATA, "grey or rgb images (folder); mini-imagenet is rgb", fixed=True
+    )
     ways: int = setting(5, DATA, "classes per task", at_least=2, fixed=True)
     shots: int = setting(1, DATA, "support examples per class (sinusoid: per task)", at_least=1, fixed=True)
     query_shots: int = setting(1, DATA, "query examples per class in training", at_least=1, fixed=True)
     eval_query_shots: int = setting(5, DATA, "query examples per class in the evaluations during training", at_least=1)
 
     # Network
+    network: Literal["strided", "pooled"] = setting(
+        "strided",
+        NETWORK,
+        "4 convolutions; strided: with stride 2; pooled: with max-pooling, for mini-imagenet",
+        fixed=True,
+    )
     channels: int = setting(64, NETWORK, "filters per layer (sinusoid: hidden units)", at_least=1, fixed=True)
     zero_head: bool = setting(False, NETWORK, "start the last layer at zero", fixed=True)
 
@@ -145,9 +165,26 @@ class Config:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        self._check_data()
+        self._check_algorithm()
+
+    def _check_data(self) -> None:
         if self.split == "alphabets" and self.dataset != "omniglot":
             raise ConfigError(
                 f"split: expected 'random' for the data set {self.dataset}, which has no alphabets, got 'alphabets'"
+            )
+        if (self.split == "published") != (self.dataset == "mini-imagenet"):
+            raise ConfigError(
+                f"split: expected 'published' for mini-imagenet and for no other data set, got {self.split!r} for {self.dataset}"
+            )
+        if self.dataset != "folder" and (self.colours == "rgb") != (self.dataset == "mini-imagenet"):
+            raise ConfigError(
+                f"colours: expected 'rgb' for mini-imagenet, and 'grey' for drawings, got {self.colours!r} for {self.dataset}"
+            )
+        if self.network == "pooled" and self.image_size < SMALLEST_POOLED:
+            raise ConfigError(
+                f"image_size: expected at least {SMALLEST_POOLED} for network='pooled', which halves it four times, "
+                f"got {self.image_size}"
             )
         if self.dataset == "glyphs" and self.train_classes >= self.glyph_classes:
             raise ConfigError(
@@ -155,6 +192,8 @@ class Config:
                 f"held out, "
                 f"got {self.train_classes}; raise --glyph-classes"
             )
+
+    def _check_algorithm(self) -> None:
         if not self.lam and self.algorithm == "imaml":
             raise ConfigError(
                 "lam: expected a number above 0 for the algorithm imaml, whose gradient is that of the proximal problem, got 0"
@@ -179,6 +218,11 @@ class Config:
             )
 
     @property
+    def needs_files(self) -> bool:
+        """Whether the data are read from a folder."""
+        return self.dataset in ("omniglot", "mini-imagenet", "folder")
+
+    @property
     def is_regression(self) -> bool:
         """Whether the tasks have real targets instead of labels."""
         return self.dataset == "sinusoid"
@@ -194,7 +238,7 @@ class Config:
         Raises:
             ConfigError: a setting is missing, unknown or wrong.
         """
-        known = {f.name for f in fields(Config)}
+        known, values = {f.name for f in fields(Config)}, {**IMPLIED, **values}
         if set(values) != known:
             raise ConfigError(
                 f"expected the settings of this version, got unknown {sorted(set(values) - known)} and missing "

@@ -26,6 +26,12 @@ Solver = GradientDescent | NesterovAGD | NewtonCG
 LinearSolver = CG | Neumann | Identity | Exact
 
 REGIME = "statistics of the batch at hand (transductive)"
+IMAGES = {
+    "glyphs": "generated strokes, ink 1 on background 0",
+    "omniglot": "Omniglot, 105x105 reduced by Lanczos, ink 1 on background 0",
+    "mini-imagenet": "Mini-ImageNet in RGB, 0 to 1, classes of Ravi and Larochelle (64 for training, 20 for test)",
+    "folder": "the user's own, squeezed to a square and reduced by Lanczos, 0 to 1",
+}
 EXACT_LIMIT = 5_000  # parameters: beyond, a dense Hessian for each task is out of reach
 
 
@@ -48,7 +54,14 @@ def build_network(config: Config) -> nn.Module:
         torch.manual_seed(config.seed)
         if config.is_regression:
             return MLP(hidden=config.channels)
-        return ConvNet(config.ways, channels=config.channels, in_size=config.image_size, zero_head=config.zero_head)
+        return ConvNet(
+            config.ways,
+            channels=config.channels,
+            in_size=config.image_size,
+            zero_head=config.zero_head,
+            in_channels=3 if config.colours == "rgb" else 1,
+            pooled=config.network == "pooled",
+        )
 
 
 def conditions(config: Config) -> dict[str, str]:
@@ -57,12 +70,12 @@ def conditions(config: Config) -> dict[str, str]:
         return {}
     size = config.image_size
     inputs = build_network(config).get_submodule("head").in_features
-    source = "Omniglot, 105x105 reduced by Lanczos" if config.dataset == "omniglot" else "generated strokes"
+    halving = "stride 2" if config.network == "strided" else "stride 1 and 2x2 max-pooling"
     return {
         "batch norm": REGIME,
-        "images": f"{size}x{size}, {source}, ink 1 on background 0; test images are not rotated",
-        "network": f"4 convolutions without bias (batch norm would subtract it), {inputs} inputs of the last layer",
-    }
+        "images": f"{size}x{size}, {IMAGES[config.dataset]}; test images are not rotated",
+        "network": f"4 convolutions with {halving}, without bias (batch norm would subtract it), {inputs} inputs of the last layer",
+    } | ({"colours": config.colours} if config.dataset == "folder" else {})
 
 
 def build_method(config: Config, module: nn.Module) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,33 +21,34 @@ EPS = 1e-5  # of batch norm
 
 
 class _Windows(torch.autograd.Function):
-    """The windows of a 3x3 convolution with stride 2 and a border of zeros: (tasks, n, h, w, c) -> (tasks, n h' w', 9 c)."""
+    """The windows of a 3x3 convolution with a border of zeros: (tasks, n, h, w, c) -> (tasks, n h' w', 9 c). Stride 1 or 2."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, stride: int) -> Tensor:
         tasks, n, height, width, channels = x.shape
-        rows, columns = (height + 1) // 2, (width + 1) // 2
-        padded = nn.functional.pad(x, (0, 0, 1, 2 * columns - width, 1, 2 * rows - height)).flatten(0, 1)
+        rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+        right, below = stride * (columns - 1) + 2 - width, stride * (rows - 1) + 2 - height
+        padded = nn.functional.pad(x, (0, 0, 1, right, 1, below)).flatten(0, 1)
         image, row, pixel, _ = padded.stride()
         size = (tasks * n, rows, columns, 3, 3 * channels)  # the three pixels of a row of a window lie side by side
-        windows = padded.as_strided(size, (image, 2 * row, 2 * pixel, row, 1))
+        windows = padded.as_strided(size, (image, stride * row, stride * pixel, row, 1))
         return windows.reshape(tasks, n * rows * columns, 9 * channels)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.images = inputs[0].shape[1:]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        ctx.images, ctx.stride = inputs[0].shape[1:], inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Overlap.apply(grad, ctx.images)
+        return _Overlap.apply(grad, ctx.images, ctx.stride), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Any:
-        return _Windows.apply(tangent)
+    def jvp(ctx: Any, tangent: Tensor, _stride: None) -> Any:
+        return _Windows.apply(tangent, ctx.stride)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int], x: Tensor) -> tuple[Tensor, int]:
-        windows = _Windows.apply(x.movedim(in_dims[0], 0).flatten(0, 1))
+    def vmap(info: Any, in_dims: tuple[int, None], x: Tensor, stride: int) -> tuple[Tensor, int]:
+        windows = _Windows.apply(x.movedim(in_dims[0], 0).flatten(0, 1), stride)
         return windows.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -54,11 +56,17 @@ class _Overlap(torch.autograd.Function):
     """The adjoint of :class:`_Windows`: a pixel is the sum of its copies. ``images`` is (n, h, w, c)."""
 
     @staticmethod
-    def forward(windows: Tensor, images: torch.Size) -> Tensor:
+    def forward(windows: Tensor, images: torch.Size, stride: int) -> Tensor:
         n, height, width, channels = images
-        rows, columns = (height + 1) // 2, (width + 1) // 2
+        rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+        windows = windows.reshape(-1, rows, columns, 3, 3, channels)
+        if stride == 1:  # windows[.., y, x, i, j, :] belongs to the pixel (y + i - 1, x + j - 1)
+            padded = windows.new_zeros(len(windows), rows + 2, columns + 2, channels)
+            for i, j in itertools.product(range(3), range(3)):
+                padded[:, i : i + rows, j : j + columns] += windows[:, :, :, i, j]
+            return padded[:, 1:-1, 1:-1].unflatten(0, (-1, n)).contiguous()
         # windows[.., y, i, x, j, :] belongs to the pixel (2 y + i - 1, 2 x + j - 1): those with i, j > 0 have every pixel once
-        windows = windows.reshape(-1, rows, columns, 3, 3, channels).transpose(2, 3)
+        windows = windows.transpose(2, 3)
         pixels = windows[:, :, 1:, :, 1:].contiguous()
         pixels[:, :-1, 1] += windows[:, 1:, 0, :, 1:]
         pixels[:, :, :, :-1, 1] += windows[:, :, 1:, 1:, 0]
@@ -66,30 +74,32 @@ class _Overlap(torch.autograd.Function):
         return pixels.reshape(-1, n, 2 * rows, 2 * columns, channels)[:, :, :height, :width]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.Size], output: Tensor) -> None:
-        ctx.images = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.Size, int], output: Tensor) -> None:
+        ctx.images, ctx.stride = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Windows.apply(grad), None
+        return _Windows.apply(grad, ctx.stride), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _images: None) -> Any:
-        return _Overlap.apply(tangent, ctx.images)
+    def jvp(ctx: Any, tangent: Tensor, _images: None, _stride: None) -> Any:
+        return _Overlap.apply(tangent, ctx.images, ctx.stride)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], windows: Tensor, images: torch.Size) -> tuple[Tensor, int]:
-        pixels = _Overlap.apply(windows.movedim(in_dims[0], 0).flatten(0, 1), images)
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None], windows: Tensor, images: torch.Size, stride: int
+    ) -> tuple[Tensor, int]:
+        pixels = _Overlap.apply(windows.movedim(in_dims[0], 0).flatten(0, 1), images, stride)
         return pixels.unflatten(0, (info.batch_size, -1)), 0
 
 
-def _first_layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _first_layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> Tensor:
     """Convolution, batch norm, ReLU of images: as :func:`_layer`.
 
-    Mean and variance of the output are those of the windows, mapped by the kernel. A window has nine numbers only, so this saves
-    most passes over the largest activation of the network.
+    Mean and variance of the output are those of the windows, mapped by the kernel. A window has few numbers, nine of a grey
+    image, so this saves most passes over the largest activation of the network.
     """
-    windows = _Windows.apply(x)
+    windows = _Windows.apply(x, stride)
     windows = windows - windows.mean(1, keepdim=True)
     covariance = windows.mT @ windows / windows.shape[1]
     kernel = kernel.flatten(1, 3)
@@ -98,18 +108,18 @@ def _first_layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Ten
     return torch.baddbmm(shift.unsqueeze(1), windows, kernel).relu()
 
 
-def _layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> Tensor:
     """Convolution, batch norm, ReLU: (tasks, n, h, w, c) -> (tasks, n h' w', c').
 
     kernel: (tasks, 3, 3, c, c'). scale, shift: of batch norm, (tasks, c').
     """
     if len(x) > 1 and not _transforms_active():
-        return _Layer.apply(x, kernel, scale, shift)[0]
+        return _Layer.apply(x, kernel, scale, shift, stride)[0]
     if len(x) > 1:
-        y = _Windows.apply(x) @ kernel.flatten(1, 3)
+        y = _Windows.apply(x, stride) @ kernel.flatten(1, 3)
     else:  # PyTorch's convolution is made for that
         y = nn.functional.conv2d(
-            x.squeeze(0).movedim(-1, 1), kernel.squeeze(0).permute(3, 2, 0, 1), stride=2, padding=1
+            x.squeeze(0).movedim(-1, 1), kernel.squeeze(0).permute(3, 2, 0, 1), stride=stride, padding=1
         )
         y = y.movedim(1, -1).flatten(0, 2).unsqueeze(0)
     y = y - y.mean(1, keepdim=True)
@@ -127,14 +137,14 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        c = _Windows.forward(x)
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, ...]:
+        c = _Windows.forward(x, stride)
         y = c @ kernel.flatten(1, 3)
         y -= y.mean(1, keepdim=True)
         r = (y * y).mean(1, keepdim=True).add_(EPS).rsqrt_()
         z = torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1) * r).relu_()
         ctx.set_materialize_grads(False)
-        ctx.images = x.shape[1:]
+        ctx.images, ctx.stride = x.shape[1:], stride
         ctx.save_for_backward(kernel, scale, z, c, y, r)
         return z, c, y, r
 
@@ -149,7 +159,7 @@ class _Layer(torch.autograd.Function):
         again = torch.is_grad_enabled() and not _transforms_active()
         gradient = _LayerGradient.apply if again else _layer_gradient
         dc, dkernel, dscale, dshift = gradient(g, owed, gc, kernel.flatten(1, 3), scale, c, y, r)
-        return _Overlap.apply(dc, ctx.images), dkernel.reshape(kernel.shape), dscale, dshift
+        return _Overlap.apply(dc, ctx.images, ctx.stride), dkernel.reshape(kernel.shape), dscale, dshift, None
 
 
 def _layer_gradient(
@@ -198,12 +208,35 @@ class _LayerGradient(torch.autograd.Function):
         return vg, to_owed, to_gc, vc.mT @ dy, (r * t).squeeze(1), dy @ vkernel.mT, vy, vr
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor, *layers: Tensor) -> Tensor:
+def _max_pool(x: Tensor) -> Tensor:
+    """The largest of each 2x2 pixels, an odd last row or column left out: (tasks, n, h, w, c) -> (tasks, n, h // 2, w // 2, c).
+
+    PyTorch says which pixels they are; taking them is a linear operation, with derivatives of every order in every direction.
+    """
+    tasks, n, height, width, channels = x.shape
+    images = x.detach().flatten(0, 1).movedim(-1, 1)
+    where = nn.functional.max_pool2d(images, 2, return_indices=True)[1].movedim(1, -1)
+    pooled = x.flatten(2, 3).gather(2, where.reshape(tasks, n, -1, channels))
+    return pooled.unflatten(2, (height // 2, width // 2))
+
+
+def _strided_logits(x: Tensor, weight: Tensor, bias: Tensor, *layers: Tensor) -> Tensor:
     """:class:`ConvNet` for a batch of tasks: images (tasks, n, c, h, w), and kernel, scale, shift of each layer."""
     x, layer = x.movedim(2, -1), _first_layer
     for i in range(0, len(layers), 3):
         n, height, width = x.shape[1:4]
-        x = layer(x, *layers[i : i + 3]).unflatten(1, (n, (height + 1) // 2, (width + 1) // 2))
+        kernel, scale, shift = layers[i : i + 3]
+        x = layer(x, kernel, scale, shift, stride=2).unflatten(1, (n, (height + 1) // 2, (width + 1) // 2))
+        layer = _layer
+    return x.movedim(-1, 2).flatten(2) @ weight.mT + bias.unsqueeze(1)
+
+
+def _pooled_logits(x: Tensor, weight: Tensor, bias: Tensor, *layers: Tensor) -> Tensor:
+    """The same with stride 1 and max-pooling."""
+    x, layer = x.movedim(2, -1), _first_layer
+    for i in range(0, len(layers), 3):
+        kernel, scale, shift = layers[i : i + 3]
+        x = _max_pool(layer(x, kernel, scale, shift, stride=1).unflatten(1, x.shape[1:4]))
         layer = _layer
     return x.movedim(-1, 2).flatten(2) @ weight.mT + bias.unsqueeze(1)
 
@@ -269,24 +302,41 @@ class ConvLayer(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Four times (3x3 convolution with stride 2, batch norm, ReLU), then a linear layer (paper, appendix F).
+    """Four times (3x3 convolution, batch norm, ReLU), then a linear layer. Each of the four halves the image.
+
+    pooled: False: by a stride of 2 (paper, appendix F, for Omniglot); a size is rounded up. True: by max-pooling over 2x2
+        pixels after the ReLU (for Mini-ImageNet; Finn et al. 2017); a size is rounded down.
 
     Batch norm uses the statistics of the batch at hand, in training and in test, so the predictions for the images of
     one task depend on one another ("transductive"; so in all published code of this method).
     The convolutions have no bias: batch norm would subtract it again.
 
-    in_size: height and width of the images in pixels; 28 gives the 256 inputs of the last layer of the paper.
+    in_channels: 1 for grey images, 3 for colour.
+    in_size: height and width of the images in pixels; 28 gives the 256 inputs of the last layer of the paper, and 84 with
+        pooling and 32 channels the 800 of MAML's. At least 16 with pooling.
     zero_head: start the last layer at zero, so that no label is preferred before the first adaptation.
 
-    Images (n, 1, in_size, in_size) -> logits (n, ways).
+    Images (n, in_channels, in_size, in_size) -> logits (n, ways).
     """
 
-    def __init__(self, ways: int, channels: int = 64, in_size: int = 28, zero_head: bool = False) -> None:
+    def __init__(
+        self,
+        ways: int,
+        channels: int = 64,
+        in_size: int = 28,
+        zero_head: bool = False,
+        *,
+        in_channels: int = 1,
+        pooled: bool = False,
+    ) -> None:
         super().__init__()
         size = in_size
         for _ in range(4):
-            size = (size + 1) // 2
-        self.body = nn.ModuleList([ConvLayer(channels if i else 1, channels) for i in range(4)])
+            size = size // 2 if pooled else (size + 1) // 2
+        if not size:
+            raise ValueError(f"in_size: expected at least 16, which pooling halves four times, got {in_size}")
+        self._logits = _pooled_logits if pooled else _strided_logits
+        self.body = nn.ModuleList([ConvLayer(channels if i else in_channels, channels) for i in range(4)])
         self.head = nn.Linear(channels * size * size, ways)
         if zero_head:
             nn.init.zeros_(self.head.weight)
@@ -298,7 +348,7 @@ class ConvNet(nn.Module):
         for layer in self.body:
             assert isinstance(layer, ConvLayer)
             tensors += [layer.kernel, layer.scale, layer.shift]
-        return over_tasks(_logits, *tensors)
+        return over_tasks(self._logits, *tensors)
 
 
 class MLP(nn.Module):

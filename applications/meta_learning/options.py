@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -24,8 +25,9 @@ out, err = Console(), Console(stderr=True)
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        help="omniglot: folder with images_background.zip and images_evaluation.zip, or unpacked",
-        envvar="BILEVEL_OMNIGLOT",
+        help="omniglot (or BILEVEL_OMNIGLOT): folder with images_background.zip and images_evaluation.zip, or unpacked; "
+        "mini-imagenet (or BILEVEL_MINI_IMAGENET): with train.csv, test.csv and images, or train and test, or pickles; "
+        "folder: with one folder of images for each class",
         rich_help_panel=START,
     ),
 ]
@@ -33,6 +35,15 @@ Download = Annotated[
     bool,
     typer.Option("--download", help="omniglot: fetch the archives (14 MB) if missing", rich_help_panel=START),
 ]
+
+ENVIRONMENT = {"omniglot": "BILEVEL_OMNIGLOT", "mini-imagenet": "BILEVEL_MINI_IMAGENET"}
+
+
+def data_dir_for(dataset: str, given: Path | None) -> Path | None:
+    """The folder that was named, by the option or in the environment."""
+    named = os.environ.get(ENVIRONMENT.get(dataset, ""))
+    return given or (Path(named) if named else None)
+
 
 TEST_SETTINGS = [f.name for f in fields(Config) if f.metadata["panel"] == INNER] + ["device", "threads"]
 

@@ -150,7 +150,7 @@ class Run:
 
     def __init__(self, trainer: Trainer, folder: Path, *, data_dir: Path | None, log: RunLog, display: Display) -> None:
         self.trainer, self.folder, self.log, self.display = trainer, folder, log, display
-        needs_files = trainer.config.dataset == "omniglot"
+        needs_files = trainer.config.needs_files
         self.data_dir = str(data_dir.expanduser().resolve()) if data_dir and needs_files else None
 
     def start(self) -> None:

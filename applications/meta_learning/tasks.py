@@ -9,6 +9,7 @@ import torch
 
 from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.data import (
+    DataError,
     ImageClasses,
     Sampler,
     SinusoidSampler,
@@ -16,7 +17,10 @@ from applications.meta_learning.data import (
     TaskSampler,
     alphabet_split,
     generate_glyphs,
+    load_folder,
+    load_mini_imagenet,
     load_omniglot,
+    published_split,
     random_split,
 )
 
@@ -58,9 +62,11 @@ class TaskSource:
                 seed=seed,
                 device=device,
                 dtype=dtype,
+                counts=self.classes.counts,
             )
         except ValueError as error:
-            raise ConfigError(f"these tasks cannot be drawn from {config.dataset}: {error}") from error
+            hint = "; see --eval-query-shots, and in imaml evaluate --query-shots and --protocol" if held_out else ""
+            raise ConfigError(f"these tasks cannot be drawn from {config.dataset}: {error}{hint}") from error
 
 
 def load_source(
@@ -78,18 +84,56 @@ def load_source(
         return TaskSource(classes=None, split=None, key="sinusoid")
     if config.dataset == "omniglot":
         classes = load_omniglot(data_dir, size=config.image_size, download=download)
+    elif config.dataset == "mini-imagenet":
+        classes = load_mini_imagenet(data_dir, size=config.image_size)
+    elif config.dataset == "folder":
+        classes = load_folder(data_dir, size=config.image_size, colours=config.colours)
     else:
         classes = generate_glyphs(config.glyph_classes, GLYPH_DRAWINGS, seed=config.seed, size=config.image_size)
-    if split is None:
-        try:
-            split = (
-                alphabet_split(classes)
-                if config.split == "alphabets"
-                else random_split(classes, num_train=config.train_classes, seed=config.seed)
-            )
-        except ValueError as error:
-            raise ConfigError(f"{config.dataset} cannot be split like this: {error}") from error
+    split = split or _draw_split(config, classes)
+    if classes.counts is not None:
+        _check_enough(config, classes, split)
     return TaskSource(classes=classes, split=split, key=classes.source_key)
+
+
+def _draw_split(config: Config, classes: ImageClasses) -> Split:
+    try:
+        if config.split == "alphabets":
+            return alphabet_split(classes)
+        if config.split == "published":
+            return published_split(classes)
+        # The held-out classes must be enough for a task.
+        num_train = config.train_classes or max(1, classes.num_classes - max(config.ways, classes.num_classes // 4))
+        return random_split(classes, num_train=num_train, seed=config.seed)
+    except ValueError as error:
+        raise ConfigError(f"{config.dataset} cannot be split like this: {error}") from error
+
+
+def _check_enough(config: Config, classes: ImageClasses, split: Split) -> None:
+    """Before hours of training: both parts have the classes, and every class the images, that the tasks take.
+
+    Raises:
+        DataError: they have not.
+    """
+    evaluated = max(config.shots, config.eval_query_shots if config.eval_interval else 0)
+    counts = classes.images_per_class
+    for part, indices, queries, option in (
+        ("training", split.train, config.query_shots, "--query-shots"),
+        ("held-out", split.test, evaluated, "--eval-query-shots"),
+    ):
+        if len(indices) < config.ways:
+            raise DataError(
+                f"{config.dataset}: {config.ways}-way tasks need {config.ways} classes for training and as many others held "
+                f"out; of the {classes.num_classes} classes {len(indices)} are {part}; add classes, or change --ways or "
+                "--train-classes"
+            )
+        few = [i for i in indices if counts[i] < config.shots + queries]
+        if few:
+            raise DataError(
+                f"{config.dataset}: a {part} class needs {config.shots} support and {queries} query images, and {len(few)} "
+                f"of {len(indices)} have fewer ({classes.names[few[0]]!r} has {counts[few[0]]}); add images, take such "
+                f"classes out, or lower --shots or {option}"
+            )
 
 
 def dtype_of(config: Config) -> torch.dtype:

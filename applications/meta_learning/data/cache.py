@@ -1,4 +1,4 @@
-"""The decoded drawings in one file, so that they are decoded once.
+"""The decoded images in one file, so that they are decoded once.
 
 The file is a NumPy .npz without pickled objects. It is written beside its place and then moved there, so it is whole or
 absent; what is there and cannot be read back, or belongs to other files, is ignored and written again.
@@ -16,8 +16,8 @@ import torch
 from applications.meta_learning.data.classes import ImageClasses
 
 
-def cached(path: Path, key: str, shape: tuple[int, ...], build: Callable[[], ImageClasses]) -> ImageClasses:
-    """What `build` gives, from `path` if it was put there under the same `key` (and has this `shape`).
+def cached(path: Path, key: str, shape: tuple[int, ...] | None, build: Callable[[], ImageClasses]) -> ImageClasses:
+    """What `build` gives, from `path` if it was put there under the same `key` (and has this `shape`; None: any).
 
     Warns, and goes on without a cache, where `path` cannot be written.
     """
@@ -39,19 +39,20 @@ def cached(path: Path, key: str, shape: tuple[int, ...], build: Callable[[], Ima
     return classes
 
 
-def _load(path: Path, key: str, shape: tuple[int, ...]) -> ImageClasses:
+def _load(path: Path, key: str, shape: tuple[int, ...] | None) -> ImageClasses:
     with np.load(path, allow_pickle=False) as file:
         found = str(file["key"])
         if found != key:
             raise ValueError(f"expected the key {key}, found {found}")
         images = file["images"]
-        if images.shape != shape:
+        if shape is not None and images.shape != shape:
             raise ValueError(f"expected images of shape {shape}, found {images.shape}")
         return ImageClasses(
             images=torch.from_numpy(images),
             names=tuple(file["names"].tolist()),
             groups=tuple(file["groups"].tolist()),
             source_key=str(file["source_key"]),
+            counts=(tuple(file["counts"].tolist()) if "counts" in file else ()) or None,
         )
 
 
@@ -66,6 +67,7 @@ def _store(path: Path, key: str, classes: ImageClasses) -> None:
                 names=np.array(classes.names),
                 groups=np.array(classes.groups),
                 source_key=np.array(classes.source_key),
+                counts=np.array(classes.counts or (), dtype=np.int64),
             )
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave a name without its contents

@@ -12,9 +12,11 @@ class DataError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageClasses:
-    """Drawings of `num_classes` classes, the same number of each.
+    """Images of `num_classes` classes.
 
-    images: uint8, (num_classes, drawings, height, width); ink is 255, background 0.
+    images: uint8. Drawings: (num_classes, drawings, height, width); ink is 255, background 0. With `counts`:
+        (images, channels, height, width), class after class.
+    counts: images of each class, where classes have different numbers of them.
     names: one per class, e.g. "images_background/Greek/character07".
     groups: one per class: the published set that it belongs to ("background" or "evaluation" for Omniglot).
     source_key: hash of what the images were made from; the same for the same drawings in another container.
@@ -24,12 +26,18 @@ class ImageClasses:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     source_key: str
+    counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise ValueError(
-                "images: expected a uint8 tensor (num_classes, drawings, height, width), got "
+                "images: expected a uint8 tensor (num_classes, drawings, height, width), or with counts (images, channels, height, "
+                "width), got "
                 f"{self.images.dtype} of shape {tuple(self.images.shape)}"
+            )
+        if self.counts is not None and sum(self.counts) != len(self.images):
+            raise ValueError(
+                f"counts: expected numbers that add up to the {len(self.images)} images, got {sum(self.counts)}"
             )
         if not len(self.names) == len(self.groups) == self.num_classes:
             raise ValueError(
@@ -40,9 +48,9 @@ class ImageClasses:
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return self.images.shape[0]
+        return self.images.shape[0] if self.counts is None else len(self.counts)
 
     @property
-    def drawings_per_class(self) -> int:
-        """Number of drawings of each class."""
-        return self.images.shape[1]
+    def images_per_class(self) -> tuple[int, ...]:
+        """Number of images of each class."""
+        return (self.images.shape[1],) * self.num_classes if self.counts is None else self.counts

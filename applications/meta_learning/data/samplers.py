@@ -33,13 +33,15 @@ class Sampler(Protocol):
 class TaskSampler:
     """N-way K-shot classification tasks from images of classes.
 
-    A task draws `ways` characters without replacement, in random order (the order gives the labels 0 ... ways-1), and
-    `shots + query_shots` drawings of each without replacement. With `rotations`, each character of a task is turned by
-    a random multiple of 90 degrees (all its drawings alike), so a class is a (character, rotation) pair; one character
+    A task draws `ways` classes without replacement, in random order (the order gives the labels 0 ... ways-1), and
+    `shots + query_shots` images of each without replacement. With `rotations`, each class of a task is turned by
+    a random multiple of 90 degrees (all its images alike), so what is told apart are (class, rotation) pairs; one class
     is never in a task twice.
 
-    images: uint8 (num_classes, drawings, height, width); the classes in use are copied to `device` once.
+    images: uint8 (num_classes, drawings, height, width), or with `counts` (images, channels, height, width), class after
+        class; the classes in use are copied to `device` once.
     class_indices: the classes to draw from, e.g. `split.train`.
+    counts: images of each class.
     """
 
     def __init__(
@@ -54,49 +56,56 @@ class TaskSampler:
         seed: int,
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
+        counts: Sequence[int] | None = None,
     ) -> None:
-        indices = _checked_classes(images, class_indices)
+        indices = _checked_classes(images, class_indices, counts)
         _check_counts(ways=ways, shots=shots, query_shots=query_shots)
-        drawings, height, width = images.shape[1:]
+        images, sizes = _used(images, indices, counts)
+        drawings, (height, width) = int(sizes.min()), images.shape[-2:]
         if ways < 2:
             raise ValueError(f"ways: expected at least 2 classes per task, got {ways}")
         if ways > len(indices):
             raise ValueError(f"ways: expected at most the {len(indices)} classes to draw from, got {ways}")
         if shots + query_shots > drawings:
             raise ValueError(
-                f"expected shots + query_shots <= {drawings}, the drawings of a class (support and query share none), "
+                f"expected shots + query_shots <= {drawings}, the images of the smallest class (support and query share none), "
                 f"got {shots} + {query_shots}"
             )
         if rotations and height != width:
             raise ValueError(f"rotations need square images, got {height} x {width}; use rotations=False")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating type, got {dtype}")
-        self._images = images[indices].to(device)
+        self._images = images.to(device)
+        self._first, self._sizes = sizes.cumsum(0) - sizes, sizes
         self._ways, self._shots, self._query_shots = ways, shots, query_shots
         self._rotations = rotations
         self._dtype = dtype
         self._generator = _generator(seed)
 
     def sample(self, num_tasks: int) -> TaskBatch:
-        """x: `dtype` in [0, 1], (tasks, ways*shots, 1, height, width), class by class; y: int64 (tasks, ways*shots)."""
+        """x: `dtype` in [0, 1], (tasks, ways*shots, channels, height, width), class by class; y: int64 (tasks, ways*shots)."""
         _check_counts(num_tasks=num_tasks)
-        num_classes, drawings, height, width = self._images.shape
-        per_class = self._shots + self._query_shots
+        image = self._images.shape[1:]
+        per_class, largest = self._shots + self._query_shots, int(self._sizes.max())
         # The largest of independent uniform scores: a random choice without replacement, in random order.
-        characters = self._scores(num_tasks, num_classes).topk(self._ways).indices
-        chosen = self._scores(num_tasks, self._ways, drawings).topk(per_class).indices
-        rows = characters.unsqueeze(-1) * drawings + chosen  # (tasks, ways, per_class)
-        x = self._images.flatten(0, 1).index_select(0, rows.flatten().to(self._images.device))
-        x = x.view(num_tasks * self._ways, per_class, height, width)
+        classes = self._scores(num_tasks, len(self._sizes)).topk(self._ways).indices
+        scores = self._scores(num_tasks, self._ways, largest)
+        missing = torch.arange(largest) >= self._sizes[classes].unsqueeze(
+            -1
+        )  # a smaller class has fewer to choose from
+        chosen = scores.masked_fill_(missing, -1).topk(per_class).indices
+        rows = self._first[classes].unsqueeze(-1) + chosen  # (tasks, ways, per_class)
+        x = self._images.index_select(0, rows.flatten().to(self._images.device))
+        x = x.view(num_tasks * self._ways, per_class, *image)
         if self._rotations:
             quarters = torch.randint(4, (num_tasks * self._ways,), generator=self._generator)
             x = _rotate(x, quarters.to(x.device))
-        x = x.view(num_tasks, self._ways, per_class, height, width)
+        x = x.view(num_tasks, self._ways, per_class, *image)
         labels = torch.arange(self._ways, device=x.device)
 
-        def examples(part: Tensor) -> dict[str, Tensor]:  # part: (tasks, ways, shots, height, width)
+        def examples(part: Tensor) -> dict[str, Tensor]:  # part: (tasks, ways, shots, channels, height, width)
             y = labels.repeat_interleave(part.shape[2]).repeat(num_tasks, 1)
-            return {"x": part.to(self._dtype).div_(255).view(num_tasks, -1, 1, height, width), "y": y}
+            return {"x": part.to(self._dtype).div_(255).view(num_tasks, -1, *image), "y": y}
 
         return {"support": examples(x[:, :, : self._shots]), "query": examples(x[:, :, self._shots :])}
 
@@ -163,7 +172,18 @@ def _choose(first: Tensor, second: Tensor, which: Tensor) -> Tensor:
     return torch.cat([first, second]).index_select(0, which * len(first) + here)
 
 
-def _checked_classes(images: Tensor, class_indices: Sequence[int] | Tensor) -> Tensor:
+def _used(images: Tensor, indices: Tensor, counts: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """The images of these classes, (images, channels, height, width), and how many each class has."""
+    if counts is None:
+        drawings = images[indices]
+        return drawings.flatten(0, 1).unsqueeze(1), torch.full((len(indices),), images.shape[1])
+    sizes = torch.as_tensor(counts)
+    first = sizes.cumsum(0) - sizes
+    rows = [torch.arange(int(first[i]), int(first[i] + sizes[i])) for i in indices]
+    return images[torch.cat(rows)], sizes[indices]
+
+
+def _checked_classes(images: Tensor, class_indices: Sequence[int] | Tensor, counts: Sequence[int] | None) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(f"images: expected a tensor (the .images of ImageClasses), got {type(images).__name__}")
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -179,10 +199,13 @@ def _checked_classes(images: Tensor, class_indices: Sequence[int] | Tensor) -> T
         raise ValueError(
             "class_indices: expected every class once; one that is there twice could meet itself in a task"
         )
-    outside = indices[(indices < 0) | (indices >= len(images))]
+    if counts is not None and sum(counts) != len(images):
+        raise ValueError(f"counts: expected numbers that add up to the {len(images)} images, got {sum(counts)}")
+    num_classes = len(images) if counts is None else len(counts)
+    outside = indices[(indices < 0) | (indices >= num_classes)]
     if len(outside):
         raise ValueError(
-            f"class_indices: expected 0 to {len(images) - 1} ({len(images)} classes), got {int(outside[0])}; "
+            f"class_indices: expected 0 to {num_classes - 1} ({num_classes} classes), got {int(outside[0])}; "
             "does the split belong to this data set?"
         )
     return indices.to(images.device)

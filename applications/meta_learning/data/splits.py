@@ -67,6 +67,17 @@ def random_split(classes: ImageClasses, num_train: int, seed: int) -> Split:
     return Split(name="random", train=tuple(order[:num_train]), test=tuple(order[num_train:]))
 
 
+def published_split(classes: ImageClasses) -> Split:
+    """The groups 'train' and 'test' of a data set that was published with them (Mini-ImageNet: 64 / 20)."""
+    if set(classes.groups) != {"train", "test"}:
+        raise ValueError(
+            f"a published split needs the groups 'train' and 'test', got {sorted(set(classes.groups))}; use a random "
+            "split for this data set"
+        )
+    train, test = (tuple(i for i, group in enumerate(classes.groups) if group == name) for name in ("train", "test"))
+    return Split(name="published", train=train, test=test)
+
+
 def alphabet_split(classes: ImageClasses) -> Split:
     """Omniglot's own split: no alphabet is in both sets (background for training, evaluation for test; 964 / 659)."""
     if set(classes.groups) != {"background", "evaluation"}:

@@ -1,0 +1,33 @@
+"""The user's own images: one folder for each class, ``<folder>/<class>/<image>.png`` or ``.jpg``."""
+
+from pathlib import Path
+
+from applications.meta_learning.data.classes import DataError, ImageClasses
+from applications.meta_learning.data.files import Colours, ImageFiles, class_folders
+
+FEWEST_CLASSES = 4
+
+
+def load_folder(
+    data_dir: Path | str | None, cache_dir: Path | str | None = None, size: int = 28, colours: Colours = "rgb"
+) -> ImageClasses:
+    """All classes in the order of their names. Classes may have different numbers of images.
+
+    cache_dir: where the decoded images are kept. None: the user's cache folder.
+    size: height and width to which every image is reduced.
+
+    Raises `DataError` for a folder without classes, a class without images, and a file that is no image.
+    """
+    if data_dir is None:
+        raise DataError(
+            "expected the folder of your images, <folder>/<class>/<image>.png or .jpg; name it with --data-dir"
+        )
+    folder = Path(data_dir).expanduser()
+    files = class_folders(folder)
+    if len(files) < FEWEST_CLASSES:
+        raise DataError(
+            f"{folder}: expected at least {FEWEST_CLASSES} classes, two to train on and two to hold out, found "
+            f"{len(files)} ({', '.join(files)}); add classes"
+        )
+    found = ImageFiles(files=files, groups=("folder",) * len(files))
+    return found.load("folder", None if cache_dir is None else Path(cache_dir).expanduser(), size, colours)
