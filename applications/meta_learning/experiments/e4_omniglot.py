@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from applications.meta_learning.config import Config
 from applications.meta_learning.evaluate import PAPER, TIGHT, Protocol
@@ -275,13 +275,9 @@ def _difference(values: list[float]) -> str:
 
 
 def _at_time(run: Numbers, seconds: float) -> float:
-    """Accuracy of the last evaluation that had come by then, interpolated to the time."""
+    """Accuracy at a time, interpolated between two evaluations; the last one after the end."""
     curve = run["curve"]
-    for before, after in itertools.pairwise(curve):
-        if after["step_seconds"] >= seconds > before["step_seconds"]:
-            share = (seconds - before["step_seconds"]) / (after["step_seconds"] - before["step_seconds"])
-            return float(before["mean"] + share * (after["mean"] - before["mean"]))
-    return float(curve[-1]["mean"])
+    return float(np.interp(seconds, [point["step_seconds"] for point in curve], [point["mean"] for point in curve]))
 
 
 def _met(runs: list[Numbers]) -> list[str]:

@@ -104,7 +104,8 @@ class E7GradientAccuracy(Experiment):
                     _panel(axes, result["steps"], cell)
                     axes.set(title=f"{start}, λ = {lam:g}", xlabel="inner steps")
                 row[0].set_ylabel("relative error against the path's gradient")
-            grid[0, 0].legend(fontsize=7)
+            handles = grid[0, -1].get_legend_handles_labels()  # it has every line
+            figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize=8)
             figure.savefig(path)
             plt.close(figure)
 

@@ -1,0 +1,123 @@
+"""E4: the cells of Table 2, and the numbers that its page makes of runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from typer.testing import CliRunner
+
+from applications.meta_learning.algorithms import MAML, FirstOrderMAML, ImplicitMAML, Reptile
+from applications.meta_learning.cli import app
+from applications.meta_learning.experiments import e4_omniglot as e4
+from applications.meta_learning.experiments.base import Request
+from applications.meta_learning.method import build_method, build_network
+from bilevel.linsys import Identity
+
+RUNNER = CliRunner()
+
+
+def request_for(folder: Path, **changes: Any) -> Request:
+    return Request(**{"quick": False, "seed": 0, "data_dir": Path("omniglot"), "parts": folder, **changes})
+
+
+def test_the_cells_are_the_rows_of_the_table(tmp_path: Path) -> None:
+    kinds = {"gd": ImplicitMAML, "hf": ImplicitMAML, "fo": FirstOrderMAML, "maml": MAML, "reptile": Reptile}
+    kinds |= {e4.OURS: ImplicitMAML, e4.OURS_FIRST_ORDER: ImplicitMAML}
+    for table in (e4.E4CPU(), e4.E4()):
+        assert len(set(table.cells)) == len(table.runs)
+        for cell in table.runs:
+            config = table.config(cell, request_for(tmp_path))
+            assert (f"{config.ways}w{config.shots}s", config.split, config.seed) == (cell.column, cell.split, cell.seed)
+            assert (config.outer_steps, config.meta_batch) == (table.steps, table.batch)
+            if cell.split == "random" and cell.seed == 0:
+                algorithm = build_method(config, build_network(config)).algorithm
+                assert type(algorithm) is kinds[cell.row]
+                assert (cell.row == e4.OURS_FIRST_ORDER) == (getattr(algorithm, "linsys", None) == Identity())
+
+
+def test_our_two_rows_differ_in_the_linear_system_alone(tmp_path: Path) -> None:
+    one, other = (
+        e4.E4CPU().config(e4.Cell("5w1s", row, "random", 0), request_for(tmp_path)).to_dict()
+        for row in (e4.OURS, e4.OURS_FIRST_ORDER)
+    )
+    assert {key for key in one if one[key] != other[key]} == {"linear", "curvature"}
+
+
+def run(row: str, seed: int, means: list[float], seconds: float, final: float) -> dict[str, Any]:
+    """A run whose evaluations come at equal times."""
+    times = np.linspace(0, seconds, len(means))
+    return {
+        "row": row,
+        "seed": seed,
+        "curve": [
+            {"step": i, "step_seconds": float(t), "mean": m} for i, (t, m) in enumerate(zip(times, means, strict=True))
+        ],
+        "step_seconds": seconds,
+        "tests": {"paper": {"mean": 0.0, "interval": 0.0}, "tight": {"mean": final, "interval": 0.01}},
+    }
+
+
+def test_accuracy_at_a_time_is_interpolated() -> None:
+    one = run("gd", 0, [0.2, 0.6, 0.8], 10.0, 0.8)
+    for seconds in (0.0, 1.0, 5.0, 7.5, 10.0, 20.0):
+        assert e4._at_time(one, seconds) == pytest.approx(np.interp(seconds, [0, 5, 10], [0.2, 0.6, 0.8]))
+
+
+def test_differences_are_taken_seed_by_seed_with_students_interval() -> None:
+    ours = [run("gd", s, [0.2, 0.5, 0.8], 20.0, final) for s, final in enumerate((0.90, 0.92, 0.97))]
+    others = [run("fo", s, [0.2, 0.6, 0.7], 10.0, final) for s, final in enumerate((0.88, 0.89, 0.90))]
+    (line,) = [text for text in e4._comparison([*others, *ours]) if text.startswith("| iMAML, gradient descent")]
+    steps, times = line.split("|")[2:4]
+    differences = np.array([2.0, 3.0, 7.0])
+    half = scipy.stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
+    assert steps.strip() == f"{differences.mean():+.2f} ± {half:.2f}"
+    assert times.strip() == "-20.00 ± 0.00"  # after 10 s: 0.5 against 0.7
+
+
+def test_one_cell_by_name_and_a_page_of_what_is_there(tmp_path: Path) -> None:
+    wrong = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "nothing", "--out", str(tmp_path)])
+    assert wrong.exit_code == 2 and "--only: expected a cell of e4_omniglot_cpu (5w1s-ours-random-0" in wrong.output
+    whole = RUNNER.invoke(app, ["experiment", "e1", "--only", "nothing", "--out", str(tmp_path)])
+    assert whole.exit_code == 2 and "measured as a whole" in whole.output
+    done = RUNNER.invoke(
+        app, ["experiment", "e4_omniglot_cpu", "--quick", "--only", "5w1s-gd-random-0", "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "e4_omniglot_cpu.json").read_text())
+    assert list(stored["result"]["runs"]) == ["5w1s-gd-random-0"]
+    count = len(e4.E4CPU().runs)
+    assert f"{count - 1} of {count} runs are not measured yet" in (tmp_path / "e4_omniglot_cpu.md").read_text()
+
+
+def test_a_stopped_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from applications.meta_learning.experiments import training
+
+    cell, table = e4.E4CPU().runs[0], e4.E4CPU()
+    request = request_for(tmp_path, quick=True, data_dir=None, only=cell.name)
+    config = table.config(cell, request)
+    protocols = (e4.Protocol(name="paper", tasks=4, query_shots=None),)
+    whole = training.trained(request_for(tmp_path / "whole"), cell.name, config, protocols, 1)
+
+    class StopAfterOneStep:
+        calls = 0
+
+        def __call__(self) -> bool:
+            StopAfterOneStep.calls += 1
+            return StopAfterOneStep.calls > 1
+
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(training, "stop_on_signals", lambda: nullcontext(StopAfterOneStep()))
+    with pytest.raises(KeyboardInterrupt):
+        training.trained(request, cell.name, config, protocols, 1)
+    monkeypatch.undo()
+    again = training.trained(request, cell.name, config, protocols, 1)
+    times = {"seconds", "step_seconds"}
+    assert again["tests"] == whole["tests"]
+    assert [{k: v for k, v in p.items() if k not in times} for p in again["curve"]] == [
+        {k: v for k, v in p.items() if k not in times} for p in whole["curve"]
+    ]
+    assert again["steps"] == whole["steps"] == 2
