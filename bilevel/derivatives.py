@@ -436,7 +436,7 @@ class _GaussNewtonProduct:
         if flat.problem.model is None:
             raise ValueError(
                 "GaussNewton() needs a problem of the form output_loss(predict(phi, data), data): build it with "
-                "ProximalProblem.from_model, or use Hessian()."
+                "ProximalProblem.from_model or LearnedProximalProblem.from_model, or use Hessian()."
             )
         levels = with_axis(objective.levels)
         predict = over_levels(flat.predict, levels)

@@ -101,6 +101,40 @@ def prepare(
     Raises:
         TypeError, ValueError: what was expected, what came, what to do.
     """
+    _check_circumstances(problem, batched, theta_batched)
+    theta_leaves, theta_structure = flatten(theta)
+    _check_variable("theta", theta_leaves, theta_structure.paths())
+    data_leaves, data_structure = flatten(data)
+    data_tensors = _check_data(data_leaves, data_structure.paths(), theta_leaves[0].device)
+    tensors = [*theta_leaves, *data_tensors]
+    flags = (theta_batched,) * len(theta_leaves) + (True,) * len(data_tensors)
+    levels: Levels = ()
+    sizes: tuple[int, ...] = ()
+    if batched:
+        paths = [f"theta{path}" for path in theta_structure.paths()]
+        paths += [f"data{p}" for p, x in zip(data_structure.paths(), data_leaves, strict=True) if isinstance(x, Tensor)]
+        levels = (flags,)
+        sizes = (_task_count([(path, x) for path, x, flag in zip(paths, tensors, flags, strict=True) if flag]),)
+    static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
+    flat = flat_type(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
+    if phi is None:
+        layout, phi_leaves = _initial(flat, tensors, levels)
+        phi_name = "initial_phi"
+    else:
+        layout, phi_leaves = _given(phi, sizes, phi_name)
+    _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
+    start = layout.ravel(phi_leaves).detach().contiguous()  # what all tasks share is a view, which forward mode refuses
+    return Call(
+        flat_type(problem, layout, theta_structure, data_structure, static),
+        tensors,
+        levels,
+        sizes,
+        start,
+        programs=Programs.of(problem) if compile else None,
+    )
+
+
+def _check_circumstances(problem: BilevelProblem, batched: bool, theta_batched: bool) -> None:
     if not isinstance(problem, BilevelProblem):
         raise TypeError(
             f"problem: expected a BilevelProblem, got {type(problem).__name__}. "
@@ -112,40 +146,6 @@ def prepare(
         )
     if theta_batched and not batched:
         raise ValueError("theta_batched=True needs batched=True: it says that theta has the task axis of the batch.")
-    theta_leaves, theta_structure = flatten(theta)
-    _check_variable("theta", theta_leaves, theta_structure.paths())
-    data_leaves, data_structure = flatten(data)
-    data_tensors = _check_data(data_leaves, data_structure.paths(), theta_leaves[0].device)
-    tensors = [*theta_leaves, *data_tensors]
-    flags = (theta_batched,) * len(theta_leaves) + (True,) * len(data_tensors)
-    sizes: tuple[int, ...] = ()
-    if batched:
-        names = [f"theta{path}" for path in theta_structure.paths()]
-        names += [
-            f"data{path}"
-            for path, leaf in zip(data_structure.paths(), data_leaves, strict=True)
-            if isinstance(leaf, Tensor)
-        ]
-        sizes = (_task_count([(name, t) for name, t, flag in zip(names, tensors, flags, strict=True) if flag]),)
-    levels = (flags,) if batched else ()
-    static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
-    flat = flat_type(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
-    if phi is None:
-        layout, phi_leaves = _initial(flat, tensors, levels)
-        phi_name = "initial_phi"
-    else:
-        layout, phi_leaves = _given(phi, sizes, phi_name)
-    _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
-    return Call(
-        flat_type(problem, layout, theta_structure, data_structure, static),
-        tensors,
-        levels,
-        sizes,
-        layout.ravel(phi_leaves)
-        .detach()
-        .contiguous(),  # a start that all tasks share is a view, which forward mode refuses
-        programs=Programs.of(problem) if compile else None,
-    )
 
 
 def refuse_transforms(call: Call, name: str) -> None:

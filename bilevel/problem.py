@@ -136,9 +136,9 @@ class _FunctionProblem(BilevelProblem):
     def __init__(
         self, inner: Callable[..., Tensor], outer: Callable[..., Tensor], initial: Callable[..., Tree] | None
     ) -> None:
-        _require_callables(inner_objective=inner, outer_loss=outer)
+        require_callables(inner_objective=inner, outer_loss=outer)
         if initial is not None:
-            _require_callables(initial_phi=initial)
+            require_callables(initial_phi=initial)
         self._inner, self._outer, self._initial = inner, outer, initial
 
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -178,7 +178,7 @@ class ProximalProblem(BilevelProblem):
             bool(((weights := torch.as_tensor(leaf)) > 0).logical_and(weights.isfinite()).all())
             for leaf in flatten(self.lam)[0]
         )
-        if not self._positive and not (self._square and _is_positive_definite(self.lam)):
+        if not self._positive and not (self._square and is_positive_definite(self.lam)):
             raise ValueError(f"lam: expected positive numbers or a symmetric positive definite matrix, got {lam!r}.")
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
@@ -261,7 +261,7 @@ class ProximalProblem(BilevelProblem):
         if d != len(self.lam):
             raise ValueError(f"lam: expected a ({d}, {d}) matrix for this theta, got {tuple(self.lam.shape)}.")
         if not self._checked_matrix:
-            if not _is_positive_definite(self.lam):
+            if not is_positive_definite(self.lam):
                 raise ValueError("lam: expected a symmetric positive definite matrix, got one that is not.")
             self._checked_matrix = True
         return layout.unravel(fn(layout.ravel(leaves)))
@@ -294,7 +294,7 @@ class ProximalProblem(BilevelProblem):
     @staticmethod
     def from_losses(train_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
         """A proximal problem from two functions of (phi, data)."""
-        _require_callables(train_loss=train_loss, test_loss=test_loss)
+        require_callables(train_loss=train_loss, test_loss=test_loss)
         return _LossesProblem(train_loss, test_loss, lam)
 
     @staticmethod
@@ -303,7 +303,7 @@ class ProximalProblem(BilevelProblem):
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
         """
-        _require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
+        require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
         return _ModelProblem(predict, output_loss, test_loss, lam)
 
 
@@ -347,7 +347,8 @@ def _as_weight(lam: Any) -> float | Tensor:
     raise TypeError(f"lam: expected positive numbers or real floating tensors, got {type(lam).__name__} {lam!r}.")
 
 
-def _is_positive_definite(matrix: Tensor) -> bool:
+def is_positive_definite(matrix: Tensor) -> bool:
+    """Whether the matrix ``(d, d)`` is symmetric positive definite."""
     return torch.allclose(matrix, matrix.mT) and int(torch.linalg.cholesky_ex(matrix).info) == 0
 
 
@@ -355,7 +356,8 @@ def _like(x: Tensor, lam: float | Tensor) -> Any:
     return lam.to(dtype=x.dtype, device=x.device) if isinstance(lam, Tensor) else lam
 
 
-def _require_callables(**functions: Any) -> None:
+def require_callables(**functions: Any) -> None:
+    """Refuse what is no function, by the name of the argument."""
     for name, fn in functions.items():
         if not callable(fn):
             raise TypeError(f"{name}: expected a function, got {type(fn).__name__}.")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Loss, _is_positive_definite, _require_callables
+from bilevel.problem import BilevelProblem, Loss, is_positive_definite, require_callables
 from bilevel.trees import LEAF, Layout, Tree, flatten, layout_of, tree_map, unflatten
 
 
@@ -146,7 +146,7 @@ class Matrix(Kind):
         if not lam.is_floating_point():
             raise TypeError(f"lam: expected a real floating matrix, got {lam.dtype}.")
         matrix = lam.detach().to(like)
-        if not _is_positive_definite(matrix):
+        if not is_positive_definite(matrix):
             raise ValueError(f"lam: expected a symmetric positive definite matrix, got {lam!r}.")
         factor = torch.linalg.cholesky(matrix)
         roots = factor.diagonal()
@@ -200,7 +200,7 @@ class LearnedProximalProblem(BilevelProblem):
     knows_curvature = True
 
     def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
-        _require_callables(train_loss=train_loss, test_loss=test_loss)
+        require_callables(train_loss=train_loss, test_loss=test_loss)
         if not isinstance(kind, Kind):
             hint = f" Did you mean {kind.__name__}()?" if isinstance(kind, type) else ""
             raise TypeError(f"kind: expected Scalar(), PerLeaf(), Diagonal() or Matrix(), got {kind!r}.{hint}")
@@ -212,7 +212,7 @@ class LearnedProximalProblem(BilevelProblem):
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
         """
-        _require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
+        require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
         return LearnedProximalProblem(_Composed(predict, output_loss), test_loss, kind)
 
     def initial_theta(self, centre: Tree, lam: Any = 1.0) -> dict[str, Tree]:
