@@ -141,13 +141,14 @@ class TracedObjective(Objective):
 
     def value(self, phi: Tensor) -> Tensor:
         """See the base class."""
+        self._gradient_program(phi)
         program = self._whole("value", lambda objective, phi: objective.value(phi), phi)
         return super().value(phi) if program is None else program(phi, *self.tensors)
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
         phi = phi.detach()
-        program = self._whole("gradient", lambda objective, phi: objective.value_and_grad(phi), phi)
+        program = self._gradient_program(phi)
         if program is None:
             return super().value_and_grad(phi)
         self.num_grads += 1
@@ -155,13 +156,15 @@ class TracedObjective(Objective):
         return value, grad
 
     def verify(self, phi: Tensor) -> None:
-        """Raise :class:`Stale` where the recorded gradient at phi is not the one that autograd takes now."""
-        if not len(self._programs):
-            return
-        program = self._whole("gradient", lambda objective, phi: objective.value_and_grad(phi), phi.detach())
+        """Raise :class:`Stale` where the recorded gradient is not the one that autograd takes now: near phi and not at it, so that a
+        term whose gradient is zero there is seen by its curvature.
+        """
+        program = self._gradient_program(phi)
         if program is None:
             return
-        grad, recorded = self._over(self.tensors).value_and_grad(phi)[1], program(phi.detach(), *self.tensors)[1]
+        size = 1e-3 * (1 + phi.detach().abs())
+        near = phi.detach() + size * torch.arange(phi.shape[-1], device=phi.device).to(phi).cos()
+        grad, recorded = self._over(self.tensors).value_and_grad(near)[1], program(near, *self.tensors)[1]
         scale = 1 + grad.abs().nan_to_num(0, 0, 0).amax()
         same = (grad - recorded).abs() <= torch.finfo(grad.dtype).eps ** 0.5 * scale
         if not bool((same | ~grad.isfinite()).all()):
@@ -170,6 +173,7 @@ class TracedObjective(Objective):
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
         """See the base class."""
         phi = phi.detach()
+        self._gradient_program(phi)
         program = self._programs.get(
             ("linearisation", curvature, damping, with_theta, *self._key),
             lambda: self._linearised(phi, curvature, damping, with_theta),
@@ -178,6 +182,10 @@ class TracedObjective(Objective):
             return super().linearise(phi, curvature, damping, with_theta=with_theta)
         self.num_grads += 1
         return TracedLinearisation(self, program, phi)
+
+    def _gradient_program(self, phi: Tensor) -> Function | None:
+        """The one that `verify` looks at: none of the others is older."""
+        return self._whole("gradient", lambda objective, phi: objective.value_and_grad(phi), phi.detach())
 
     def _whole(self, name: str, function: Function, phi: Tensor) -> Function | None:
         """``function(objective, phi)`` as a program of (phi, *tensors)."""

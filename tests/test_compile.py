@@ -256,6 +256,28 @@ def test_a_captured_value_that_changes_leads_to_a_new_recording() -> None:
     assert bilevel.solve(problem, torch.ones(2, dtype=F64), solver=NEWTON, compile=True).value[0] == pytest.approx(0.5)
 
 
+def test_a_captured_value_that_shows_in_the_curvature_alone() -> None:
+    """At phi = theta = 0 the gradient of G is zero whatever the weight; dphi/dtheta = weight / (weight + 1) is not."""
+    problem, zero = Weighted(1.0), torch.zeros(2, dtype=F64)
+    for weight in (1.0, 3.0):
+        problem.weight = weight
+        found = bilevel.implicit_gradient(problem, zero, zero, linsys=SOLVED, compile=True)
+        assert found.unwrap()[0].item() == pytest.approx(weight / (weight + 1))
+
+
+def test_a_call_that_failed_leaves_nothing_out_of_date() -> None:
+    problem = Weighted(1.0)
+
+    class Broken(NewtonCG):
+        def step(self, *arguments: Any) -> Any:
+            raise KeyError("the solver fails after its first linearisation")
+
+    with pytest.raises(KeyError):
+        bilevel.solve(problem, torch.ones(2, dtype=F64), solver=Broken(tol=1e-11), compile=True)
+    problem.weight = 3.0
+    assert weighted_grad(problem) == pytest.approx(0.75)
+
+
 @pytest.mark.parametrize(
     "duplicate", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "deep", "pickle"]
 )
