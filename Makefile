@@ -14,7 +14,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-SOURCES := bilevel applications tests docs benchmarks README.md
+SOURCES := bilevel applications tests docs benchmarks examples README.md
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -1,0 +1,115 @@
+"""Run examples at full size and write their pages.
+
+    python examples/render.py [NAME ...]
+
+Runs examples/NAME.py (all of them without a name) on one thread and writes docs/examples/NAME.md, docs/examples/NAME.png and the list
+docs/examples/index.md. The first line of a docstring is the title of the page, the rest its text, in Markdown. What the page says
+of the outcome is what the example printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from applications.meta_learning.logs import environment
+
+HERE = Path(__file__).parent
+PAGES = HERE.parent / "docs" / "examples"
+INDEX = """\
+# Examples
+
+Each is one script, written with the public interface only. It prints what you see on its page and ends with a comparison. The
+tests run all of them at a small size (`--quick`). The pages are from the full size, under two minutes each.
+
+{entries}
+
+```{{toctree}}
+:hidden:
+:glob:
+
+*
+```
+"""
+PAGE = """\
+# {title}
+
+{text}
+
+```text
+{printed}
+```
+
+![{title}]({name}.png)
+
+Command: `python examples/{name}.py`, in {seconds:.0f} seconds on one thread. Hardware: {processor}; torch {torch}, Python {python}.
+
+## The code
+
+```{{literalinclude}} ../../examples/{name}.py
+:language: python
+:lines: {first}-
+```
+"""
+
+
+def examples() -> list[Path]:
+    """The scripts, in alphabetical order."""
+    return sorted(path for path in HERE.glob("*.py") if path.name != Path(__file__).name)
+
+
+def heading(script: Path) -> tuple[str, str, int]:
+    """The title, the text, and the first line of the code below the docstring."""
+    module = ast.parse(script.read_text())
+    docstring = ast.get_docstring(module)
+    if docstring is None or "\n\n" not in docstring:
+        raise ValueError(f"{script.name}: expected a docstring: a title, an empty line, the text of the page.")
+    title, text = docstring.split("\n\n", 1)
+    return title, text, int(module.body[1].lineno)
+
+
+def render(script: Path) -> None:
+    """Run one example and write its page and figure."""
+    title, text, first = heading(script)
+    command = [sys.executable, "-W", "error", str(script), "--out", str(PAGES)]
+    start = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode or done.stderr:
+        raise SystemExit(f"{script.name} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    facts = environment(torch.device("cpu"))
+    page = PAGE.format(
+        title=title,
+        text=text,
+        printed=done.stdout.rstrip(),
+        name=script.stem,
+        seconds=seconds,
+        first=first,
+        **{key: facts[key] for key in ("processor", "torch", "python")},
+    )
+    (PAGES / f"{script.stem}.md").write_text(page)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the name of an example; all without one")
+    names = parser.parse_args().names
+    PAGES.mkdir(exist_ok=True)
+    for script in [HERE / f"{name}.py" for name in names] or examples():
+        print(script.stem, flush=True)
+        render(script)
+    rendered = [script for script in examples() if (PAGES / f"{script.stem}.md").exists()]
+    entries = "\n".join(f"- [{heading(script)[0]}]({script.stem}.md)" for script in rendered)
+    (PAGES / "index.md").write_text(INDEX.format(entries=entries))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Every example runs at its small size, quietly, draws its figure, and what it claims holds. Its page is up to date with its words."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+for package in ("matplotlib", "optuna", "sklearn"):
+    pytest.importorskip(package, reason="needs the extra 'examples'")
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "render.py")
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+# What the output of an example must say at the small size too. An example that is not named here is only run.
+CLAIMS: dict[str, Callable[[str], None]] = {}
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=stem)
+def test_runs_and_keeps_its_claim(script: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), "--quick", "--out", str(tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.strip()
+    assert (tmp_path / f"{script.stem}.png").read_bytes().startswith(b"\x89PNG")
+    CLAIMS.get(script.stem, lambda report: None)(done.stdout)
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=stem)
+def test_has_a_page_with_its_words(script: Path) -> None:
+    """``python examples/render.py NAME`` writes it."""
+    module = ast.parse(script.read_text())
+    title, text = (ast.get_docstring(module) or "").split("\n\n", 1)
+    page = (ROOT / "docs" / "examples" / f"{script.stem}.md").read_text()
+    assert page.startswith(f"# {title}\n\n{text}\n")
+    assert f":lines: {module.body[1].lineno}-\n" in page
+    assert f"]({script.stem}.md)" in (ROOT / "docs" / "examples" / "index.md").read_text()
+
+
+def test_claims_are_of_examples_that_exist() -> None:
+    assert set(CLAIMS) <= set(map(stem, EXAMPLES))
