@@ -92,6 +92,22 @@ def test_one_cell_by_name_and_a_page_of_what_is_there(tmp_path: Path) -> None:
     assert f"{count - 1} of {count} runs are not measured yet" in (tmp_path / "e4_omniglot_cpu.md").read_text()
 
 
+def test_the_runs_of_an_earlier_result_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one(name: str) -> dict[str, Any]:
+        table = e4.E4CPU()
+        table.record(tmp_path, quick=True, seed=0, only=name)
+        return json.loads((tmp_path / f"{table.name}.json").read_text())["result"]["runs"]
+
+    first = one("5w1s-gd-random-0")
+    both = one("5w1s-fo-random-0")
+    assert list(first) == ["5w1s-gd-random-0"] and set(both) == {"5w1s-gd-random-0", "5w1s-fo-random-0"}
+    assert both["5w1s-gd-random-0"] == first["5w1s-gd-random-0"]
+    stored = json.loads((tmp_path / "e4_omniglot_cpu.json").read_text())
+    stored["result"]["runs"]["5w1s-gd-random-0"]["config"]["lam"] = 7.0  # of other settings: not the same cell
+    (tmp_path / "e4_omniglot_cpu.json").write_text(json.dumps(stored))
+    assert set(one("5w1s-fo-random-0")) == {"5w1s-fo-random-0"}
+
+
 def test_a_stopped_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from applications.meta_learning.experiments import training
 

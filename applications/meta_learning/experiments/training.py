@@ -10,7 +10,7 @@ from applications.meta_learning.config import Config
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import Protocol
 from applications.meta_learning.experiments.base import Numbers, Request
-from applications.meta_learning.logs import RunLog, read_log
+from applications.meta_learning.logs import RunLog, environment, read_log
 from applications.meta_learning.run import CHECKPOINT, Ending, Run, matching_source, stop_on_signals, use_threads
 from applications.meta_learning.tasks import load_source
 from applications.meta_learning.train import Trainer, TrainingFailed
@@ -50,6 +50,7 @@ def trained(request: Request, name: str, config: Config, protocols: tuple[Protoc
     progress = trainer.progress
     return {
         "config": config.to_dict(),
+        "commit": environment(trainer.device)["commit"],
         "steps": progress.step,
         "tasks": progress.tasks,
         "failed_tasks": progress.failed_tasks,
