@@ -68,9 +68,9 @@ def solve(
         chunk_size: at most this many tasks at once; bounds memory and changes nothing else.
         compile: record the derivatives of G as a list of tensor operations at the first call, and replay them without autograd from
             then on. Saves time where the tensors are small and the problem is solved many times, for several outer steps say; the
-            recording itself takes from tenths of a second to seconds (a deep network), again for every new shape. Changes nothing else: what cannot be recorded
-            is logged and computed as usual, and one gradient at the solution is checked against autograd, so that a value that
-            the objective captured and that has changed since leads to a new recording.
+            recording itself takes from tenths of a second to seconds (a deep network), again for every new shape. Changes nothing
+            else: what cannot be recorded is logged and computed as usual, and one gradient near the solution is checked against
+            autograd, so that a value that the objective captured and that has changed since leads to a new recording.
 
     Returns:
         A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`.

@@ -1,7 +1,7 @@
 """Lasso and elastic net, with the penalties chosen by gradient descent on the cross-validation error.
 
-The lasso has no second derivative where a weight is zero, so it is no smooth inner problem. Its solution is the fixed point of a
-proximal gradient step, and `bilevel.fixed_point` differentiates that. The five folds of the cross-validation are one batch under
+The lasso is not smooth where a weight is zero, so it is no problem for `argmin`. Its solution is a fixed point of proximal maps, here
+those of Douglas and Rachford, and `bilevel.fixed_point` differentiates it. The five folds of the cross-validation are one batch under
 `torch.func.vmap`, and L-BFGS-B of SciPy moves the logarithms of the penalties.
 
 The data are the 442 patients of scikit-learn's diabetes study with all squares and products of the ten measurements: 64 features.
@@ -33,22 +33,30 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDS = 5
-SOLVER = Anderson(max_steps=3000, tol=1e-7)
+GAMMA = 3.0  # step of the proximal maps: any positive number has the same fixed points
+SOLVER = Anderson(max_steps=2000, tol=1e-7)
 
 
-def proximal_step(w, penalty, data):
-    """A gradient step on |Xw - y|^2 / (2n), then the proximal map of l1 |w| + l2 |w|^2 / 2."""
-    z = w - data["step"] * (data["gram"] @ w - data["cov"])
-    return z.sign() * (z.abs() - data["step"] * penalty["l1"]).relu() / (1 + data["step"] * penalty["l2"])
+def halves(z, penalty, data):
+    """The two proximal maps: x of |Xw - y|^2 / (2n), a linear solve, then w of l1 |w| + l2 |w|^2 / 2, soft thresholding."""
+    x = data["inverse"] @ (z + GAMMA * data["cov"])
+    v = 2 * x - z
+    return x, v.sign() * (v.abs() - GAMMA * penalty["l1"]).relu() / (1 + GAMMA * penalty["l2"])
+
+
+def douglas_rachford(z, penalty, data):
+    x, w = halves(z, penalty, data)
+    return z + w - x
 
 
 def fit(theta, group, data, init):
-    """The weights (folds, features), differentiable in theta: one log l1 for each group, then log l2 if there is one."""
+    """The weights, differentiable in theta, and z, each (folds, features). theta: one log l1 for each group, then log l2 if any."""
     count = int(group.max()) + 1
     penalty = {"l1": theta[:count].exp()[group], "l2": theta[count:].exp().sum()}
 
     def one_fold(data, init):
-        return bilevel.fixed_point(proximal_step, penalty, data, solver=SOLVER, linsys=Exact(), init=init)
+        z = bilevel.fixed_point(douglas_rachford, penalty, data, solver=SOLVER, linsys=Exact(), init=init)
+        return halves(z, penalty, data)[1], z
 
     return torch.func.vmap(one_fold)(data, init)
 
@@ -60,8 +68,9 @@ def moments(X, y, folds):
         x_mean, y_mean = X[train].mean(0), y[train].mean()
         A, b = X[train] - x_mean, y[train] - y_mean
         gram = A.T @ A / len(train)
-        rows.append((gram, A.T @ b / len(train), 1 / np.linalg.norm(gram, 2), X[held_out] - x_mean, y[held_out] - y_mean))
-    names = ("gram", "cov", "step", "X", "y")
+        inverse = np.linalg.inv(np.eye(len(gram)) + GAMMA * gram)
+        rows.append((inverse, A.T @ b / len(train), X[held_out] - x_mean, y[held_out] - y_mean))
+    names = ("inverse", "cov", "X", "y")
     return {name: torch.tensor(np.stack(part)) for name, part in zip(names, zip(*rows, strict=True), strict=True)}
 
 
@@ -72,20 +81,20 @@ def squared_error(w, data):
 def tune(theta, group, data):
     """Minimise the cross-validation error from theta. Returns theta, the error there and all (theta, error) on the way."""
     visited = []
-    w = torch.zeros_like(data["cov"])
+    z = torch.zeros_like(data["cov"])
 
     def value_and_gradient(numbers):
-        nonlocal w
+        nonlocal z
         theta = torch.tensor(numbers, requires_grad=True)
-        found = fit(theta, group, data, init=w)
-        error = squared_error(found, data)
+        w, found = fit(theta, group, data, init=z)
+        error = squared_error(w, data)
         if not error.isfinite():  # a fit that failed is NaN
             raise RuntimeError(f"an inner solve failed at penalties {np.exp(numbers)}")
-        w = found.detach()  # the next solve starts here
+        z = found.detach()  # the next solve starts here
         visited.append((numbers.copy(), error.item()))
         return error.item(), torch.autograd.grad(error, theta)[0].numpy()
 
-    bounds = [(-7.0, 1.0)] * len(theta)
+    bounds = [(-6.0, 1.0)] * len(theta)
     scipy.optimize.minimize(value_and_gradient, theta, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxfun": 40})
     best, error = min(visited, key=lambda pair: pair[1])
     return best, error, visited
@@ -118,7 +127,7 @@ def one_split(X, y, group, seed):
         start = time.process_time()
         theta, error, visited[name] = tune(np.array(start_at), groups, moments(X[train], y[train], folds))
         everything = moments(X, y, [(train, test)])
-        w = fit(torch.tensor(theta), groups, everything, torch.zeros_like(everything["cov"]))
+        w, _ = fit(torch.tensor(theta), groups, everything, torch.zeros_like(everything["cov"]))
         rows[name] = (error, squared_error(w, everything).item(), time.process_time() - start)
     return rows, path, visited["lasso, 1 penalty"]
 
