@@ -113,7 +113,7 @@ def _eigenvalues(result: Hypergradient, spectrum: Spectrum) -> list[str]:
 def _failures(result: Hypergradient) -> list[str]:
     solves = (("inner solve", result.inner), ("linear solve", result.linear))
     return [
-        f"The {what} {status.message}"
+        f"The {what}{': ' if status.message.startswith('the ') else ' '}{status.message}"
         for what, solve in solves
         if solve is not None
         for status in _statuses(solve.codes)
@@ -159,7 +159,8 @@ def _more(codes: Tensor, tolerance: str) -> str:
         Status.CONVERGED: f"lower its {tolerance}",
         Status.MAX_STEPS: "raise its number of steps"
         + (", or lower its step size if |dG/dphi| does not fall with them" if tolerance == "tol" else ""),
-        Status.LINE_SEARCH_FAILED: "it has reached the rounding floor, use float64",
+        Status.LINE_SEARCH_FAILED: "its line search found nothing lower; either that is the rounding floor, then use float64, or G has a "
+        "kink there or is no function of phi (chance in it)",
         Status.STOPPED_AT_NEGATIVE_CURVATURE: "it stopped at negative curvature, see there",
     }
     return _listed(advice[status] for status in _statuses(codes) if status in advice) + "."
@@ -177,7 +178,7 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     on_the_way = torch.zeros_like(at_phi)
     if inner is not None and inner.negative_curvature is not None:
         on_the_way = inner.negative_curvature > 0
-    negative = spectrum.smallest <= 0
+    negative = _is_negative(spectrum)
     if bool((at_phi | negative).any()):
         count = int((at_phi | negative).sum())
         where = "" if at_phi.ndim == 0 else f" in {count} of {at_phi.numel()} tasks"
@@ -193,9 +194,15 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     return []
 
 
+def _is_negative(spectrum: Spectrum) -> Tensor:
+    """Which smallest eigenvalues are negative, and not a zero with rounding: that is a singular matrix, which has a status of its own."""
+    rounding = 100 * torch.finfo(spectrum.smallest.dtype).eps * spectrum.largest.abs()
+    return spectrum.smallest < -rounding
+
+
 def _remedy(result: Hypergradient, spectrum: Spectrum, problem: BilevelProblem) -> str:
     """By how much the worst task must be shifted; what Lanczos may have missed is added."""
-    negative = spectrum.smallest <= 0
+    negative = _is_negative(spectrum)
     low = float(spectrum.smallest[negative].min())
     needed = float((spectrum.doubt - spectrum.smallest)[negative].max())
     if isinstance(problem, ProximalProblem):

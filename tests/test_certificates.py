@@ -943,7 +943,11 @@ def test_advice_for_a_point_that_was_brought_and_for_identity():
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (bilevel.Status.LINE_SEARCH_FAILED, "it has reached the rounding floor, use float64."),
+        (
+            bilevel.Status.LINE_SEARCH_FAILED,
+            "its line search found nothing lower; either that is the rounding floor, then use float64, or G has a kink there or is no function "
+            "of phi (chance in it).",
+        ),
         (bilevel.Status.STOPPED_AT_NEGATIVE_CURVATURE, "it stopped at negative curvature, see there."),
     ],
 )
@@ -1109,3 +1113,31 @@ def test_negative_curvature_in_some_tasks_of_a_batch():
     assert "The curvature at phi is negative in 2 of 3 tasks" in text
     assert "Raising lam, now 0.5, by 2.51, or damping=2.51, would" in text
     assert result.diagnose().error.isinf() and result.diagnose().linear[1].isfinite()
+
+
+def test_explain_calls_a_singular_matrix_singular():
+    """Two equal features and no penalty: the smallest eigenvalue is zero with rounding, not negative curvature."""
+    x = torch.tensor([[1.0, 1.0], [2.0, 2.0], [-1.0, -1.0]], dtype=F64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (x @ phi - theta).square().sum(), lambda phi, theta, data: phi.square().sum()
+    )
+    result = bilevel.implicit_gradient(
+        problem, torch.tensor([0.3, -0.2], dtype=F64), torch.ones(3, dtype=F64), linsys=Exact()
+    )
+    text = result.explain()
+    assert "The linear solve: the matrix is singular" in text
+    assert "negative" not in text and "damping=6" not in text
+
+
+def test_explain_of_a_line_search_that_ends_at_a_kink():
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: phi.abs().sum() + 0.5 * (phi - theta).square().sum(),
+        lambda phi, theta, data: (phi - 2).square().sum(),
+        lambda theta, data: torch.ones_like(theta),
+    )
+    result = bilevel.hypergradient(
+        problem, torch.full((1,), 0.5, dtype=F64), solver=bilevel.solvers.LBFGS(max_steps=100), linsys=CG(max_steps=5)
+    )
+    assert result.inner.status is bilevel.Status.LINE_SEARCH_FAILED and result.inner.residual > 0.1
+    text = result.explain()
+    assert "G has a kink there" in text or "comes no nearer to a minimum" in text

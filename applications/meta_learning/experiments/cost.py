@@ -30,7 +30,7 @@ def fresh_processes(*, reuse: bool) -> ProcessPoolExecutor:
 
 
 def cost(call: Call, warm_up: Call, *, device: torch.device, repeats: int) -> Numbers:
-    """Peak memory of one call above what there was before it, in MB, and the median time of several, in seconds.
+    """Peak memory of one call above what there was before it, in MB, and the median time of several, in seconds (None: of none).
 
     warm_up: loads libraries and fills caches; it may be smaller than the call.
 
@@ -39,13 +39,13 @@ def cost(call: Call, warm_up: Call, *, device: torch.device, repeats: int) -> Nu
     """
     warm_up()
     peak = _peak_on_cuda(call, device) if device.type == "cuda" else peak_resident(call)
-    if device.type == "cpu":
+    if device.type == "cpu" and repeats:
         keep_freed_memory()
         warm_up()
     seconds: list[float] = []
     while len(seconds) < repeats and sum(seconds) < LONG:
         seconds.append(_cuda_seconds(call) if device.type == "cuda" else _cpu_seconds(call))
-    return {"peak_mb": peak, "seconds": statistics.median(seconds), "repeats": len(seconds)}
+    return {"peak_mb": peak, "seconds": statistics.median(seconds) if seconds else None, "repeats": len(seconds)}
 
 
 def peak_resident(call: Call) -> float:
