@@ -945,8 +945,8 @@ def test_advice_for_a_point_that_was_brought_and_for_identity():
     [
         (
             bilevel.Status.LINE_SEARCH_FAILED,
-            "its line search found nothing lower; either that is the rounding floor, then use float64, or G has a kink there or is no function "
-            "of phi (chance in it).",
+            "its line search found nothing lower; either that is the rounding floor, then use float64, or G has a kink there or is "
+            "no function of phi (chance in it).",
         ),
         (bilevel.Status.STOPPED_AT_NEGATIVE_CURVATURE, "it stopped at negative curvature, see there."),
     ],

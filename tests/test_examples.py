@@ -45,8 +45,39 @@ def influence(report: str) -> None:
     assert row(report, "and the second derivative")[0] < 0.7 * row(report, "effects of the two, added")[0]
 
 
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*(?:e[-+]\d+)?", line)]
+
+
+def lasso(report: str) -> None:
+    """By gradient one arrives where the path of 100 penalties arrives."""
+    line = next(line for line in report.splitlines() if line.startswith("lasso by gradient"))
+    assert max(map(abs, numbers(line.split(":")[1]))) < 1e-3
+
+
+def cleaning(report: str) -> None:
+    """Where the wrong labels have a system, the learned weights find more of them than the losses of a plain fit."""
+    lines = report.split("systematic")[-1].splitlines()
+    found = {line[:32].strip(): numbers(line[32:]) for line in lines[2:] if line[32:].strip()}
+    assert found["learned weight"][0] > found["loss of a plain fit"][0] + 10
+
+
+def black_box(report: str) -> None:
+    """The gradient is that of refits, and it lowers the loss of the cross-validation."""
+    difference, size = numbers(next(line for line in report.splitlines() if line.startswith("largest difference")))
+    assert difference < 1e-6 * size
+    best = {line[:24].strip(): numbers(line[24:]) for line in report.splitlines()}
+    assert best["L-BFGS-B, our gradient"][1] < best["equal scales"][1]
+
+
 # What the output of an example must say at the small size too. An example that is not named here is only run.
-CLAIMS: dict[str, Callable[[str], None]] = {"influence": influence, "penalties": penalties}
+CLAIMS: dict[str, Callable[[str], None]] = {
+    "black_box": black_box,
+    "cleaning": cleaning,
+    "influence": influence,
+    "lasso": lasso,
+    "penalties": penalties,
+}
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=stem)

@@ -1215,3 +1215,17 @@ def test_calls_leave_nothing_behind(transform: str) -> None:
     finally:
         gc.enable()
     assert after <= before
+
+
+@pytest.mark.parametrize(
+    "solver", [FixedPointIteration(max_steps=50, tol=1e-6), Anderson(max_steps=50, tol=1e-6)], ids=["plain", "anderson"]
+)
+def test_a_start_that_is_good_enough_has_converged(solver: Any) -> None:
+    """x = x / 2 + t, x* = 2 t, from 1e-7 beside it: nothing becomes smaller because no step is taken."""
+    reports: list[Any] = []
+    t = torch.tensor(1.0, dtype=torch.float64)
+    x = fixed_point(
+        lambda x, t, data: 0.5 * x + t, t, solver=solver, linsys=Exact(), init=2 * t + 1e-7, report=reports.append
+    )
+    assert reports[0].status is Status.CONVERGED and reports[0].num_steps == 0
+    assert x.item() == pytest.approx(2.0, abs=2e-7)

@@ -76,10 +76,11 @@ class Run:
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
+        converged = self.converged | (residual <= self.tol)  # at the start, say, where nothing has become smaller
         for mask, status in (
             (self.stalled, Status.LINE_SEARCH_FAILED),
-            (self.converged | (residual <= self.tol), Status.CONVERGED),
-            (residual > self.growth * self.start.clamp_min(floor), Status.DIVERGED),
+            (converged, Status.CONVERGED),
+            (~converged & (residual > self.growth * self.start.clamp_min(floor)), Status.DIVERGED),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
