@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from applications.meta_learning.config import Config
 from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
@@ -125,18 +126,28 @@ class E6(Experiment):
                     axes.loglog(steps, means, "o-", ms=3, color=COLOURS[row], label=ROWS[row])
                     axes.fill_between(steps, low, high, color=COLOURS[row], alpha=0.15, lw=0)
                 axes.set(title=f"K = {k}", xlabel="inner steps at meta-test", ylabel="mean squared error")
-            panels[0].legend(fontsize=8)
+            figure.legend(
+                *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS), fontsize=8
+            )
             for run in result["runs"]:
                 if run["shots"] == shots[-1] and run["seed"] == 0:
                     points = [(p["step"], p["error"]) for p in run["training"]]
                     dashes = "-" if run["factor"] == 1 else ":"
                     panels[-1].loglog(*zip(*points, strict=True), dashes, color=COLOURS[run["row"]])
             panels[-1].set(title=f"training, K = {shots[-1]} (dotted: twice as long)", xlabel="outer steps")
+            panels[-1].xaxis.set_minor_formatter(NullFormatter())
             figure.savefig(path)
             plt.close(figure)
 
     def findings(self, result: Numbers) -> list[str]:
-        return [*_conditions(result), *_errors(result), *_comparison(result), *_convergence(result), *_settings(result)]
+        return [
+            *_conditions(result),
+            *_errors(result),
+            *_astray(result),
+            *_comparison(result),
+            *_convergence(result),
+            *_settings(result),
+        ]
 
 
 def part_name(row: str, candidate: Numbers) -> str:
@@ -241,6 +252,23 @@ def _errors(result: Numbers) -> list[str]:
             "",
         ]
     return lines
+
+
+def _astray(result: Numbers) -> list[str]:
+    """Where the seeds differ by more than their mean, the mean is that of one bad run."""
+    found = []
+    for k, row in itertools.product(_shots(result), ROWS):
+        ends = [run["curve"][-1]["mean"] for run in select(result, row, k)]
+        if (half_width(ends) or 0) > statistics.mean(ends):
+            found.append(f"{ROWS[row]} at K = {k} ({', '.join(f'{end:.2g}' for end in ends)})")
+    if not found:
+        return []
+    return [
+        "**Not settled:** the interval over the seeds is wider than the mean after the last step for "
+        f"{'; '.join(found)}. There at least one run went astray. The search was shorter than the runs and favoured large outer rates, so "
+        "these rows say what happened with these settings, and not what the algorithm can do.",
+        "",
+    ]
 
 
 def _comparison(result: Numbers) -> list[str]:
