@@ -23,6 +23,7 @@ def test_quick_version(experiment: Experiment, tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["experiment", experiment.name, "--quick", "--seed", "3", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     stored = json.loads((tmp_path / f"{experiment.name}.json").read_text())
+    assert stored["environment"]["command"] == f"imaml experiment {experiment.name} --quick --seed 3"
     assert stored["quick"] and stored["seed"] == 3 and {"commit", "torch", "processor"} <= set(stored["environment"])
     assert (tmp_path / f"{experiment.name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / f"{experiment.name}.md").read_text()

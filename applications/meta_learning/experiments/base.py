@@ -93,7 +93,9 @@ class Experiment(ABC):
         request = Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts, only=only, console=console)
         result = self.run(request)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        conditions = {"quick": quick, "seed": seed, "environment": environment(device)}
+        # the command as anybody would give it, without the folders of this machine
+        facts = {**environment(device), "command": self.command(quick, seed)}
+        conditions = {"quick": quick, "seed": seed, "environment": facts}
         write_json(path, {**conditions, "result": result})
         self.publish(path)
         if quick or not self.cells:  # the runs of cells are kept: they have the checkpoints
@@ -105,6 +107,10 @@ class Experiment(ABC):
         stored = json.loads(path.read_text(encoding="utf-8"))
         self.draw(stored["result"], path.with_suffix(".png"))
         write_atomically(path.with_suffix(".md"), self.page(stored))
+
+    def command(self, quick: bool, seed: int) -> str:
+        """What to type for these numbers."""
+        return f"imaml experiment {self.name}{' --quick' if quick else ''} --seed {seed}"
 
     def page(self, stored: Numbers) -> str:
         """The page, in Markdown."""
@@ -118,7 +124,7 @@ class Experiment(ABC):
             "",
             *self.findings(stored["result"]),
             "",
-            f"Command: `imaml experiment {self.name}{' --quick' if stored['quick'] else ''} --seed {stored['seed']}`. "
+            f"Command: `{self.command(stored['quick'], stored['seed'])}`. "
             f"Hardware: {e['processor']}, {e['threads']} threads; torch {e['torch']}; commit `{e['commit'][:12]}`.",
             "",
         ]
