@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from applications.meta_learning.algorithms import MAML, FirstOrderMAML, ImplicitMAML, Reptile
 from applications.meta_learning.cli import app
+from applications.meta_learning.config import IMPLIED, Config
 from applications.meta_learning.experiments import e4_omniglot as e4
 from applications.meta_learning.experiments.base import Request
 from applications.meta_learning.method import build_method, build_network
@@ -103,9 +104,24 @@ def test_the_runs_of_an_earlier_result_are_kept(tmp_path: Path, monkeypatch: pyt
     assert list(first) == ["5w1s-gd-random-0"] and set(both) == {"5w1s-gd-random-0", "5w1s-fo-random-0"}
     assert both["5w1s-gd-random-0"] == first["5w1s-gd-random-0"]
     stored = json.loads((tmp_path / "e4_omniglot_cpu.json").read_text())
+    for name in IMPLIED:  # a run of a version that had no such setting
+        del stored["result"]["runs"]["5w1s-gd-random-0"]["config"][name]
+    (tmp_path / "e4_omniglot_cpu.json").write_text(json.dumps(stored))
+    assert set(one("5w1s-fo-random-0")) == set(both)
     stored["result"]["runs"]["5w1s-gd-random-0"]["config"]["lam"] = 7.0  # of other settings: not the same cell
     (tmp_path / "e4_omniglot_cpu.json").write_text(json.dumps(stored))
     assert set(one("5w1s-fo-random-0")) == {"5w1s-fo-random-0"}
+
+
+@pytest.mark.parametrize("table", [e4.E4CPU(), e4.E4()], ids=lambda table: table.name)
+def test_what_is_published_would_be_kept(table: e4.Table2, tmp_path: Path) -> None:
+    """Another cell measured into docs/results must not cost the ones that are there."""
+    published = Path(__file__).parents[2] / "docs" / "results" / f"{table.name}.json"
+    if not published.exists():
+        pytest.skip("not measured yet")
+    cells = {cell.name: cell for cell in table.runs}
+    for name, run in e4._runs_of(published).items():
+        assert Config.from_dict(run["config"]) == table.config(cells[name], request_for(tmp_path)), name
 
 
 def test_a_stopped_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
