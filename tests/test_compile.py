@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel.curvature import FiniteDifference, ForwardOverReverse, GaussNewton, Hessian
+from bilevel.curvature import FiniteDifference, ForwardOverReverse, GaussNewton, Hessian, ReverseOverReverse
 from bilevel.linsys import CG, Exact
 from bilevel.solvers import GradientDescent, NewtonCG
-from bilevel.tracing import Programs
+from bilevel.tracing import Programs, _cut, recorded
 from bilevel.trees import flatten
 from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
 
@@ -200,7 +200,8 @@ def test_several_vectors_at_once() -> None:
     assert_same(found, bilevel.hypergradient(problem, theta, one_task(data, 0), solver=NEWTON, linsys=Exact()))
 
 
-def test_in_place_operations_of_the_objective() -> None:
+@pytest.mark.parametrize("product", [ReverseOverReverse(), ForwardOverReverse()], ids=repr)
+def test_in_place_operations_of_the_objective(product: Any) -> None:
     """Cut in two, a program with in-place writes would read what is not there yet."""
 
     def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
@@ -217,11 +218,35 @@ def test_in_place_operations_of_the_objective() -> None:
         data = scale * torch.randn(3, 4, generator=g, dtype=F64)
         found, plain = (
             bilevel.hypergradient(
-                problem, torch.tensor([0.3, 1.0], dtype=F64), data, solver=NEWTON, linsys=SOLVED, compile=c
+                problem,
+                torch.tensor([0.3, 1.0], dtype=F64),
+                data,
+                solver=replace(NEWTON, curvature=Hessian(product=product)),
+                linsys=SOLVED,
+                curvature=Hessian(product=product),
+                compile=c,
             )
             for c in (True, False)
         )
         assert_same(found, plain)
+
+
+def test_a_write_in_place_stays_with_its_vector() -> None:
+    """The buffer is made without v, and holds v when it is read: the reader belongs to the product, and nothing is left over in it."""
+
+    def everything(v: Tensor, u: Tensor, phi: Tensor) -> list[Any]:
+        buffer = torch.zeros_like(phi)
+        buffer[1:].add_(v[1:])
+        return [phi.sum(), 2 * phi, buffer * phi, [u * phi]]
+
+    phi = torch.arange(1.0, 4.0)
+    prepare, product, cross = _cut(recorded(everything, phi.clone(), phi.clone(), phi))
+    value, grad, for_product, for_cross = prepare(phi)
+    assert value == 6 and grad.tolist() == [2, 4, 6]
+    for scale in (1.0, 10.0, 1.0):
+        v = scale * torch.tensor([5.0, 1.0, -1.0])
+        assert product(v, *for_product).tolist() == [0, 2 * scale, -3 * scale]
+        assert cross(v, *for_cross)[0].tolist() == (v * phi).tolist()
 
 
 class Weighted(bilevel.BilevelProblem):
