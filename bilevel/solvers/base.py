@@ -162,6 +162,7 @@ class IterativeSolver(InnerSolver):
                 active = active & ~state.stalled
                 state = self.step(objective, state, local)
             steps = steps + active
+            del local  # with its graph, before the next one is built
         if start is None:
             start = torch.full_like(phi[..., 0], torch.nan)
         return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol, self.growth)

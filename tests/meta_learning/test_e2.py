@@ -107,12 +107,11 @@ def test_memory_of_maml_grows_and_that_of_imaml_does_not(tmp_path: Path) -> None
     request = Request(quick=False, seed=1, data_dir=None, parts=tmp_path)
     with fresh_processes(reuse=False) as processes:
         peaks = {}
-        for method in (e2.MAML, e2.GD):
+        # what is added to a peak by chance is added in one process of four; of MAML, which grows several times, one will do
+        for method, count in ((e2.MAML, 1), (e2.GD, 5)):
             for k in (1, 8):
                 config = e2.replace(e2._config(request, method, 2), inner_steps=k)
-                found = [
-                    processes.submit(e2._meta_gradient_cost, config, None, 0).result() for _ in range(e2.PROCESSES)
-                ]
+                found = [processes.submit(e2._meta_gradient_cost, config, None, 0).result() for _ in range(count)]
                 assert all(row["seconds"] is None for row in found)
                 peaks[method, k] = min(row["peak_mb"] for row in found)
     assert peaks[e2.GD, 8] == pytest.approx(peaks[e2.GD, 1], rel=0.05)
