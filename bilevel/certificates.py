@@ -330,22 +330,24 @@ def _newton(look: _Look, hidden: Tensor, ok: Tensor) -> tuple[Tensor, _Look]:
     """
     known = look.objective.curvature_inverse(0.0)
     start, here = norm(look.local.grad), look
-    lost, far = ~ok, ok & (start > hidden)
+    lost, far, shortened = ~ok, ok & (start > hidden), torch.zeros_like(ok)
     for _ in range(NEWTON_STEPS):
         failed, step = _solve(here.undamped, -here.local.grad, hidden, far, known)
         lost, far = lost | failed, far & ~failed
+        shortened = torch.zeros_like(shortened)
         for _ in range(NEWTON_STEPS):
             there = look.at(here.phi + step)
             worse = far & ~(norm(there.local.grad) < norm(here.local.grad))
             if not bool(worse.any()):
                 break
+            shortened = shortened | worse
             step = select(worse, 0.25 * step, step)
         here = there
         far = far & (norm(here.local.grad) > 0.1 * start)
         if not bool(far.any()):
             break
-    # where it could not even halve the gradient, at a kink say, its step says nothing of the distance
-    return lost | (far & ~(norm(here.local.grad) <= 0.5 * start)), here
+    # where it could not even halve the gradient, or a full step still overshoots, at a kink say, its step says nothing of the distance
+    return lost | (far & (shortened | ~(norm(here.local.grad) <= 0.5 * start))), here
 
 
 def _solve(

@@ -200,6 +200,15 @@ class Objective:
     def verify(self, phi: Tensor) -> None:
         """Told where a solve has ended; for objectives that were recorded earlier."""
 
+    def measure(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """G and dG/dphi where a solve has ended: what autograd says there, whatever the solver was told on its way."""
+        self.verify(phi)
+        return self.value_and_grad(phi)
+
+    def written_down(self, phi: Tensor, products: int) -> tuple[Tensor, Tensor] | None:
+        """``(H, dG/dphi)`` at phi, H ``(*batch, d, d)``, where G is quadratic and that is worth it for so many products; else None."""
+        return None
+
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)`` at phi ``(*batch, d)``."""
         with torch.no_grad():
@@ -235,7 +244,7 @@ class Objective:
             if not value.requires_grad:
                 return value.detach(), torch.zeros_like(phi), [None] * n
             refuse_captured(value, [phi, *theta], "outer_loss")
-            grad, *direct = torch.autograd.grad(value.sum(), [phi, *theta], allow_unused=True)
+            grad, *direct = torch.autograd.grad(_total(value), [phi, *theta], allow_unused=True)
         return value.detach(), torch.zeros_like(phi) if grad is None else grad, list(direct)
 
     def theta_per_task(self) -> list[Tensor]:
@@ -303,7 +312,7 @@ class Objective:
         """Of the remainder. Where that is all of G, it has to depend on phi."""
         grad = None
         if value.requires_grad:
-            (grad,) = torch.autograd.grad(value.sum(), phi, create_graph=create_graph, allow_unused=True)
+            (grad,) = torch.autograd.grad(_total(value), phi, create_graph=create_graph, allow_unused=True)
         return torch.zeros_like(phi) if grad is None and self.centre is not None else _of_phi(grad)
 
     def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -474,6 +483,11 @@ class _GaussNewtonProduct:
                 (jt_w,) = torch.autograd.grad(self._outputs, self._phi, w, create_graph=True)
             self._transposed = (jt_w, w)
         return backward_product(*self._transposed, v)
+
+
+def _total(value: Tensor) -> Tensor:
+    """Over the batch; one problem has nothing to add up."""
+    return value.sum() if value.ndim else value
 
 
 def _of_phi(grad: Tensor | None) -> Tensor:

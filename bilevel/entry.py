@@ -21,6 +21,7 @@ from bilevel.derivatives import (
 )
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
+from bilevel.quadratic import QuadraticFlat, QuadraticObjective
 from bilevel.result import Result
 from bilevel.tracing import Programs, TracedObjective
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
@@ -67,7 +68,8 @@ class Call:
         """G over the tasks of this call."""
         if self.programs is None:
             return self.flat.objective(self.levels, self.tensors, self.sizes)
-        return TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
+        traced = TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
+        return QuadraticObjective(traced) if self.flat.problem.quadratic else traced
 
     def outer_loss(self, phi: Tensor, tensors: Sequence[Tensor], levels: Levels) -> Tensor:
         """L ``(*batch,)`` of these tensors, with its graph."""
@@ -116,6 +118,8 @@ def prepare(
         levels = (flags,)
         sizes = (_task_count([(path, x) for path, x, flag in zip(paths, tensors, flags, strict=True) if flag]),)
     static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
+    if problem.quadratic:
+        flat_type = QuadraticFlat
     flat = flat_type(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
     if phi is None:
         layout, phi_leaves = _initial(flat, tensors, levels)
@@ -257,8 +261,7 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
 def run_solver(objective: Objective, phi: Tensor, solver: Any) -> Result:
     """The result of an inner solver, its value a vector ``(*batch, d)``."""
     run = solver.run(objective, phi.detach())
-    objective.verify(run.phi)
-    _, grad = objective.value_and_grad(run.phi)
+    _, grad = objective.measure(run.phi)
     return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
 
 

@@ -79,7 +79,8 @@ class _PathLinearisation:
     def matvec(self, v: Tensor) -> Tensor:
         """(Hessian + damping I) v."""
         self._objective.num_matvecs += 1
-        (product,) = self._pull(v)
+        pull = lambda row: self._pull(row)[0]  # noqa: E731
+        product = pull(v) if v.ndim == self.grad.ndim else torch.func.vmap(pull)(v)
         return product + self._damping * v
 
 

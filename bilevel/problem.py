@@ -85,6 +85,11 @@ class BilevelProblem(ABC):
     constants: Constants | None = None
     """What is known of the problem, for :attr:`bilevel.Hypergradient.error_bound`."""
 
+    quadratic: bool = False
+    """State here that G is quadratic in phi, as in ridge regression: for any data and theta, d2G/dphi2 does not depend on phi. G is then
+    linearised once for each call, and solvers work with the matrix. At the solution gradient and Hessian are compared with those of
+    G; where they differ by more than rounding, the call raises ``ValueError``."""
+
     @property
     def constant_cross_norm(self) -> float | None:
         """The spectral norm of d2G/dphi dtheta where that is the same at every phi and known; else None."""
@@ -124,12 +129,16 @@ class BilevelProblem(ABC):
         inner_objective: Callable[..., Tensor],
         outer_loss: Callable[..., Tensor],
         initial_phi: Callable[..., Tree] | None = None,
+        *,
+        quadratic: bool = False,
     ) -> BilevelProblem:
         """A problem from functions of (phi, theta, data) and, for the start, of (theta, data).
 
-        Without ``initial_phi`` every call needs ``init=``.
+        Without ``initial_phi`` every call needs ``init=``. ``quadratic``: :attr:`BilevelProblem.quadratic`.
         """
-        return _FunctionProblem(inner_objective, outer_loss, initial_phi)
+        problem = _FunctionProblem(inner_objective, outer_loss, initial_phi)
+        problem.quadratic = quadratic
+        return problem
 
 
 class _FunctionProblem(BilevelProblem):

@@ -138,12 +138,13 @@ class TracedObjective(Objective):
         layout = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self.tensors)
         static = tuple((type(leaf), leaf) for leaf in flat.data_static)  # 1, 1.0 and True are equal
         self._key = (flat.phi, flat.theta, flat.data, static, levels, sizes, layout)
+        self._of_phi: dict[str, Function | None] = {}
 
     def value(self, phi: Tensor) -> Tensor:
         """See the base class."""
         self._gradient_program(phi)
         program = self._whole("value", lambda objective, phi: objective.value(phi), phi)
-        return super().value(phi) if program is None else program(phi, *self.tensors)
+        return super().value(phi) if program is None else program(phi)
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -152,7 +153,7 @@ class TracedObjective(Objective):
         if program is None:
             return super().value_and_grad(phi)
         self.num_grads += 1
-        value, grad = program(phi, *self.tensors)
+        value, grad = program(phi)
         return value, grad
 
     def verify(self, phi: Tensor) -> None:
@@ -164,7 +165,7 @@ class TracedObjective(Objective):
             return
         size = 1e-3 * (1 + phi.detach().abs())
         near = phi.detach() + size * torch.arange(phi.shape[-1], device=phi.device).to(phi).cos()
-        grad, recorded = self._over(self.tensors).value_and_grad(near)[1], program(near, *self.tensors)[1]
+        grad, recorded = self._over(self.tensors).value_and_grad(near)[1], program(near)[1]
         scale = 1 + grad.abs().nan_to_num(0, 0, 0).amax()
         same = (grad - recorded).abs() <= torch.finfo(grad.dtype).eps ** 0.5 * scale
         if not bool((same | ~grad.isfinite()).all()):
@@ -188,12 +189,20 @@ class TracedObjective(Objective):
         return self._whole("gradient", lambda objective, phi: objective.value_and_grad(phi), phi.detach())
 
     def _whole(self, name: str, function: Function, phi: Tensor) -> Function | None:
-        """``function(objective, phi)`` as a program of (phi, *tensors)."""
+        """``function(objective, phi)`` as a program of phi; what does not depend on phi is computed once."""
+        if name not in self._of_phi:
 
-        def record() -> Function:
-            return recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors).forward
+            def record() -> tuple[Function, Function]:
+                whole = recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors)
+                return _without_constants(whole)
 
-        return self._programs.get((name, *self._key), record)
+            program = self._programs.get((name, *self._key), record)
+            if program is None:
+                self._of_phi[name] = None
+            else:
+                constants, rest = program[0](*self.tensors), program[1]
+                self._of_phi[name] = lambda phi: rest(phi, *constants)
+        return self._of_phi[name]
 
     def _linearised(self, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool) -> Linearised:
         exact: list[bool] = []
@@ -210,7 +219,7 @@ class TracedObjective(Objective):
 
     def _over(self, tensors: Sequence[Tensor]) -> Objective:
         """The same objective of other tensors, not recorded."""
-        return self.flat.objective(self.levels, tensors, self.sizes)
+        return Objective(self.flat, self.levels, tensors, self.sizes)
 
 
 class TracedLinearisation:
@@ -254,9 +263,48 @@ def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0].args[0])
         elif node.target is _aten.view.default:  # of vectors whose strides may be others next time
             node.target = _aten.reshape.default
+    _without_ones(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+_SHAPES_ONLY = (
+    _aten.expand.default,
+    _aten.reshape.default,
+    _aten.squeeze.dim,
+    _aten.unsqueeze.default,
+    _aten.t.default,
+)
+
+
+def _without_ones(graph: fx.Graph) -> None:
+    """Backward passes begin with a gradient of one: what is multiplied by it, or by minus one, needs no product."""
+    ones: set[fx.Node] = set()
+    minus: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is _aten.ones_like.default:
+            ones.add(node)
+        elif node.target in _SHAPES_ONLY and node.args[0] in ones | minus:
+            (ones if node.args[0] in ones else minus).add(node)
+        elif node.target is _aten.neg.default and node.args[0] in ones:
+            minus.add(node)
+        elif node.target is _aten.sum.default and _like(node)[0] == _like(node.args[0])[0] == ():
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is _aten.mul.Tensor and all(isinstance(argument, fx.Node) for argument in node.args):
+            for factor, other in (node.args, node.args[::-1]):
+                if factor in ones | minus and _like(other) == _like(node):
+                    if factor in minus:
+                        with graph.inserting_before(node):
+                            other = graph.call_function(_aten.neg.default, (other,))
+                            other.meta = node.meta
+                    node.replace_all_uses_with(other)
+                    break
+
+
+def _like(node: fx.Node) -> tuple[Any, ...]:
+    found = node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"]
+    return tuple(found.shape), found.dtype
 
 
 def _is_mutable(target: Any) -> bool:
@@ -282,6 +330,21 @@ def _cut(whole: fx.GraphModule) -> tuple[Function, Function, Function]:
         graph.eliminate_dead_code()
     one, two, three = (fx.GraphModule(whole, graph).forward for graph in graphs)
     return one, two, three
+
+
+def _without_constants(whole: fx.GraphModule) -> tuple[Function, Function]:
+    """(phi, *tensors) -> outputs, cut into (*tensors) -> constants and (phi, *constants) -> outputs."""
+    nodes = list(whole.graph.nodes)
+    phi, output = nodes[0], nodes[-1].args[0]
+    constants, rest = _part(nodes, _depending(nodes, phi), phi, output)
+    before = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[1:-1]:
+        if node.op == "placeholder" or all(argument in copies for argument in node.all_input_nodes):
+            copies[node] = before.node_copy(node, copies.__getitem__)
+    before.output(tuple(copies[node] for node in constants))
+    before.eliminate_dead_code()
+    return fx.GraphModule(whole, before).forward, fx.GraphModule(whole, rest).forward
 
 
 def _depending(nodes: list[fx.Node], source: fx.Node) -> set[fx.Node]:

@@ -118,6 +118,8 @@ class Layout:
     def unravel(self, vector: Tensor) -> Tree:
         """A vector ``(*batch, d)`` -> the tree, its leaves ``(*batch, *shape)`` views of the vector."""
         batch = vector.shape[:-1]
+        if len(self.shapes) == 1 and len(self.shapes[0]) == 1:
+            return unflatten(self.structure, [vector])
         parts = [vector] if len(self.shapes) == 1 else vector.split(self.sizes, dim=-1)
         return unflatten(
             self.structure, [part.reshape(batch + shape) for part, shape in zip(parts, self.shapes, strict=True)]

@@ -198,7 +198,14 @@ def learned() -> Case:
     return Case("learned", problem, theta, data, phi_star, 30.0)
 
 
-PROBLEMS: list[Case] = [ridge(), coupled(), proximal(), exponential(), learned()]
+def quadratic() -> Case:
+    """Ridge regression that says what it is. H and d2G/dphi dtheta depend on theta, and the latter on phi."""
+    case = ridge()
+    case.problem.quadratic = True
+    return replace(case, name="quadratic")
+
+
+PROBLEMS: list[Case] = [ridge(), coupled(), proximal(), exponential(), learned(), quadratic()]
 
 
 def inner_solvers(case: Case, tol: float) -> dict[str, solvers.InnerSolver]:
@@ -211,6 +218,7 @@ def inner_solvers(case: Case, tol: float) -> dict[str, solvers.InnerSolver]:
         "agd-backtracking": solvers.NesterovAGD(step_size=None, max_steps=2000, tol=tol),
         "agd-known-mu": solvers.NesterovAGD(step_size=step, strong_convexity=0.2, max_steps=2000, tol=tol),
         "newton-cg": solvers.NewtonCG(max_steps=30, cg_steps=20, tol=tol),
+        "newton-cg-jacobi": solvers.NewtonCG(max_steps=30, cg_steps=20, tol=tol, preconditioner=linsys.Jacobi()),
         "lbfgs": solvers.LBFGS(max_steps=500, tol=tol),
         "scipy": solvers.ScipyMinimize(method="trust-ncg", tol=tol),
         "torch-sgd": solvers.TorchOptim(

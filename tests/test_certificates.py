@@ -697,13 +697,14 @@ def test_no_estimate_at_a_point_with_negative_curvature(linsys, lam):
         )
 
 
-def test_no_estimate_at_a_kink():
+@pytest.mark.parametrize("theta", [0.2, 0.5, 0.6, 0.8, 1.3, 1.7])
+def test_no_estimate_at_a_kink(theta):
     """G = |phi - 1| + |phi - theta|^2 / 2 has its minimum at the kink, phi* = 1 for theta in (0, 2): the exact gradient is 0, and the
     condition does not hold anywhere near.
     """
     problem = bilevel.ProximalProblem.from_losses(lambda phi, data: (phi - 1).abs(), lambda phi, data: phi.clone(), 1.0)
     result = bilevel.hypergradient(
-        problem, torch.tensor(0.5, dtype=F64), solver=GradientDescent(step_size=0.1, max_steps=200), linsys=Exact()
+        problem, torch.tensor(theta, dtype=F64), solver=GradientDescent(step_size=0.1, max_steps=200), linsys=Exact()
     )
     assert float(result.error_estimate) == np.inf
     assert "comes no nearer to a minimum" in result.explain() and "lower its step size" in result.explain()

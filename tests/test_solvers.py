@@ -14,7 +14,8 @@ from torch import Tensor
 import bilevel
 from bilevel import BilevelProblem, GaussNewton, Hessian, ProximalProblem, Result, Status, solve
 from bilevel.curvature import ReverseOverReverse
-from bilevel.solvers import BlackBox, GradientDescent, InnerSolver, NesterovAGD, NewtonCG
+from bilevel.linsys import Jacobi
+from bilevel.solvers import BlackBox, GradientDescent, InnerSolver, NesterovAGD, NewtonCG, ScipyMinimize
 from bilevel.trees import flatten
 from tests.cases import PROBLEMS, SOLVER_NAMES, Case, inner_solvers
 
@@ -386,6 +387,73 @@ def test_agd_restarts_by_the_rule_of_the_paper() -> None:
 
 
 # --- NewtonCG ------------------------------------------------------------------------------------
+
+
+def badly_scaled() -> BilevelProblem:
+    """Logistic regression whose features differ by a factor of 1,000 in size; the weights are alike in nothing."""
+    g = torch.Generator().manual_seed(8)
+    x = torch.randn(80, 12, generator=g, dtype=torch.float64) * torch.logspace(-1.5, 1.5, 12, dtype=torch.float64)
+    sign = (x[:, :6].sum(1) + torch.randn(80, generator=g, dtype=torch.float64)).sign()
+    return BilevelProblem.from_functions(
+        lambda w, theta, data: torch.nn.functional.softplus(-sign * (x @ w)).sum() + 0.5 * theta * w.square().sum(),
+        lambda w, theta, data: w.sum(),
+        lambda theta, data: torch.zeros(12, dtype=torch.float64),
+    )
+
+
+def test_a_preconditioner_saves_steps() -> None:
+    """To the point of SciPy, which knows none of this."""
+    theta = torch.tensor(1e-3, dtype=torch.float64)
+    known = solve(badly_scaled(), theta, solver=ScipyMinimize(method="trust-exact", tol=1e-10)).unwrap()
+    scale = torch.logspace(3, -3, 12, dtype=torch.float64)  # the features' sizes, squared and inverted
+    found = {
+        name: solve(
+            badly_scaled(),
+            theta,
+            solver=NewtonCG(max_steps=20, cg_steps=6, cg_rtol=1e-3, tol=1e-8, preconditioner=preconditioner),
+        )
+        for name, preconditioner in {
+            "none": None,
+            "identity": lambda v: v,
+            "jacobi": Jacobi(),
+            "function": lambda v: scale * v,
+        }.items()
+    }
+    assert found["none"].status is Status.MAX_STEPS and float(found["none"].residual) > 1e-3
+    assert found["identity"].num_matvecs == found["none"].num_matvecs
+    torch.testing.assert_close(found["identity"].value, found["none"].value, rtol=1e-6, atol=0)
+    for name in ("jacobi", "function"):
+        assert found[name].status is Status.CONVERGED
+        torch.testing.assert_close(found[name].value, known, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "error", "message"),
+    [
+        (lambda v: -v, ValueError, "NewtonCG: preconditioner: expected a symmetric positive definite M, got"),
+        (Jacobi, TypeError, r"preconditioner: expected None, Jacobi\(\), .* Did you mean Jacobi\(\)\?"),
+        ("jacobi", TypeError, "preconditioner: expected None, Jacobi"),
+    ],
+)
+def test_preconditioners_that_are_none(preconditioner: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        solve(
+            badly_scaled(),
+            torch.tensor(1.0, dtype=torch.float64),
+            solver=NewtonCG(max_steps=3, preconditioner=preconditioner),
+        )
+
+
+def test_a_preconditioner_at_negative_curvature() -> None:
+    """M times the negative gradient is a direction of descent there too."""
+    result = solve(
+        of(lambda phi, theta, data: (1 - phi[0]) ** 2 + 100 * (phi[1] - phi[0] ** 2) ** 2),
+        torch.zeros(2, dtype=torch.float64),
+        init=torch.tensor([0.0, 3.0], dtype=torch.float64),
+        solver=NewtonCG(max_steps=100, cg_steps=2, tol=1e-9, preconditioner=Jacobi()),
+    )
+    assert result.status is Status.CONVERGED and result.negative_curvature > 0
+    torch.testing.assert_close(result.value, torch.ones(2, dtype=torch.float64))
 
 
 def zoo() -> BilevelProblem:

@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 import bilevel
 from bilevel import BilevelProblem, Hypergradient, ProximalProblem, SolverError, Status, hypergradient, solve, unrolled
 from bilevel.curvature import GaussNewton
-from bilevel.linsys import Exact
+from bilevel.linsys import Exact, Jacobi
 from bilevel.solvers import (
     LBFGS,
     Anderson,
@@ -253,6 +253,7 @@ SOLVERS: dict[str, Callable[[Case], IterativeSolver]] = {
     "newton-cg": lambda case: NewtonCG(max_steps=2, cg_steps=2),
     "newton-cg, damped": lambda case: NewtonCG(max_steps=3, cg_steps=3, damping=0.5),
     "newton-cg, tol": lambda case: NewtonCG(max_steps=20, cg_steps=9, tol=1e-9),
+    "newton-cg, jacobi": lambda case: NewtonCG(max_steps=2, cg_steps=2, preconditioner=Jacobi()),
     "lbfgs": lambda case: LBFGS(max_steps=6),
     "iteration": lambda case: FixedPointIteration(max_steps=9, relaxation=1 / case.lipschitz),
     "anderson": lambda case: Anderson(max_steps=6, relaxation=1 / case.lipschitz, memory=3),
@@ -289,7 +290,8 @@ def test_both_modes_are_the_differences_of_solve(case: Case, name: str) -> None:
     assert_same(vector(reverse.grad), expected, relative)
     assert_same(vector(forward.grad), vector(reverse.grad), 1e-6 if noisy else 1e-9)
     run = solve(case.problem, case.theta, case.data, solver=solver)
-    assert_same(vector(reverse.phi), vector(run.value), 1e-9)
+    # the path takes every gradient from G, solve those of a quadratic from a matrix: the noise blows up the rounding between them
+    assert_same(vector(reverse.phi), vector(run.value), 1e-7 if noisy and case.problem.quadratic else 1e-9)
     assert reverse.inner.num_steps == run.num_steps and reverse.inner.status is run.status
     torch.testing.assert_close(reverse.inner.residual, run.residual, rtol=1e-6, atol=1e-12)
 

@@ -89,9 +89,7 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
     """An estimate ``(*batch,)`` of max |eigenvalue| of a symmetric A by the power method from one fixed
     pseudo-random start.
     """
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64).to(b)
-    v = start.expand_as(b)
+    v = _start(b).expand_as(b)
     for _ in range(POWER_STEPS):
         v = v / norm(v).unsqueeze(-1)
         av = matvec(v)
@@ -99,3 +97,13 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
         v = av
     # one for A = 0, where any step is as good
     return torch.where(estimate > 0, estimate, 1.0)
+
+
+def _start(b: Tensor) -> Tensor:
+    """Numbers in [-1, 1) ``(d,)`` that look random (the mixing of SplitMix64, Steele et al. 2014), the same on every device. Made where
+    they are needed: the host would wait for a copy.
+    """
+    k = torch.arange(1, b.shape[-1] + 1, device=b.device) * -0x61C8864680B583EB  # wraps, as it should
+    k = (k ^ (k >> 30)) * -0x40A7B892E31B1A47
+    k = (k ^ (k >> 27)) * -0x6B2FB644ECCEEE15
+    return ((k ^ (k >> 31)) % 2**24).to(b.dtype) / 2**23 - 1

@@ -139,17 +139,16 @@ class IterativeSolver(InnerSolver):
 
     def run(self, objective: Objective, phi: Tensor) -> Run:
         state = self.init(objective, phi)
-        active = ~state.stalled
+        active, seen = ~state.stalled, state.stalled
         converged = torch.zeros_like(active)
         steps = torch.zeros_like(active, dtype=torch.int64)
-        start = None
+        start, unbooked = None, 0
         for k in range(self.max_steps):
             objective.begin_step(k)
             local = self.evaluate(objective, state.point)
-            residual = norm(local.grad)
-            if start is None:
-                start = residual
             if self.tol > 0:
+                residual = norm(local.grad)
+                start = residual if start is None else start
                 done = active & (residual <= self.tol)
                 converged = converged | done
                 state = replace(state, phi=select(done, state.point, state.phi))
@@ -158,11 +157,17 @@ class IterativeSolver(InnerSolver):
                 if k % self.check_every == 0 and not bool(active.any()):
                     break
                 state = choose(active, self.step(objective, state, local), state)
-            else:
-                active = active & ~state.stalled
+                steps = steps + active
+            else:  # without what costs as much as the step itself where the tensors are small
+                start = norm(local.grad) if start is None else start
+                if state.stalled is not seen:
+                    steps, unbooked = steps + unbooked * active, 0
+                    active, seen = active & ~state.stalled, state.stalled
                 state = self.step(objective, state, local)
-            steps = steps + active
+                unbooked += 1
             del local  # with its graph, before the next one is built
+        if unbooked:
+            steps = steps + unbooked * active
         if start is None:
             start = torch.full_like(phi[..., 0], torch.nan)
         return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol, self.growth)

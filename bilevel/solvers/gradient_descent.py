@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, Run, State, initial_step_size, nowhere
 
 GROW, SHRINK = 1.25, 0.5
 SUFFICIENT_DECREASE = 1e-4
@@ -48,6 +48,22 @@ class GradientDescent(IterativeSolver):
         check_number("tol", self.tol)
         check_count("check_every", self.check_every)
 
+    def run(self, objective: Objective, phi: Tensor) -> Run:
+        if self.step_size is None or self.tol > 0:
+            return super().run(objective, phi)
+        quadratic = objective.written_down(phi, self.max_steps)
+        if quadratic is None:
+            return super().run(objective, phi)
+        # the same steps; each is one affine map of the way from phi
+        hessian, grad = quadratic
+        way = shift = -self.step_size * grad
+        step = torch.eye(phi.shape[-1], dtype=phi.dtype, device=phi.device) - self.step_size * hessian
+        for _ in range(self.max_steps - 1):
+            way = torch.addmv(shift, step, way) if way.ndim == 1 else shift + (step @ way.unsqueeze(-1)).squeeze(-1)
+        nobody = nowhere(phi)
+        steps = torch.full_like(nobody, self.max_steps, dtype=torch.int64)
+        return Run(phi + way, nobody, nobody, steps, norm(grad), None, self.tol)
+
     def init(self, objective: Objective, phi: Tensor) -> State:
         if self.step_size is not None:
             return State.start(phi)
@@ -58,6 +74,8 @@ class GradientDescent(IterativeSolver):
         if isinstance(state, _State):
             return self._backtrack(state, local)
         phi = torch.add(state.point, local.grad, alpha=-self.step_size)  # type: ignore[operator]
+        if self.tol == 0:  # NaN spreads by itself
+            return replace(state, phi=phi, point=phi)
         return replace(state, phi=phi, point=phi, stalled=state.stalled | ~local.value.isfinite())
 
     @staticmethod

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.linsys.base import Matvec, as_operator, check_count, check_number, dot, norm, select
+from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.solvers.base import IterativeSolver, State, nowhere
 
 SUFFICIENT_DECREASE = 1e-4
@@ -37,6 +38,12 @@ class NewtonCG(IterativeSolver):
         max_backtracks: halvings of the step before the line search fails.
         curvature: ``Hessian()`` or ``GaussNewton()``.
         damping: added to the diagonal of the curvature.
+        preconditioner: for CG, made anew at each Newton step: :class:`~bilevel.linsys.Jacobi` for variables of very different scales,
+            :class:`~bilevel.linsys.NystromPreconditioner`, or a function ``v -> M v`` over ``(*batch, d)`` with M an approximate
+            inverse, symmetric positive definite. The products that it takes count in ``num_matvecs``.
+
+    Raises:
+        ValueError: (in a solve) M is not positive definite.
     """
 
     max_steps: int = 3
@@ -46,6 +53,7 @@ class NewtonCG(IterativeSolver):
     max_backtracks: int = 20
     curvature: Curvature = Hessian()
     damping: float = 0.0
+    preconditioner: Preconditioner | Matvec | None = None
 
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps)
@@ -55,6 +63,7 @@ class NewtonCG(IterativeSolver):
         check_count("max_backtracks", self.max_backtracks, at_least=0)
         check_curvature(self.curvature)
         check_number("damping", self.damping)
+        check_preconditioner(self.preconditioner)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         return _State(phi, phi, nowhere(phi), nowhere(phi).long())
@@ -66,17 +75,25 @@ class NewtonCG(IterativeSolver):
         return objective.linearise(point, self.curvature, self.damping)
 
     def step(self, objective: Objective, state: _State, local: Linearisation) -> _State:
-        direction, negative = self._direction(local)
+        direction, negative = self._direction(objective, local)
         slope = dot(local.grad, direction)
         point, stalled = self._line_search(objective, state, local, direction, slope)
         return _State(point, point, stalled, state.negative_curvature + negative)
 
-    def _direction(self, local: Linearisation) -> tuple[Tensor, Tensor]:
+    def _direction(self, objective: Objective, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
         r = -local.grad
-        x, p, rr = torch.zeros_like(r), r, dot(r, r)
+        m, products = prepare(self.preconditioner, None, as_operator(local.matvec), r)
+        objective.num_matvecs += max(0, products - 1)  # all at once, and counted once already
+        p = z = r if m is None else m(r)
+        x, rz, rr = torch.zeros_like(r), dot(r, z), dot(r, r)
         threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
         active = rr > threshold
+        if m is not None and bool((active & (rz <= 0)).any()):
+            raise ValueError(
+                "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v <= 0 for some v. Jacobi() and "
+                "NystromPreconditioner(rank=...) are positive definite for every matrix."
+            )
         negative = torch.zeros_like(active)
         for k in range(self.cg_steps):
             if self.tol > 0 and not bool(active.any()):
@@ -90,14 +107,15 @@ class NewtonCG(IterativeSolver):
             active = active & ~bad
             # a problem that is done keeps x and r because its alpha is zero, if its A p is a number. Quotients of one there: 0 / 0
             # would be NaN in the derivative of the path, mask or not
-            alpha = torch.where(active, rr / torch.where(active, curvature, 1), 0).unsqueeze(-1)
+            alpha = torch.where(active, rz / torch.where(active, curvature, 1), 0).unsqueeze(-1)
             x = torch.addcmul(x, alpha, p)
             r = torch.addcmul(r, alpha, select(active, ap, r), value=-1)
-            rr_new = dot(r, r)
-            beta = (rr_new / torch.where(active, rr, 1)).unsqueeze(-1)
-            p = select(active, torch.addcmul(r, beta, p), p)
-            rr = torch.where(active, rr_new, rr)
-            active = active & (rr > threshold)
+            z = r if m is None else m(r)
+            rz_new = dot(r, z)
+            beta = (rz_new / torch.where(active, rz, 1)).unsqueeze(-1)
+            p = select(active, torch.addcmul(z, beta, p), p)
+            rz = torch.where(active, rz_new, rz)
+            active = active & ((rz if m is None else dot(r, r)) > threshold)
         return x, negative
 
     def _line_search(
