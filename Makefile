@@ -5,7 +5,7 @@
 #   VENV=/some/folder      where the environment goes
 #   TORCH_INDEX=<url>      a further package index for torch. On Linux the default build brings the CUDA libraries
 #                          (some gigabytes); https://download.pytorch.org/whl/cpu has the builds without
-#   ARGS='...'             further arguments for pytest (make test) or imaml demo (make demo)
+#   ARGS='...'             further arguments for pytest (make test), imaml demo (make demo) or benchmarks/gpu.py (make gpu)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ SOURCES := bilevel applications tests docs benchmarks examples README.md
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format types imports docs ci clean
+.PHONY: help setup demo test lint format types imports docs gpu package ci clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ imports: $(READY)  ## which part may import which (pyproject.toml)
 docs: $(READY)  ## the pages, strictly: docs/_build/html/index.html
 	$(BIN)/sphinx-build -W --keep-going -n -q docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
+
+gpu: $(READY)  ## on a machine with a GPU: tests, benchmarks, Table 2; again goes on where it was (docs/gpu.md)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+package: $(READY)  ## build the distributions, and try the wheel in an environment that has nothing else
+	TORCH_INDEX='$(TORCH_INDEX)' $(BIN)/python tests/packaging/check.py $(ARGS)
 
 ci:  ## everything that a change must pass, in a fresh environment
 	.ci/run

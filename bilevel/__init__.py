@@ -2,6 +2,7 @@
 
 from bilevel import curvature, linsys, regularisation, solvers, theory
 from bilevel.accuracy import Tolerances, tolerances
+from bilevel.captured import CapturedStep
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.problem import BilevelProblem, Constants, ProximalProblem
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BilevelProblem",
+    "CapturedStep",
     "Constants",
     "Diagnosis",
     "GaussNewton",

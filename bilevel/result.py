@@ -57,7 +57,7 @@ class Status(IntEnum):
         5,
         True,
         "diverged: the residual grew instead of falling, or did not fall at all. Reduce step_size (or leave it None), raise the "
-        "regularisation, or use Anderson or Newton for a map that is no contraction.",
+        "regularisation, use Anderson or Newton for a map that is no contraction, or a larger rank of Nystrom.",
     )
     NON_FINITE = (
         6,

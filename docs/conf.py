@@ -1,11 +1,17 @@
 """The pages: MyST Markdown, the interface from the docstrings, formulas as MathML. Nothing is loaded from a network."""
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.errors import ConfigError
 
 import bilevel
+
+for module in ("furo", "latex2mathml", "myst_parser"):
+    if find_spec(module) is None:
+        raise ConfigError(f'the pages need {module}, which is not installed: pip install "bilevel[docs]"')
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
@@ -16,14 +22,17 @@ release = bilevel.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "statuses"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"bilevel {release}"
 html_static_path = ["_static"]
-html_css_files = ["mathml.css"]
+html_css_files = ["pages.css"]
+html_favicon = "_static/favicon.svg"
 html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # say a thing once: at the base class

@@ -153,7 +153,7 @@ def draw(found: dict[str, list[Run]], path: Path) -> None:
         for number, (_, trace) in enumerate(runs):
             left.plot(*zip(*trace, strict=True), color=colour, label=name if number == 0 else None)
     left.set(xlabel="processor seconds", ylabel="validation log-loss, best so far")
-    left.legend(frameon=False)
+    left.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     pixels = found["hypergradient"][0][0].theta[:64].reshape(8, 8) / torch.tensor(10.0).log()
     image = right.imshow(pixels.numpy(), cmap="viridis")
     right.set_title("log10 of the penalty of each pixel", fontsize=10)

@@ -62,8 +62,8 @@ Command: `python examples/{name}.py`, {seconds:.0f} seconds of processor time on
 
 
 def examples() -> list[Path]:
-    """The scripts, in alphabetical order."""
-    return sorted(path for path in HERE.glob("*.py") if path.name != Path(__file__).name)
+    """The scripts, in alphabetical order. What begins with an underscore is shared by some of them."""
+    return sorted(path for path in HERE.glob("[!_]*.py") if path.name != Path(__file__).name)
 
 
 def heading(script: Path) -> tuple[str, str, int]:

@@ -16,7 +16,7 @@ for package in ("matplotlib", "optuna", "sklearn"):
     pytest.importorskip(package, reason="needs the extra 'examples'")
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path.name != "render.py")
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("[!_]*.py") if path.name != "render.py")
 
 
 def stem(path: Path) -> str:
@@ -70,12 +70,35 @@ def black_box(report: str) -> None:
     assert best["L-BFGS-B, our gradient"][1] < best["equal scales"][1]
 
 
+def equilibrium(report: str) -> None:
+    """The gradient is as good as the solves are. That of many plain steps is wrong, and needs more memory."""
+    solved, exact, plain = (row(report, name) for name in ("solved, as in training", "solved to 1e-10", "k = 100"))
+    assert solved[0] < 1e-2 < 0.1 < plain[0]
+    assert exact[0] < 1e-8
+    assert plain[1] > 2 * solved[1]
+
+
+def few_shot(report: str) -> None:
+    """A few meta-steps make the network better at classes that it has never seen."""
+    untrained, imaml = row(report, "not meta-trained")[0], row(report, "iMAML")[2]
+    assert imaml > untrained + 3
+
+
+def learned_regularisation(report: str) -> None:
+    """Where the smaller of the fixed values does better than the start, the learned number goes down from it, in every run."""
+    assert row(report, "0.2, fixed")[1] > row(report, "2, fixed")[1]
+    assert max(row(report, "a number    ")) < 2
+
+
 # What the output of an example must say at the small size too. An example that is not named here is only run.
 CLAIMS: dict[str, Callable[[str], None]] = {
     "black_box": black_box,
     "cleaning": cleaning,
+    "equilibrium": equilibrium,
+    "few_shot": few_shot,
     "influence": influence,
     "lasso": lasso,
+    "learned_regularisation": learned_regularisation,
     "penalties": penalties,
 }
 

@@ -66,7 +66,7 @@ def logistic_hessian(rows: np.ndarray, phi: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Proximal:
-    """Proximal logistic regression, judged by a logistic loss; the constants are the closed forms of docs/theory.md."""
+    """Proximal logistic regression, judged by a logistic loss; the constants are the closed forms of docs/constants.md."""
 
     train: np.ndarray  # (n, d)
     test: np.ndarray  # (m, d)

@@ -1,5 +1,20 @@
-"""`python -m applications.meta_learning` is the program `imaml`."""
+"""The program `imaml`, also as `python -m applications.meta_learning`."""
 
-from applications.meta_learning.cli import app
+import sys
 
-app()
+
+def main() -> None:
+    """Run it, or say what to install: the packages that it needs are an extra."""
+    try:
+        from applications.meta_learning.cli import app
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(("applications", "bilevel")):
+            raise  # a fault of ours, which no installation mends
+        sys.exit(f'imaml needs {error.name}, which is not installed: pip install "bilevel[meta-learning]"')
+    except KeyboardInterrupt:  # while PyTorch is loaded
+        sys.exit(130)
+    app()
+
+
+if __name__ == "__main__":
+    main()

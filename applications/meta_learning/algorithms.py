@@ -28,7 +28,6 @@ class MetaGradient:
     phi: the adapted parameters, with the task axis.
     ok: which tasks have a usable gradient, (tasks,).
     inner: of the adaptation. linear: of the linear system; None where there is none.
-    failures: what went wrong, in sentences.
     """
 
     grad: Theta
@@ -37,7 +36,12 @@ class MetaGradient:
     ok: Tensor
     inner: Result
     linear: Result | None
-    failures: str
+
+    @property
+    def failures(self) -> str:
+        """What went wrong, in sentences. Looks at numbers."""
+        solves = (("adaptation", self.inner), ("linear solve", self.linear))
+        return "\n".join(solve.describe(what) for what, solve in solves if solve is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,6 @@ def _from_library(found: bilevel.Hypergradient) -> MetaGradient:
         ok=found.ok_per_task,
         inner=found.inner,
         linear=found.linear,
-        failures=found.describe(),
     )
 
 
@@ -162,5 +165,4 @@ def _reduced(grads: Theta, outer: Tensor, inner: Result) -> MetaGradient:
         ok=ok,
         inner=inner,
         linear=None,
-        failures=inner.describe("adaptation"),
     )

@@ -73,14 +73,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}; expected a checkpoint.pt, or the folder of a run that has one")
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror}); give yourself the right to, or copy it"
+        ) from error
+    try:
         with warnings.catch_warnings(action="ignore"):  # on a foreign file torch warns before it fails
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or foreign file makes zipfile and the unpickler raise nearly anything.
     except Exception as error:
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of imaml ({reason[0] if reason else type(error).__name__:.120}); "
-            "nothing in it was executed. Use another one, or train again"
+            f"{path} is damaged or not a checkpoint of imaml; nothing in it was executed. Use another one, or train again "
+            "with --overwrite"
         ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by imaml; expected a checkpoint.pt from the folder of a run")

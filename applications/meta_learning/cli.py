@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config, ConfigError, option_name
@@ -49,6 +51,7 @@ from applications.meta_learning.run import (
     clear_folder,
     matching_source,
     prepare_folder,
+    require_writable,
     stop_on_signals,
     use_threads,
 )
@@ -58,6 +61,7 @@ from applications.meta_learning.train import Trainer, TrainingFailed, load_theta
 app = typer.Typer(
     name="imaml",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -66,8 +70,19 @@ app = typer.Typer(
 )
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"imaml of bilevel {bilevel.__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def start() -> None:
+def start(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version and exit.", metavar="", is_eager=True, callback=_show_version),
+    ] = False,
+) -> None:
     """What every command needs before it allocates anything."""
     keep_freed_memory()
 
@@ -91,19 +106,22 @@ def train(
     data_dir: DataDir = None,
     download: Download = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on with the run in --out", rich_help_panel=START)
+        bool, typer.Option("--resume", help="go on with the run in --out", metavar="", rich_help_panel=START)
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the run in --out", rich_help_panel=START)
+        bool, typer.Option("--overwrite", help="replace the run in --out", metavar="", rich_help_panel=START)
     ] = False,
     final_test: Annotated[
-        bool, typer.Option(help="at the end, 600 test tasks as in the paper", rich_help_panel=START)
+        bool, typer.Option(help="at the end, 600 test tasks as in the paper", metavar="", rich_help_panel=START)
     ] = True,
-    tensorboard: Annotated[bool, typer.Option(help="write events for TensorBoard", rich_help_panel=START)] = True,
+    tensorboard: Annotated[
+        bool, typer.Option(help="write events for TensorBoard", metavar="", rich_help_panel=START)
+    ] = True,
 ) -> None:
     """Meta-train, with checkpoints, a log and figures in one folder.
 
-    Every option below overrides the preset. Ctrl-C saves and stops; --resume goes on exactly where it stopped.
+    Every option below overrides the preset (see them with imaml info PRESET).
+    Ctrl-C saves and stops; --resume goes on exactly where it stopped.
 
     \b
     imaml train                                          generated characters
@@ -118,7 +136,10 @@ def train(
         chosen = _Chosen(settings, preset_name, data_dir, download)
         folder = folder or Path("runs") / chosen.name
         stored = prepare_folder(folder, resume=resume, overwrite=overwrite)
-        trainer, data_dir, changes = _begin(chosen, folder) if stored is None else _go_on(chosen, stored)
+        trainer, data_dir, changes = _begin(chosen) if stored is None else _go_on(chosen, stored)
+        trainer.require_tests(final=final_test)
+        if stored is None:
+            clear_folder(folder)
         _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)
 
 
@@ -137,16 +158,14 @@ class _Chosen:
         return self.preset_name or DEFAULT_PRESET[self.settings.get("dataset", "glyphs")]
 
 
-def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
-    """A new run; the folder is cleared once its data and settings are known to be good."""
+def _begin(chosen: _Chosen) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
+    """A new run. Its folder is made or cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
     data_dir = data_dir_for(config.dataset, chosen.data_dir)
     use_threads(config)
     with out.status("loading the data ..."):
         source = load_source(config, data_dir=data_dir, download=chosen.download)
-    trainer = Trainer(config, source)
-    clear_folder(folder)
-    return trainer, data_dir, []
+    return Trainer(config, source), data_dir, []
 
 
 def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
@@ -173,7 +192,7 @@ def _train(
     tensorboard: bool,
 ) -> None:
     progress, config = trainer.progress, trainer.config
-    failure = None
+    failure, began = None, progress.step
     with (
         stop_on_signals() as stop,
         RunLog(folder, at_step=progress.step, tensorboard=tensorboard) as log,
@@ -201,10 +220,17 @@ def _train(
         raise typer.Exit(1)
     if ending is Ending.STOPPED:
         err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
-        err.print(f"  imaml train --resume --out {folder}", highlight=False, soft_wrap=True)
+        err.print(f"  {_resume(folder)}", highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
+    if ending is Ending.DONE and progress.step == began:
+        out.print("Nothing was left to do. For more steps, name their sum:", highlight=False)
+        out.print(f"  {_resume(folder)} --outer-steps {2 * config.outer_steps}", highlight=False, soft_wrap=True)
     _finish(trainer, folder, final_test)
+
+
+def _resume(folder: Path) -> str:
+    return f"imaml train --resume --out {shlex.quote(str(folder))}"
 
 
 def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
@@ -228,7 +254,7 @@ def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
     _draw(folder, config)
     out.print(counts_table(trainer))
     out.print(f"Figures, log and checkpoint: {folder}", highlight=False, soft_wrap=True)
-    out.print(f"Next: imaml evaluate {folder}", highlight=False, soft_wrap=True)
+    out.print(f"Next: imaml evaluate {shlex.quote(str(folder))}", highlight=False, soft_wrap=True)
 
 
 def _draw(folder: Path, config: Config) -> None:
@@ -263,14 +289,14 @@ def evaluate_command(
         int | None, typer.Option(help="another number of queries per class", min=1, show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(help="of the test tasks", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else", metavar="")] = False,
     data_dir: DataDir = None,
     download: Download = False,
 ) -> None:
     """Meta-test a checkpoint on its held-out classes.
 
-    The classes are those of the split that is stored in the checkpoint. The inner solver is the one of the training;
-    options of the inner problem replace it.
+    The classes are those of the split that is stored in the checkpoint. The
+    inner solver is the one of the training, unless an option replaces it.
     """
     with reported_errors():
         stored = load_checkpoint(checkpoint)
@@ -335,11 +361,13 @@ def demo_command(
 ) -> None:
     """Train first-order MAML and iMAML on generated characters, and compare.
 
-    Needs no file and no network. Prints the accuracy of the untrained network, of first-order MAML and of iMAML at
-    equal outer steps and at equal time, whichever wins; draws curves and a task. Exit code 1: one of both did not get
-    above the untrained network.
+    Needs no file and no network. Prints the accuracy of the untrained network,
+    of first-order MAML and of iMAML at equal outer steps and at equal time,
+    whichever wins; draws curves and a task. Exit code 1: one of both did not
+    get above the untrained network.
     """
     with reported_errors():
+        require_writable(folder)
         first_order, imaml = (replace(config, seed=seed) for config in demo_config())
         try:
             above = run_demo(first_order, imaml, Plan(seconds=seconds), folder, out)
@@ -361,7 +389,7 @@ def experiment(
         "experiments"
     ),
     quick: Annotated[
-        bool, typer.Option("--quick", help="a minute at most, on the same code; the numbers mean little")
+        bool, typer.Option("--quick", help="a minute at most, on the same code; the numbers mean little", metavar="")
     ] = False,
     seed: Annotated[int, typer.Option(help="of the random problems", min=0)] = 0,
     only: Annotated[
@@ -371,7 +399,8 @@ def experiment(
 ) -> None:
     """Repeat a figure or table of the paper: numbers as JSON, and a figure and a page made from them.
 
-    A long one that was interrupted goes on where it was when the same command is given again.
+    A long one that was interrupted goes on where it was when the same command
+    is given again.
     """
     with reported_errors():
         if name is None:
@@ -379,7 +408,8 @@ def experiment(
             return
         wanted = [e for e in EXPERIMENTS if name in (e.name, e.name.split("_")[0])]
         if not wanted:
-            raise ConfigError(f"expected an experiment of {', '.join(e.name for e in EXPERIMENTS)}, got {name!r}")
+            raise ConfigError(f"there is no experiment {name!r}; imaml experiment lists them")
+        require_writable(folder)
         for one in wanted:
             if only is not None and only not in one.cells:
                 cells = ", ".join(one.cells) or "none, because it is measured as a whole"

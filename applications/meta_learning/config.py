@@ -15,7 +15,7 @@ RUN = "Run"
 
 
 # What runs did that were written before these settings were there.
-IMPLIED = {"colours": "grey", "network": "strided"}
+IMPLIED = {"colours": "grey", "network": "strided", "capture": False}
 
 SMALLEST_POOLED = 16  # pixels: what can be halved four times, rounding down
 
@@ -148,9 +148,14 @@ class Config:
     device: str = setting("auto", RUN, "auto: a GPU if there is one; or cpu, cuda, cuda:1")
     dtype: Literal["float32", "float64"] = setting("float32", RUN, "float32 or float64", fixed=True)
     threads: int = setting(0, RUN, "CPU threads; 0: what PyTorch chooses", at_least=0)
-    chunk_size: int = setting(0, RUN, "tasks that are worked on at once, to save memory; 0: all", at_least=0)
+    chunk_size: int = setting(
+        0, RUN, "tasks that are worked on at once, to save memory; 0: all, on a GPU as many as it holds", at_least=0
+    )
     outer_chunk_size: int = setting(
         0, RUN, "the same for the query loss alone, which needs the most memory; 0: as --chunk-size", at_least=0
+    )
+    capture: bool = setting(
+        False, RUN, "on a GPU, replay the whole meta-step as one CUDA graph, where it never looks at a number"
     )
     eval_interval: int = setting(100, RUN, "meta-steps between evaluations on held-out classes; 0: none", at_least=0)
     eval_tasks: int = setting(100, RUN, "tasks of such an evaluation", at_least=2)

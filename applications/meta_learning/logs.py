@@ -93,8 +93,11 @@ def to_json(values: Any) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Write beside the target, then move there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # of a full disk
 
 
 def environment(device: torch.device) -> Entry:

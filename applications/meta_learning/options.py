@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from applications.meta_learning.checkpoint import CheckpointError
-from applications.meta_learning.config import INNER, Config, ConfigError
+from applications.meta_learning.config import INNER, Config, ConfigError, option_name
 from applications.meta_learning.data import DataError
 from applications.meta_learning.run import RunError
 
@@ -33,7 +34,9 @@ DataDir = Annotated[
 ]
 Download = Annotated[
     bool,
-    typer.Option("--download", help="omniglot: fetch the archives (14 MB) if missing", rich_help_panel=START),
+    typer.Option(
+        "--download", metavar="", help="omniglot: fetch the archives (14 MB) if missing", rich_help_panel=START
+    ),
 ]
 
 ENVIRONMENT = {"omniglot": "BILEVEL_OMNIGLOT", "mini-imagenet": "BILEVEL_MINI_IMAGENET"}
@@ -54,8 +57,9 @@ def with_settings(names: list[str]) -> Callable[[Callable[..., None]], Callable[
 
     def option(name: str) -> inspect.Parameter:
         meta = by_name[name].metadata
-        choices = "CHOICE" if get_origin(types[name]) is Literal else None  # the help text names them, in less space
-        info = typer.Option(help=meta["help"], rich_help_panel=meta["panel"], show_default=False, metavar=choices)
+        # Of a choice the help text names the values, in less space. A flag has none.
+        shown = "CHOICE" if get_origin(types[name]) is Literal else "" if types[name] is bool else None
+        info = typer.Option(help=meta["help"], rich_help_panel=meta["panel"], show_default=False, metavar=shown)
         annotation = Annotated[types[name] | None, info]  # type: ignore[valid-type]
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -89,8 +93,21 @@ class reported_errors:  # noqa: N801 - reads as what it does in a with statement
             error = ConfigError("the device is out of memory; --chunk-size N works on N tasks at a time")
         if isinstance(error, ConfigError | CheckpointError | DataError | RunError | OSError):
             err.print("[bold red]Error:[/bold red] ", end="")
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            err.print(_words(error), markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2)
         if isinstance(error, KeyboardInterrupt):
-            err.print("Interrupted; a checkpoint that was written before is as it was.")
+            err.print("Interrupted; what was written before is as it was.")
             raise typer.Exit(130)
+
+
+def _words(error: Exception) -> str:
+    """The message, with settings named as the options that they are here, and with what to do about the system's errors."""
+    name, colon, rest = str(error).partition(": ")
+    if isinstance(error, ConfigError) and name in {f.name for f in fields(Config)}:
+        return f"{option_name(name)}{colon}{rest}"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space, or name a folder on another disk" if full else "name another folder with --out"
+        return f"{where}{error.strerror or error}; {advice}. What was written before is as it was"
+    return str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 
 from applications.meta_learning.config import Config, ConfigError
 
@@ -142,7 +143,8 @@ def preset(name: str) -> Config:
         ConfigError: there is none.
     """
     if name not in PRESETS:
-        raise ConfigError(f"expected a preset of {', '.join(PRESETS)}, got {name!r}")
+        near = get_close_matches(name, PRESETS, n=3) or [DEFAULT_PRESET["glyphs"]]
+        raise ConfigError(f"there is no preset {name!r}; did you mean {' or '.join(near)}? imaml info lists all")
     return PRESETS[name]
 
 

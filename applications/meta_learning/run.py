@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -72,7 +73,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run; the folder exists and can be written.
+    """The checkpoint to go on from, or None for a new run; the folder can be written. Nothing is made or changed.
 
     Raises:
         RunError: there is a run already, or none to resume, or the folder cannot be written.
@@ -80,24 +81,43 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Checkpoint
     """
     path = folder / CHECKPOINT
     if resume and not path.exists():
-        raise RunError(f"nothing to resume: expected {path}; leave --resume out to start a new run there")
+        raise RunError(
+            f"nothing to resume: expected {path}; name the folder of the run with --out, or leave --resume out to start "
+            "a new one there"
+        )
     if path.exists() and not (resume or overwrite):
         raise RunError(
             f"{folder} holds a run already; --resume goes on with it, --overwrite deletes its checkpoint and log, "
             "--out names another folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error}); name another folder with --out") from error
+    require_writable(folder)
     return load_checkpoint(path) if resume else None
 
 
+def require_writable(folder: Path) -> None:
+    """Before hours of work, and without leaving a folder behind if something else is wrong.
+
+    Raises:
+        RunError: the folder, or the one that it would be made in, cannot be written.
+    """
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    reason = "" if os.access(nearest, os.W_OK | os.X_OK) else "is read-only, or belongs to somebody else"
+    if not nearest.is_dir():
+        reason = "is no folder"
+    if reason:
+        raise RunError(f"{folder} cannot be written: {nearest} {reason}; name another folder with --out")
+
+
 def clear_folder(folder: Path) -> None:
-    """Remove checkpoint, log and TensorBoard events of an earlier run."""
+    """Make the folder, and remove checkpoint, log and TensorBoard events of an earlier run.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made ({error.strerror}); name another folder with --out") from error
     for path in [folder / CHECKPOINT, folder / "log.jsonl", *(folder / "tensorboard").glob("events.*")]:
         path.unlink(missing_ok=True)
 

@@ -25,6 +25,8 @@ from applications.meta_learning.data import (
 )
 
 GLYPH_DRAWINGS = 20  # as many as Omniglot has
+TRAINING_OPTIONS = "--ways, --shots or --query-shots"
+HELD_OUT_OPTIONS = "--ways, --shots or --eval-query-shots (imaml evaluate: --query-shots)"
 TEST_SEED_OFFSET = 1_000_003  # held-out sinusoids come from another seed; for images the classes differ anyway
 
 
@@ -65,8 +67,10 @@ class TaskSource:
                 counts=self.classes.counts,
             )
         except ValueError as error:
-            hint = "; see --eval-query-shots, and in imaml evaluate --query-shots and --protocol" if held_out else ""
-            raise ConfigError(f"these tasks cannot be drawn from {config.dataset}: {error}{hint}") from error
+            part, hint = ("held-out", HELD_OUT_OPTIONS) if held_out else ("training", TRAINING_OPTIONS)
+            raise ConfigError(
+                f"these tasks cannot be drawn from the {part} classes of {config.dataset}: {error}; change {hint}"
+            ) from error
 
 
 def load_source(

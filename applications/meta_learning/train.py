@@ -11,22 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from applications.meta_learning.algorithms import MetaGradient
 from applications.meta_learning.checkpoint import FORMAT, VERSION, Checkpoint, CheckpointError
-from applications.meta_learning.config import Config
+from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.data import Sampler
 from applications.meta_learning.evaluate import Evaluation, accuracy, adaptation_curve, evaluate
 from applications.meta_learning.method import build_method, build_network
 from applications.meta_learning.models import initial_theta
 from applications.meta_learning.problem import batched_outputs
+from applications.meta_learning.step import NAMES, Found, MetaStep, describe
 from applications.meta_learning.tasks import TaskSource, device_of, dtype_of
-from bilevel import Status
 
 Record = dict[str, float]
-
-NEGATIVE_CURVATURE = torch.tensor(
-    [Status.NEGATIVE_CURVATURE, Status.STOPPED_AT_NEGATIVE_CURVATURE, Status.SOLVED_INDEFINITE]
-)
 
 
 class TrainingFailed(RuntimeError):
@@ -60,11 +55,13 @@ class Progress:
 class Trainer:
     """The state of one run: theta, Adam, the stream of tasks, and `progress`. A call of `meta_step` is one outer step.
 
+    graphs: what captures a step in place of CUDA, for tests.
+
     Raises:
         ConfigError: the settings fit neither the data nor this machine.
     """
 
-    def __init__(self, config: Config, source: TaskSource) -> None:
+    def __init__(self, config: Config, source: TaskSource, *, graphs: Any | None = None) -> None:
         self.config, self.source = config, source
         self.device = device_of(config)
         self.module: nn.Module = build_network(config).to(device=self.device, dtype=dtype_of(config))
@@ -73,15 +70,22 @@ class Trainer:
         self.sampler = source.sampler(
             config, held_out=False, query_shots=config.query_shots, seed=config.seed, device=self.device
         )
-        self.outer = torch.optim.Adam(list(self.theta.values()), lr=config.outer_rate, eps=config.outer_eps)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.outer, _rate_factor(config))
+        self.step = MetaStep(config, self.method, self.theta, self.device, graphs)
+        self.outer = self.step.outer
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.step.rates, _rate_factor(config))
         self.progress = Progress()
         self.last_failure = ""
+        self._unread: list[Found] = []
+        self._last: Record = {}
 
     def meta_step(self) -> Record:
         """Draw tasks, take their meta-gradient and let Adam step along it.
 
         Tasks that failed are left out of the mean. Where all failed, theta and Adam stay as they are.
+
+        Returns:
+            The numbers of this step. Where steps are captured they are read every `log_interval` steps, so that nobody waits for a
+            step in between, and these are those of the last step that was read.
 
         Raises:
             TrainingFailed: that was the last of `max_failed_steps` such steps in a row.
@@ -89,49 +93,49 @@ class Trainer:
         clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         started = clock()
         data = self.sampler.sample(self.config.meta_batch)
-        meta = self.method.algorithm.meta_gradient(self.method.problem, self.theta, data)
+        found = self.step(data)
         self.progress.step += 1
-        record = self._record(meta, data)
-        if record["ok_tasks"]:
-            for name, leaf in self.theta.items():
-                leaf.grad = meta.grad[name]
-            self.outer.step()
+        if self._logs_this_step and not self.config.is_regression:  # a forward pass more
+            outputs = batched_outputs(self.module, found["phi"], data["query"]["x"])
+            share = accuracy(outputs, data["query"]["y"]).mean(0, keepdim=True)
+            found["numbers"] = torch.cat([found["numbers"], share])
+        del found["phi"]
+        self._unread.append(found)
+        if self.step.is_deferred:
             self.schedule.step()
-            self.progress.skipped_in_a_row = 0
-        else:
-            self.progress.skipped_steps += 1
-            self.progress.skipped_in_a_row += 1
-            self.last_failure = meta.failures
-        self.progress.window.append(record)
+        if not self.step.is_deferred or self._logs_this_step or not self._last:
+            self._read()
         self.progress.step_seconds += clock() - started
         if self.progress.skipped_in_a_row >= self.config.max_failed_steps:
             raise TrainingFailed(self._explain_failure())
-        return record
+        return self._last
 
-    def _record(self, meta: MetaGradient, data: Any) -> Record:
-        negative, linear_residual = torch.zeros_like(meta.ok), torch.full_like(meta.inner.residual, math.nan)
-        if meta.linear is not None:
-            negative = torch.isin(meta.linear.codes, NEGATIVE_CURVATURE.to(meta.linear.codes))
-            linear_residual = meta.linear.residual
-        if meta.inner.negative_curvature is not None:  # Newton-CG goes on where it meets some, and counts
-            negative = negative | (meta.inner.negative_curvature > 0)
-        numbers = [
-            meta.ok.sum(),
-            meta.outer,
-            meta.inner.residual.nanmedian(),
-            linear_residual.nanmedian(),
-            negative.sum(),
-        ]
-        if self._logs_this_step and not self.config.is_regression:  # a forward pass more
-            outputs = batched_outputs(self.module, meta.phi, data["query"]["x"])
-            numbers.append(accuracy(outputs, data["query"]["y"]).mean())
-        read = torch.stack([number.double() for number in numbers]).tolist()  # one wait for the device
-        names = ("ok_tasks", "loss", "inner_residual", "linear_residual", "negative_tasks", "accuracy")
-        record = dict(zip(names, read, strict=False))
-        self.progress.tasks += self.config.meta_batch
-        self.progress.failed_tasks += self.config.meta_batch - int(record["ok_tasks"])
-        self.progress.negative_tasks += int(record["negative_tasks"])
-        return record
+    def _read(self) -> None:
+        """Wait for the steps so far, and count what they met."""
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        numbers = iter(torch.cat([found["numbers"] for found in unread]).tolist())  # one wait for the device
+        skipped = 0
+        for found in unread:
+            own = [next(numbers) for _ in range(len(found["numbers"]))]
+            record = self._last = dict(zip(NAMES, own, strict=False))
+            self.progress.tasks += self.config.meta_batch
+            self.progress.failed_tasks += self.config.meta_batch - int(record["ok_tasks"])
+            self.progress.negative_tasks += int(record["negative_tasks"])
+            self.progress.window.append(record)
+            if record["ok_tasks"]:
+                self.progress.skipped_in_a_row = 0
+                if not self.step.is_deferred:
+                    self.schedule.step()
+            else:
+                skipped += 1
+                self.progress.skipped_steps += 1
+                self.progress.skipped_in_a_row += 1
+                self.last_failure = describe(found)
+        if self.step.is_deferred and skipped:  # they did not count, which nobody knew
+            self.schedule.last_epoch -= skipped
+            self._set_outer_options()
 
     @property
     def _logs_this_step(self) -> bool:
@@ -180,6 +184,21 @@ class Trainer:
     def _held_out(self, query_shots: int, seed: int) -> Sampler:
         return self.source.sampler(self.config, held_out=True, query_shots=query_shots, seed=seed, device=self.device)
 
+    def require_tests(self, *, final: bool) -> None:
+        """Before hours of training: the evaluations on the way, and the final one in the paper's protocol, can be drawn.
+
+        Raises:
+            ConfigError: the held-out classes are too few, or have too few images.
+        """
+        config = self.config
+        if config.eval_interval:
+            self._held_out(config.eval_query_shots, config.seed)
+        if final:
+            try:
+                self._held_out(config.shots, config.seed)
+            except ConfigError as error:
+                raise ConfigError(f"final test: {error}, or leave that test out with --no-final-test") from error
+
     def check_progress(self, should_stop: Callable[[], bool] = lambda: False) -> Evaluation:
         """The short evaluation during training. It is watched, not used: nothing is selected by it.
 
@@ -198,6 +217,7 @@ class Trainer:
 
     def summary(self) -> Record:
         """Means over the meta-steps since the last call, for one line of the log."""
+        self._read()
         window, self.progress.window = self.progress.window, []
         tasks = len(window) * self.config.meta_batch
         failed = tasks - sum(record["ok_tasks"] for record in window)
@@ -209,18 +229,19 @@ class Trainer:
             "negative_curvature": sum(record["negative_tasks"] for record in window) / max(1, tasks),
             "failed": failed / max(1, tasks),
             "skipped_steps": self.progress.skipped_steps,
-            "rate": self.outer.param_groups[0]["lr"],
+            "rate": self.step.rate,
         }
 
     def checkpoint(self, data_dir: str | None) -> Checkpoint:
         """Everything that `restore` needs to go on as if nothing had happened."""
+        self._read()
         source = self.source
         return {
             "format": FORMAT,
             "version": VERSION,
             "config": self.config.to_dict(),
             "theta": {name: leaf.detach() for name, leaf in self.theta.items()},
-            "outer": self.outer.state_dict(),
+            "outer": self.step.state_dict(),
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
             "sampler": self.sampler.state_dict(),
             "rng": torch.get_rng_state(),
@@ -239,7 +260,7 @@ class Trainer:
         """
         try:
             load_theta(self.theta, checkpoint["theta"])
-            self.outer.load_state_dict(checkpoint["outer"])
+            self.step.load_state_dict(checkpoint["outer"])
             self.schedule.load_state_dict({**checkpoint["schedule"], "lr_lambdas": [None]})
             self.sampler.load_state_dict(checkpoint["sampler"])
             torch.set_rng_state(checkpoint["rng"])
@@ -252,10 +273,8 @@ class Trainer:
     def _set_outer_options(self) -> None:
         """The loaded state has the old rate and epsilon in it; a resumed run may have been given others."""
         self.schedule.base_lrs = [self.config.outer_rate]
-        factor = _rate_factor(self.config)(self.schedule.last_epoch)
-        self.outer.param_groups[0].update(
-            lr=self.config.outer_rate * factor, initial_lr=self.config.outer_rate, eps=self.config.outer_eps
-        )
+        rate = self.config.outer_rate * _rate_factor(self.config)(self.schedule.last_epoch)
+        self.step.set_options(rate=rate, eps=self.config.outer_eps)
 
 
 def load_theta(theta: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

@@ -1,11 +1,12 @@
 """Turn measurements into results that can be committed: JSON, a figure, and the page made from the JSON.
 
     python docs/results/publish.py run RUN NAME [EVALUATION.json ...]
+    python docs/results/publish.py page NAME
     python docs/results/publish.py benchmark NAME
 
 RUN is the folder of ``imaml train``; each EVALUATION is what ``imaml evaluate RUN --json`` printed. Writes NAME.json, NAME.png and
-NAME.md beside this file. ``benchmark`` makes NAME.md from the NAME.json that benchmarks/NAME.py wrote. No number in a page
-is typed by hand; what is to be said in words comes from NAME.note.txt.
+NAME.md beside this file; ``page`` makes the page again. ``benchmark`` makes NAME.md (of ``choices`` also the figure) from the NAME.json
+that benchmarks/NAME.py wrote. What is to be said in words comes from NAME.note.txt, without numbers: these come from the JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+import choices_page
+import peers_page
 
 HERE = Path(__file__).parent
 
@@ -59,6 +63,9 @@ def page(name: str, result: dict[str, Any]) -> str:
         "",
         f"Hardware: {environment['processor']}, {environment['threads']} threads; torch {environment['torch']}; "
         f"commit `{environment['commit'][:12]}`; seed {config['seed']}. Not measured on a GPU yet.",
+        "",
+        f"Inner problem: the proximal one of the paper, lambda = {config['lam_head']:g} for the last layer and {config['lam']:g} for all "
+        "others. These are settings of our own; the presets `omniglot-5w1s-gd` and `omniglot-5w1s-hf` have the paper's.",
         "",
         f"Split: {config['split']}, {config['train_classes']} characters for meta-training, the others held out. "
         f"Batch norm: {environment['batch norm']}. Images: {environment['images']}. Network: {environment['network']}.",
@@ -203,13 +210,33 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines) + note(name)
 
 
+def choices(name: str, result: dict[str, Any]) -> str:
+    """The page of benchmarks/choices.py, in Markdown, and its figure."""
+    choices_page.draw(result, HERE / f"{name}.png")
+    return choices_page.page(result) + note(name)
+
+
+def beside_peers(name: str, result: dict[str, Any]) -> str:
+    """The page of a benchmark that runs the peers too, in Markdown."""
+    return str(getattr(peers_page, name)(result)) + note(name)
+
+
 def _code(label: str) -> str:
     """Code for what is code."""
     expression = re.match(r"\w+\(.*?\)", label)
     return f"`{expression[0]}`{label[len(expression[0]) :]}" if expression else label
 
 
-BENCHMARKS = {"meta_gradient": benchmark_page, "preconditioning": preconditioning_page, "logistic": logistic_page}
+BENCHMARKS = {
+    "batch": beside_peers,
+    "choices": choices,
+    "few_shot": beside_peers,
+    "logistic": logistic_page,
+    "meta_gradient": benchmark_page,
+    "preconditioning": preconditioning_page,
+    "quadratic": beside_peers,
+    "scaling": beside_peers,
+}
 
 
 def into_readme(name: str, result: dict[str, Any]) -> None:
@@ -237,9 +264,10 @@ def into_readme(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """The command line."""
-    if sys.argv[1] == "benchmark":
+    if sys.argv[1] in ("benchmark", "page"):
         name = sys.argv[2]
-        (HERE / f"{name}.md").write_text(BENCHMARKS[name](name, json.loads((HERE / f"{name}.json").read_text())))
+        make = BENCHMARKS[name] if sys.argv[1] == "benchmark" else page
+        (HERE / f"{name}.md").write_text(make(name, json.loads((HERE / f"{name}.json").read_text())))
         return
     run, name, evaluations = Path(sys.argv[2]), sys.argv[3], [Path(arg) for arg in sys.argv[4:]]
     result = read_run(run, evaluations)

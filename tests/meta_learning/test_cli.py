@@ -1,8 +1,10 @@
 """The program, as its users meet it."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,9 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import bilevel
 from applications.meta_learning import logs
+from applications.meta_learning.__main__ import main
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.cli import app
 from applications.meta_learning.config import Config
@@ -177,16 +181,23 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--preset", "nope"], "expected a preset of glyphs"),
-        (["--lam", "-1"], "lam: expected at least 0"),
+        (["--preset", "omniglot-5w1s"], "no preset 'omniglot-5w1s'; did you mean omniglot-5w1s-.*imaml info lists all"),
+        (["--preset", "zzz"], "no preset 'zzz'; did you mean glyphs.*imaml info lists all"),
+        (["--lam", "-1"], "--lam: expected at least 0"),
         (["--resume"], "nothing to resume"),
         (["--resume", "--overwrite"], "expected one of --resume and --overwrite"),
         (["--dataset", "omniglot", "--data-dir", "missing"], "no Omniglot in missing.*--data-dir.*--download"),
-        (["--ways", "300"], "these tasks cannot be drawn from glyphs.*ways"),
-        (["--query-shots", "40"], "these tasks cannot be drawn from glyphs: expected shots"),
+        (["--ways", "300"], "these tasks cannot be drawn from the training classes of glyphs: ways"),
+        (["--ways", "6"], "cannot be drawn from the held-out classes of glyphs: ways.*the 5 classes.*change --ways"),
+        (
+            ["--query-shots", "40"],
+            "the training classes of glyphs: expected shots.*change --ways, --shots or --query-shots",
+        ),
+        (["--eval-query-shots", "40"], "the held-out classes of glyphs: expected shots.*--eval-query-shots"),
+        (["--shots", "11", "--query-shots", "1", "--eval-query-shots", "1"], "final test: .*11 .*--no-final-test"),
         (["--device", "cuda:99"], "device: expected auto or a device that works here"),
         (["--linear", "exact", "--channels", "64"], "'exact' builds a dense Hessian"),
-        (["--glyph-classes", "5"], "train_classes: expected less than the 5"),
+        (["--glyph-classes", "5"], "--train-classes: expected less than the 5"),
         (["--inner", "adam"], "'adam' is not one of 'gd', 'agd', 'newton-cg'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -199,7 +210,7 @@ def test_errors_are_one_message_and_exit_code_2(
     assert result.exit_code == 2
     assert re.search(words, squeezed(result.output)), result.output
     assert "Traceback" not in result.output
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not list(tmp_path.iterdir())  # nothing that would be in the way of the next attempt
 
 
 def test_errors_of_the_other_commands(tmp_path: Path, finished: Path) -> None:
@@ -219,10 +230,68 @@ def test_errors_of_the_other_commands(tmp_path: Path, finished: Path) -> None:
     assert result.exit_code == 2 and "damaged or not a checkpoint" in squeezed(result.output)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [["train"], ["demo"], ["experiment", "e1"]], ids=" ".join)
+def test_a_folder_that_cannot_be_made(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said at the start, not where the numbers would be written."""
     (tmp_path / "file").touch()
-    result = train(tmp_path / "file" / "run")
-    assert result.exit_code == 2 and "cannot be written" in squeezed(result.output)
+    result = imaml(*command, "--out", tmp_path / "file" / "run")
+    assert result.exit_code == 2 and not result.stdout
+    assert re.search("cannot be written: .*file is no folder; name another folder with --out", squeezed(result.output))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the superuser, who may run this, can write anywhere
+    result = imaml(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 2 and not result.stdout
+    assert re.search("cannot be written: .* is read-only, or .*--out", squeezed(result.output))
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(path: Path, text: str, encoding: str) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    result = train(tmp_path / "run")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "No space left on device; free some space, or name a folder on another disk" in squeezed(result.output)
+    assert not [path for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"]
+
+
+def test_a_checkpoint_that_cannot_be_read(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:3000])
+    cut = imaml("evaluate", tmp_path)
+    assert cut.exit_code == 2
+    assert squeezed(cut.output).endswith(
+        "is damaged or not a checkpoint of imaml; nothing in it was executed. Use another one, or train again with --overwrite "
+    )
+
+    def forbidden(path: Path, mode: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    result = imaml("evaluate", finished)
+    assert result.exit_code == 2 and "cannot be read (Permission denied)" in squeezed(result.output)
+
+
+def test_a_run_that_is_complete_says_how_to_go_on(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with a space"
+    shutil.copytree(finished, folder)
+    result = imaml("train", "--resume", "--out", folder, "--no-final-test", "--no-tensorboard")
+    assert result.exit_code == 0 and "Nothing was left to do" in result.output
+    assert f"imaml train --resume --out '{folder}' --outer-steps 12" in result.output
+    assert f"Next: imaml evaluate '{folder}'" in result.output
+
+
+def test_version_and_short_help() -> None:
+    assert imaml("--version").output == f"imaml of bilevel {bilevel.__version__}\n"
+    assert imaml("train", "-h").output == imaml("train", "--help").output
+
+
+def test_without_its_packages_imaml_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "applications.meta_learning.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)  # as if it were not installed
+    with pytest.raises(
+        SystemExit, match=r'imaml needs typer, which is not installed: pip install "bilevel\[meta-learning\]"'
+    ):
+        main()
 
 
 def test_without_tensorboard_there_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,11 +335,15 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(number: signal.Signals, tmp_p
     assert all(torch.equal(interrupted[name], leaf) for name, leaf in whole.items())
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["info"], ["demo"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["info"], ["demo"], ["experiment"]])
 def test_help_fits_80_columns(command: list[str]) -> None:
     result = imaml(*command, "--help")
     assert result.exit_code == 0
-    assert max(len(line) for line in result.output.splitlines()) <= 80
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    # Lines of a docstring are kept: one that is too long leaves a few words on a line of their own.
+    text = [line for line in lines if line.startswith(" ") and line.strip()]
+    assert all(len(line.rstrip()) > 25 or line.rstrip().endswith(".") for line in text), text
 
 
 def test_every_setting_is_an_option_with_its_help() -> None:

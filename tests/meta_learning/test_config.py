@@ -96,7 +96,7 @@ def test_every_preset_is_described_and_every_data_set_has_one() -> None:
     assert all(describe(name) for name in PRESETS)
     for dataset, name in DEFAULT_PRESET.items():
         assert preset(name).dataset == dataset
-    with pytest.raises(ConfigError, match="expected a preset of glyphs.*got 'nope'"):
+    with pytest.raises(ConfigError, match="there is no preset 'nope'; did you mean glyphs"):
         preset("nope")
 
 

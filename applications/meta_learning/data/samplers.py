@@ -95,11 +95,11 @@ class TaskSampler:
         )  # a smaller class has fewer to choose from
         chosen = scores.masked_fill_(missing, -1).topk(per_class).indices
         rows = self._first[classes].unsqueeze(-1) + chosen  # (tasks, ways, per_class)
-        x = self._images.index_select(0, rows.flatten().to(self._images.device))
+        x = self._images.index_select(0, _sent(rows.flatten(), self._images.device))
         x = x.view(num_tasks * self._ways, per_class, *image)
         if self._rotations:
             quarters = torch.randint(4, (num_tasks * self._ways,), generator=self._generator)
-            x = _rotate(x, quarters.to(x.device))
+            x = _rotate(x, _sent(quarters, x.device))
         x = x.view(num_tasks, self._ways, per_class, *image)
         labels = torch.arange(self._ways, device=x.device)
 
@@ -142,7 +142,7 @@ class SinusoidSampler:
         phase = self._uniform(0.0, math.pi, num_tasks, 1, 1)
         x = self._uniform(-5.0, 5.0, num_tasks, self._shots + self._query_shots, 1)
         y = amplitude * torch.sin(x - phase)
-        x, y = (tensor.to(self._device, self._dtype) for tensor in (x, y))
+        x, y = (_sent(tensor.to(self._dtype), self._device) for tensor in (x, y))
         return {
             "support": {"x": x[:, : self._shots], "y": y[:, : self._shots]},
             "query": {"x": x[:, self._shots :], "y": y[:, self._shots :]},
@@ -158,6 +158,13 @@ class SinusoidSampler:
 
     def _uniform(self, low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=self._generator, dtype=torch.float64)
+
+
+def _sent(x: Tensor, device: torch.device | str) -> Tensor:
+    """On the device. A copy from pinned memory does not make the host wait for what the GPU still has to do."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _rotate(x: Tensor, quarters: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from applications.meta_learning.experiments.e7_assumptions import E7Assumptions
 from applications.meta_learning.experiments.e7_failures import E7Failures
 from applications.meta_learning.experiments.e7_gradient_accuracy import E7GradientAccuracy
 from applications.meta_learning.experiments.e7_inner_solvers import E7InnerSolvers
+from applications.meta_learning.experiments.e7_linear_steps import E7LinearSteps
 from applications.meta_learning.experiments.e7_regularisation import E7Regularisation
+from applications.meta_learning.experiments.e7_step_sizes import E7StepSizes
 
 EXPERIMENTS: tuple[Experiment, ...] = (
     E1(),
@@ -23,7 +25,9 @@ EXPERIMENTS: tuple[Experiment, ...] = (
     E7Failures(),
     E7GradientAccuracy(),
     E7InnerSolvers(),
+    E7LinearSteps(),
     E7Regularisation(),
+    E7StepSizes(),
 )
 
 __all__ = ["EXPERIMENTS", "Experiment"]

@@ -64,6 +64,7 @@ class Table2(Experiment):
     paper = "table 2"
     steps: int
     batch: int
+    capture: bool = False  # as in the settings
     runs: tuple[Cell, ...]
 
     @property
@@ -101,6 +102,7 @@ class Table2(Experiment):
             meta_batch=self.batch,
             eval_interval=self.steps // 10,
             eval_tasks=200,
+            capture=self.capture,
             seed=request.seed + cell.seed,
             threads=1,
         )
@@ -206,7 +208,7 @@ class E4(Table2):
 
     name = "e4_omniglot"
     title = "E4. Omniglot, the whole of Table 2"
-    steps, batch = 20_000, 32
+    steps, batch, capture = 20_000, 32, True
     runs = tuple(
         Cell(column, row, split, seed)
         for split, seeds in (("random", range(3)), ("alphabets", range(1)))

@@ -1,0 +1,234 @@
+"""The pages of benchmarks/quadratic.py, batch.py, few_shot.py and scaling.py, from their numbers alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+Rows = dict[str, dict[str, Any]]
+
+HOW = (
+    "Every method runs in a process of its own, and they take turns. The ratio is the median, over the rounds, of the time of the fastest "
+    "right PyTorch peer by that of the method, with quartiles; above 1 is faster than it. On one thread it is that of the processor times, "
+    "which other programs on the machine disturb less than the wall clock. A method whose gradient is wrong is not timed."
+)
+
+
+def quadratic(result: dict[str, Any]) -> str:
+    """Work C."""
+    options, rows = result["options"], result["rows"]
+    lines = [
+        "# One small quadratic",
+        "",
+        *_quick(result),
+        "G = phi^T A phi / 2 - (b + W theta)^T phi with 50 inner and 20 outer variables, 100 gradient steps of fixed size and 5 CG steps, "
+        "float64. The arithmetic takes microseconds, so this measures what a library adds to it. A has five different eigenvalues: these "
+        "steps reach the exact gradient, unrolled or not.",
+        "",
+        HOW,
+        "",
+        *table(rows, options["limit"]),
+        "",
+        verdict(rows, options["best"], options["target"]),
+        "",
+        *_wrong(rows),
+        _from(result, f"{options['repeats']} repetitions"),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def batch(result: dict[str, Any]) -> str:
+    """Works E and F."""
+    options = result["options"]
+    lines = ["# A thousand small problems", "", *_quick(result), HOW, ""]
+    titles = {"E": "All of them easy", "F": "Easy ones and hard ones"}
+    texts = {
+        "E": "Everyone takes the same number of gradient steps and CG steps, enough for all.",
+        "F": "Everyone solves to a tolerance by the method that suits it: this library by Newton-CG, the loops by Newton's method with a "
+        "dense Hessian, JAXopt by L-BFGS. *Fixed steps* takes as many steps for all tasks as the hardest one needs.",
+    }
+    for work, found in result["works"].items():
+        low, middle, high = found["condition"]
+        rows = found["rows"]
+        lines += [
+            f"## {titles[work]}",
+            "",
+            f"{found['tasks']:,} proximal logistic regressions with 20 features and 40 examples each, float64; condition numbers {low:.1f} "
+            f"to {high:,.0f}, median {middle:.1f}. {texts[work]}",
+            "",
+            *table(rows, options["limit"]),
+            "",
+            *([verdict(rows, found["best"], options["target"]), ""] if work == "E" else [_masks(rows), ""]),
+            *_wrong(rows),
+        ]
+    repeats = next(iter(result["works"].values()))["repeats"]
+    return "\n".join([*lines, _from(result, f"{repeats} repetitions"), ""])
+
+
+def few_shot(result: dict[str, Any]) -> str:
+    """Works A and B."""
+    options = result["options"]
+    lines = [
+        "# One meta-gradient beside its peers",
+        "",
+        *_quick(result),
+        "Four convolutions of 64 channels, 16 gradient steps and 5 CG steps, float32, 15 queries per class, random images. Before, every "
+        "method computes the meta-gradient of two tasks in float64: that is the error in the tables. Memory is the peak above what the "
+        "process had after a warm-up with two images. [Another page](meta_gradient.md) has more of this library's options.",
+        "",
+        HOW,
+        "",
+    ]
+    for found in result["works"].values():
+        rows = found["rows"]
+        lines += [
+            f"## {found['count']} tasks {found['ways']}-way {found['shots']}-shot",
+            "",
+            *table(rows, options["limit"]),
+            "",
+            verdict(rows, found["best"], options["target"]),
+            "",
+            _memory(rows, found["right_peers"]),
+            "",
+            *_wrong(rows),
+        ]
+    repeats = next(iter(result["works"].values()))["repeats"]
+    lines += [
+        "higher unrolls: it computes MAML's gradient, another one, and is compared with a loop for that. It takes no part in the ratio's "
+        "base.",
+        "",
+        _from(result, f"{repeats} repetitions"),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Work G."""
+    names = {"variables": "variables d", "tasks": "tasks at once"}
+    texts = {
+        "variables": "A signal of d samples is smoothed, with one log-weight for each difference of neighbours: d - 1 outer variables. 40 "
+        "gradient steps and 15 CG steps, float64, no matrix anywhere.",
+        "tasks": "The easy logistic regressions of [another page](batch.md), all tasks at once: 25 gradient steps and 10 CG steps.",
+    }
+    lines = [
+        "# Cost over the number of variables and of tasks",
+        "",
+        *_quick(result),
+        "![Time and memory over both](scaling.png)",
+        "",
+        f"Every size has a process of its own. All gradients are within a relative error of {result['options']['limit']:g} of the exact "
+        "ones (a banded solver; a dense Newton method). Memory is the peak above what the process had after a tiny problem.",
+        "",
+    ]
+    for kind, points in result["points"].items():
+        slopes = result["slopes"][kind]
+        first, last = points[0], points[-1]
+        lines += [
+            f"## {names[kind][0].upper()}{names[kind][1:]}",
+            "",
+            texts[kind],
+            "",
+            f"| {names[kind]} | CPU milliseconds | milliseconds | peak memory |"
+            + (" vectors of d |" if kind == "variables" else ""),
+            "|---" * (5 if kind == "variables" else 4) + "|",
+        ]
+        for point in points:
+            vectors = f" {point['peak_mb'] * 1e6 / 8 / point['size']:.1f} |" if kind == "variables" else ""
+            times = f"{point['cpu_milliseconds']:,.1f} | {point['milliseconds']:,.1f}"
+            lines.append(f"| {point['size']:,} | {times} | {point['peak_mb']:,.1f} MB |{vectors}")
+        lines += [
+            "",
+            f"Fitted slope of log time: {slopes['time, small']:.2f} over the smaller half of the sizes, where the number of operations "
+            f"decides, and {slopes['time, large']:.2f} over the larger half; of log memory there: {slopes['memory, large']:.2f}. From "
+            f"{first['size']:,} to {last['size']:,}, time grew by a factor of {last['cpu_milliseconds'] / first['cpu_milliseconds']:,.1f}.",
+            "",
+        ]
+    return "\n".join([*lines, _from(result, ""), ""])
+
+
+def table(rows: Rows, limit: float) -> list[str]:
+    """One row for each method."""
+    lines = [
+        "| method | CPU milliseconds | milliseconds | times as fast as the best peer (quartiles) | peak memory | relative error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        error = f"{row['error']:.0e}"
+        if not row["right"]:
+            lines.append(f"| {name} | not timed | | | | {error}: above {limit:g} |")
+            continue
+        low, high = row["faster_quartiles"]
+        lines.append(
+            f"| {name} | {_number(row['cpu_milliseconds'])} | {_number(row['milliseconds'])} "
+            f"| {row['faster']:.2f} ({low:.2f} .. {high:.2f}) | {row['peak_mb']:.0f} MB | {error} |"
+        )
+    return lines
+
+
+def verdict(rows: Rows, best: str, target: float) -> str:
+    """Whether the target is reached, by which row of ours."""
+    name, row = max(_ours(rows).items(), key=lambda item: item[1]["faster"])
+    reached = "reached" if row["faster"] >= target else "**not reached**"
+    return (
+        f"The fastest right PyTorch peer was *{best}*. Target: at least {target:g} times as fast; {reached}: {row['faster']:.2f} times "
+        f"(*{name}*)."
+    )
+
+
+def _masks(rows: Rows) -> str:
+    """What stopping early gains."""
+    masked, fixed = rows["bilevel"]["cpu_milliseconds"], rows["bilevel, fixed steps"]["cpu_milliseconds"]
+    ratio = fixed / masked
+    gain = "pays" if ratio > 1.1 else "costs time" if ratio < 0.9 else "changes little"
+    return (
+        f"To a tolerance it took {ratio:.2f} times less than with fixed steps: stopping early {gain} here. A task that is done keeps its "
+        "answer, but stays in the batch until the last one is done. The fixed numbers of steps are only known after a run to a tolerance."
+    )
+
+
+def _memory(rows: Rows, peers: list[str]) -> str:
+    """Beside the leanest peer that computes the same."""
+    leanest = min((name for name in peers if rows.get(name, {}).get("right")), key=lambda name: rows[name]["peak_mb"])
+    name, row = max(_ours(rows).items(), key=lambda item: item[1]["faster"])
+    least = min(_ours(rows).items(), key=lambda item: item[1]["peak_mb"])
+    limit = rows[leanest]["peak_mb"]
+    reached = "reached" if row["peak_mb"] <= limit else "**not reached**"
+    return (
+        f"Target for memory: no more than the leanest of these peers (*{leanest}*, {limit:.0f} MB); {reached} by the fastest of ours "
+        f"(*{name}*, {row['peak_mb']:.0f} MB). The leanest of ours takes {least[1]['peak_mb']:.0f} MB (*{least[0]}*)."
+    )
+
+
+def _ours(rows: Rows) -> Rows:
+    return {name: row for name, row in rows.items() if name.startswith("bilevel") and row["right"]}
+
+
+def _wrong(rows: Rows) -> list[str]:
+    """A sentence on the methods that failed the check."""
+    names = [f"{name} ({row['error']:.0e})" for name, row in rows.items() if not row["right"]]
+    return [f"Wrong, and left out: {', '.join(names)}.", ""] if names else []
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _quick(result: dict[str, Any]) -> list[str]:
+    return (
+        ["A quick run: it shows that the code works, and no more.", ""]
+        if "--quick" in result["environment"]["command"]
+        else []
+    )
+
+
+def _from(result: dict[str, Any], repeats: str) -> str:
+    """Where the numbers come from."""
+    environment, options = result["environment"], result["options"]
+    command = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", environment["command"])  # without folders
+    parts = [repeats, f"{options['threads']} thread" + "s" * (options["threads"] > 1)]
+    return (
+        f"{', '.join(part for part in parts if part)}. Command: `{command}`. Hardware: {environment['processor']}; torch "
+        f"{environment['torch']}; commit `{environment['commit'][:12]}`."
+    )
