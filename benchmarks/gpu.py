@@ -39,7 +39,7 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.out, self.dry_run, self.seed = args.out.resolve(), args.dry_run, args.seed
-        self.data_dir, self.slices = args.data_dir, args.slices
+        self.data_dir, self.slices = args.data_dir and args.data_dir.resolve(), args.slices
         cells = next(e for e in EXPERIMENTS if e.name == TABLE).cells
         self.cells = args.cells or (cells[:1] if self.dry_run else cells)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ class Runner:
                     print(f"{len(codes)} slices done; the same command goes on with {name}", flush=True)
                     return max(codes)
                 code = self.slice(name, command)
-                codes.append(0 if code == INTERRUPTED else code)
+                codes.append(0 if code == INTERRUPTED else abs(code))  # negative: a signal
                 if codes[-1]:
                     break  # the other parts do not need it
             self.write_page(commands)

@@ -7,12 +7,13 @@ entries), G = |phi - y|^2 / 2 + sum exp(theta_j) (phi_{j+1} - phi_j)^2 / 2, L = 
 matrix anywhere. Tasks, 1 to 1,024: the logistic regressions of work E in `batch.py`, all at once.
 Every size has a process of its own. Time: median of the repetitions. Memory: peak above what the process had after a warm-up on a tiny
 problem. The gradient is compared with an exact one (a banded solver; a dense Newton method). Slopes are least-squares fits of log time
-and log memory.
+and log memory. The C library keeps freed memory, as in `imaml`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -30,6 +31,7 @@ from peers.fixed import peak_mb
 from scipy.linalg import solveh_banded
 
 import bilevel
+from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.logs import environment
 from bilevel.linsys import CG
 from bilevel.solvers import GradientDescent
@@ -87,17 +89,25 @@ def regressions(size: int) -> tuple[Callable[[], torch.Tensor], Callable[[], np.
 KINDS = {"variables": smoothing, "tasks": regressions}
 
 
+def give_back() -> None:
+    """To the kernel, what the C library keeps of memory that is free: it would hide what comes next (Linux)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def one(kind: str, size: int, seconds: float) -> dict[str, float]:
     """Time, memory and error at one size, in this process."""
+    keep_freed_memory()  # else every large tensor is mapped, filled with zeros and unmapped by the kernel, which takes longer than the work
     KINDS[kind](2)[0]()
     hypergradient, exact = KINDS[kind](size)
+    give_back()
     before = peak_mb(reset=True)
     grad = hypergradient().numpy()
     memory, walls, cpu = peak_mb() - before, [], []
     reference = exact()
     error = np.linalg.norm(grad - reference) / np.linalg.norm(reference)
     begin = time.perf_counter()
-    while len(walls) < 2 or (time.perf_counter() - begin < seconds and len(walls) < 200):
+    while not walls or (time.perf_counter() - begin < seconds and len(walls) < 200):
         start = time.perf_counter(), time.process_time()
         hypergradient()
         walls.append(time.perf_counter() - start[0])
@@ -156,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
+    parser.add_argument("--kind", choices=SIZES, help="one of the two alone; the other stays in the file")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "SIZE"), help="one size in this process")
     parser.add_argument("--json", type=Path, help="write the numbers to this file, and a figure beside it")
     args = parser.parse_args()
@@ -163,9 +174,10 @@ def main() -> None:
     if args.one:
         print(json.dumps(one(args.one[0], int(args.one[1]), 0.2 if args.quick else 2.0)))
         return
-    points: dict[str, list[dict[str, float]]] = {}
-    for kind, sizes in (QUICK if args.quick else SIZES).items():
-        for size in sizes:
+    points = json.loads(args.json.read_text())["points"] if args.json and args.json.exists() else {}
+    for kind in [args.kind] if args.kind else SIZES:
+        points[kind] = []
+        for size in (QUICK if args.quick else SIZES)[kind]:
             command = [sys.executable, __file__, "--one", kind, str(size), "--threads", str(args.threads)]
             environ = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
             answer = subprocess.run(
@@ -176,7 +188,7 @@ def main() -> None:
                 raise SystemExit(
                     f"{kind} {size}: expected a relative error of at most {LIMIT}, got {point['error']:.1e}"
                 )
-            points.setdefault(kind, []).append(point)
+            points[kind].append(point)
             print(f"{kind} {size:9d} {point['cpu_milliseconds']:10.2f} ms, +{point['peak_mb']:.1f} MB", flush=True)
     result = {
         "points": points,

@@ -293,6 +293,19 @@ class Objective:
                 )
             yield self.flat.objective((), own, ())
 
+    def only(self, rows: Tensor) -> Objective | None:
+        """The objective of these tasks alone; None where that cannot be had. A solver goes on with it when the others are done."""
+        if len(self.sizes) != 1:
+            return None
+        (flags,) = self.levels
+        tensors = [
+            tensor.index_select(0, rows) if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)
+        ]
+        return self._like(tensors, (len(rows),))
+
+    def _like(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        return self.flat.objective(self.levels, tensors, sizes)
+
     @cached_property
     def centre(self) -> Tensor | None:
         """Of the quadratic part that the problem splits off ``(*batch, d)``; None if it does not."""

@@ -43,6 +43,9 @@ class PathObjective(Objective):
         else:
             self.tensors = self._live
 
+    def only(self, rows: Tensor) -> None:
+        """Not here: what is done carries derivatives all the same."""
+
     def value(self, phi: Tensor) -> Tensor:
         """G ``(*batch,)``: only ever compared, so it carries nothing."""
         with torch.no_grad():

@@ -74,6 +74,9 @@ class QuadraticObjective(Objective):
             self._check_gradient(phi, local.grad)
         return _Verified(self.model(phi, local), local, damping) if exact else local
 
+    def only(self, rows: Tensor) -> None:
+        """Not here: products with a matrix are cheap, and the model is checked for all tasks at once."""
+
     def written_down(self, phi: Tensor, products: int) -> tuple[Tensor, Tensor] | None:
         """See the base class."""
         model = self.model(phi)

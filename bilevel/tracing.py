@@ -171,6 +171,9 @@ class TracedObjective(Objective):
         if not bool((same | ~grad.isfinite()).all()):
             raise Stale
 
+    def _like(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        return TracedObjective(self.flat, self.levels, tensors, sizes, self._programs)
+
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
         """See the base class."""
         phi = phi.detach()

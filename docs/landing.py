@@ -1,4 +1,4 @@
-"""Draws the figure of the first page: `python docs/landing.py`. The problem is that of the page, whose code is executed."""
+"""Draws the figures of the first page: `python docs/landing.py`. The problem is that of the page, whose code is executed."""
 
 from __future__ import annotations
 
@@ -76,11 +76,16 @@ def main() -> None:
         style = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
         style |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.hashsalt": name}
         with plt.rc_context(style):
-            figure, (left, right) = plt.subplots(1, 2, figsize=(7.6, 2.3), layout="constrained")
-            draw_slopes(left, page, line, tangent)
-            draw_descent(right, page, tangent, pale)
-            figure.savefig(HERE / "_static" / f"landing-{name}.svg", transparent=True, metadata={"Date": None})
-            plt.close(figure)
+            for stem, draw, colours in (
+                ("slopes", draw_slopes, (line, tangent)),
+                ("descent", draw_descent, (tangent, pale)),
+            ):
+                figure, axes = plt.subplots(figsize=(3.9, 2.3), layout="constrained")
+                draw(axes, page, *colours)
+                figure.savefig(
+                    HERE / "_static" / f"landing-{stem}-{name}.svg", transparent=True, metadata={"Date": None}
+                )
+                plt.close(figure)
 
 
 if __name__ == "__main__":

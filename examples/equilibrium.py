@@ -150,8 +150,7 @@ def draw(gradients, accuracies, path):
         colour = "#cc3311" if name.startswith("solved") else "#228833" if name.endswith("damped") else "#4477aa"
         left.loglog(memory, error, "o", color=colour)
         side, gap = ("right", -6) if name == "solved, BiCGStab" else ("left", 6)  # its neighbour is on the right
-        shift = (gap, 4 if name.endswith("damped") else -3)
-        left.annotate(name, (memory, error), shift, textcoords="offset points", fontsize=8, va="center", ha=side)
+        left.annotate(name, (memory, error), (gap, 0), textcoords="offset points", fontsize=8, va="center", ha=side)
     left.set(xlabel="peak memory, MB", ylabel="relative error of the gradient")
     left.set_xlim(right=6 * max(memory for _, memory, _ in gradients.values()))
     for row, (_, values) in enumerate(reversed(accuracies.items())):

@@ -3,8 +3,8 @@
 A folder with one sub-folder for each class, PNG or JPEG files in it, becomes a classifier of *other* classes that has seen one image
 of each. The whole path is here in code: read the folder, hold classes out, meta-train a small convolutional network with implicit
 gradients (iMAML), adapt it to new classes, predict. `--folder` names images of your own; without it the script draws characters
-into a temporary folder. The program `imaml train --dataset folder` has the same path with checkpoints and settings
-([your own images](../own_images.md)).
+into a temporary folder (`examples/_glyphs.py`). The program `imaml train --dataset folder` has the same path with checkpoints and
+settings ([your own images](../own_images.md)).
 
 The comparison is on tasks from the held-out classes: the nearest image in pixels, the same network adapted without meta-training,
 first-order MAML, and iMAML. First-order MAML leaves out the linear system; it gets the same processor time and so takes more steps.

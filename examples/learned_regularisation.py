@@ -114,6 +114,8 @@ def draw(results, rights, path):
     right.axvline(START, color="grey", ls=":", label="start")
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.set(xscale="log", xlabel="lambda, first run")
+    right.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    right.minorticks_off()
     right.invert_yaxis()
     right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=130)
@@ -121,7 +123,7 @@ def draw(results, rights, path):
 
 def main(quick: bool, out: Path) -> None:
     torch.set_num_threads(1)
-    runs, steps, num_tasks, num_classes = (2, 2, 20, 40) if quick else (3, 40, 150, 150)
+    runs, steps, num_tasks, num_classes = (2, 2, 20, 40) if quick else (3, 28, 150, 150)
     with tempfile.TemporaryDirectory() as temporary:
         write_folder(Path(temporary, "images"), num_classes, images=12, size=SIZE)
         classes = load_folder(Path(temporary, "images"), cache_dir=temporary, size=SIZE, colours="grey")

@@ -27,7 +27,8 @@ INDEX = """\
 # Examples
 
 Each is one script, written with the public interface only. It prints what you see on its page and ends with a comparison. The
-tests run all of them at a small size (`--quick`); the pages are from the full size.
+tests run all of them at a small size (`--quick`); the pages are from the full size. What they need beyond the library is the extra
+`examples`: `pip install ".[examples]"` in a checkout.
 
 {entries}
 

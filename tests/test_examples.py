@@ -85,9 +85,8 @@ def few_shot(report: str) -> None:
 
 
 def learned_regularisation(report: str) -> None:
-    """Where the smaller of the fixed values does better than the start, the learned number goes down from it, in every run."""
-    assert row(report, "0.2, fixed")[1] > row(report, "2, fixed")[1]
-    assert max(row(report, "a number    ")) < 2
+    """The start is too large: the learned number goes down from it, in every run."""
+    assert max(row(report, "a number    ")) < 1.9
 
 
 # What the output of an example must say at the small size too. An example that is not named here is only run.

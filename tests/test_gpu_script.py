@@ -64,7 +64,10 @@ def test_the_parts_are_there_in_order(gpu: ModuleType, tmp_path: Path) -> None:
     assert list(dict.fromkeys(kinds)) == ["tests", "5w1s", "20w5s", "cell"]
     tests = {name.removeprefix("tests-") for name in commands if name.startswith("tests-")}
     assert tests >= {"test_cuda", "test_captured", "test_train", "test_step"}
-    assert kinds.count("cell") == 80 and commands["cell-20w5s-gd-random-0"][-2:] == ["--data-dir", "data"]
+    assert kinds.count("cell") == 80 and commands["cell-20w5s-gd-random-0"][-2:] == [
+        "--data-dir",
+        str(Path("data").resolve()),
+    ]
 
 
 def test_what_is_done_is_not_done_again(gpu: ModuleType, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from applications.meta_learning.models import MLP, ConvNet
 from applications.meta_learning.problem import cross_entropy, few_shot_problem, squared_error
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, Jacobi, Neumann, Nystrom, NystromPreconditioner
+from bilevel.regularisation import Diagonal, Matrix, PerLeaf, Scalar
 from bilevel.solvers import LBFGS, Anderson, FixedPointIteration, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, tree_map
 
@@ -70,10 +72,10 @@ class NoWait(TorchDispatchMode):
         ):
             raise HostWaits(f"{func} with a mask counts it")
         out = func(*args, **(kwargs or {}))
-        foreign = [t for t in [*tensors, *tree_leaves(out)] if isinstance(t, Tensor) and self._is_foreign(t)]
-        if any(
-            name in MOVES or t.ndim > 0 for t in foreign
-        ):  # a number from the code is on the CPU, and nobody waits for it
+        both = [t for t in [*tensors, *tree_leaves(out)] if isinstance(t, Tensor)]
+        foreign = [t for t in both if self._is_foreign(t)]
+        moved = name in MOVES and 0 < len(foreign) < len(both)
+        if moved or any(t.ndim > 0 for t in foreign):  # a number from the code is on the CPU, and nobody waits for it
             raise HostWaits(f"{func} has a tensor on {foreign[0].device}, expected all on {self.device}")
         return out
 
@@ -266,6 +268,46 @@ def test_linear_solvers(device: str, linsys: Any, init: bool) -> None:
     with NoWait(device):
         found = bilevel.hypergradient(problem, theta, tasks, **options, warm_start=warm)
     assert found.outer.device.type == device
+
+
+def linear(phi: Any, task: Any) -> Tensor:
+    return task[0] @ phi["w"]
+
+
+def squares(outputs: Tensor, task: Any) -> Tensor:
+    return (outputs - task[1]).square().mean()
+
+
+def on(device: str, tree: Any) -> Any:
+    return tree_map(lambda leaf: leaf.to(device), tree)
+
+
+@pytest.mark.parametrize("kind", [Scalar(), PerLeaf(), Diagonal(), Matrix()], ids=lambda kind: type(kind).__name__)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_learned_lambda(device: str, kind: Any) -> None:
+    problem = bilevel.LearnedProximalProblem.from_model(
+        linear, squares, lambda phi, task: squares(linear(phi, task), task), kind
+    )
+    lam = 2 * torch.eye(4) if isinstance(kind, Matrix) else 2.0
+    theta = on(device, problem.initial_theta({"w": torch.zeros(4)}, lam))
+    x = torch.randn(3, 6, 4)
+    tasks = on(device, (x, x.sum(-1)))
+    with NoWait(device):
+        bilevel.hypergradient(problem, theta, tasks, solver=FIXED, linsys=ALL_STEPS, batched=True)
+
+
+@pytest.mark.parametrize("lam", [torch.full((4,), 2.0), 2 * torch.eye(4)], ids=["diagonal", "matrix"])
+def test_a_lambda_of_tensors(lam: Tensor) -> None:
+    """That a matrix is positive definite is looked at once, and not again."""
+    tree = lam if lam.ndim == 2 else {"w": lam}
+    problem = bilevel.ProximalProblem.from_model(
+        linear, squares, lambda phi, task: squares(linear(phi, task), task), tree
+    )
+    x, theta = torch.randn(3, 6, 4), {"w": torch.zeros(4)}
+    tasks = (x, x.sum(-1))
+    for mode in (nullcontext(), NoWait("cpu")):
+        with mode:
+            bilevel.hypergradient(problem, theta, tasks, solver=FIXED, linsys=ALL_STEPS, batched=True)
 
 
 @pytest.mark.parametrize("solver", [FixedPointIteration(max_steps=3), Anderson(max_steps=4, memory=2)], ids=repr)

@@ -133,11 +133,11 @@ def test_the_loops_by_hand_of_few_shot_learning(scripts: Any) -> None:
     def loss(phi: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return ((x @ phi[0]).tanh() - y).square().mean()
 
-    (phi,) = by_hand.adapted(loss, (theta,), x, y)
+    (phi,) = by_hand.adapted(loss, (theta,), x, y, 3.0)
     hessian = torch.func.hessian(lambda phi: loss((phi,), x, y))(phi.detach())
     slope = torch.func.grad(lambda phi: loss((phi,), query, query_y))(phi.detach())
-    exact = torch.linalg.solve(torch.eye(4, dtype=torch.float64) + hessian / by_hand.LAM, slope)
-    (found,) = by_hand.imaml(loss, (theta,), (x, y, query, query_y))
+    exact = torch.linalg.solve(torch.eye(4, dtype=torch.float64) + hessian / 3.0, slope)
+    (found,) = by_hand.imaml(loss, (theta,), (x, y, query, query_y), 3.0)
     assert error(found, exact.numpy()) < 1e-10
 
     def after_steps(theta: torch.Tensor) -> torch.Tensor:

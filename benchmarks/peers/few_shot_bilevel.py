@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from few_shot_problem import CG_STEPS, INNER_STEPS, LAM, STEP_SIZE, Phi, Task, Work, cross_entropy
+from few_shot_problem import CG_STEPS, INNER_STEPS, STEP_SIZE, Phi, Task, Work, cross_entropy
 
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
@@ -18,7 +18,7 @@ keep_freed_memory()
 WORK = Work()
 NET = ConvNet(WORK.net[-1].out_features)
 NAMES = [name for name, _ in NET.named_parameters()]
-PROBLEM = few_shot_problem(NET, cross_entropy, LAM)
+PROBLEM = few_shot_problem(NET, cross_entropy, WORK.lam)
 CHUNK, OUTER_CHUNK = map(int, sys.argv[3].split(","))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-INNER_STEPS, CG_STEPS, STEP_SIZE, LAM = 16, 5, 0.1, 2.0
+INNER_STEPS, CG_STEPS, STEP_SIZE = 16, 5, 0.1
 Phi = tuple[Tensor, ...]
 Task = tuple[Tensor, Tensor, Tensor, Tensor]  # support images and labels, query images and labels
 cross_entropy = nn.functional.cross_entropy
@@ -33,6 +33,7 @@ class Work:
         torch.set_num_threads(int(sys.argv[2]))
         with np.load(sys.argv[1]) as arrays:
             self.arrays = dict(arrays)
+        self.lam = float(self.arrays["lam"])
         self.net = network(int(self.arrays["support_y"].max()) + 1)
         self.names = [name for name, _ in self.net.named_parameters()]
 
@@ -76,28 +77,28 @@ def average(gradients: Iterator[Phi]) -> Phi:
     return tuple(one / count for one in total)
 
 
-def adapted(loss: Any, theta: Phi, x: Tensor, y: Tensor) -> Phi:
-    """Gradient steps on loss + LAM / 2 |phi - theta|^2 from theta."""
+def adapted(loss: Any, theta: Phi, x: Tensor, y: Tensor, lam: float) -> Phi:
+    """Gradient steps on loss + lam / 2 |phi - theta|^2 from theta."""
     phi = tuple(leaf.detach().clone().requires_grad_() for leaf in theta)
     for _ in range(INNER_STEPS):
         grads = torch.autograd.grad(loss(phi, x, y), phi)
         with torch.no_grad():
-            phi = tuple(p - STEP_SIZE * (g + LAM * (p - t)) for p, g, t in zip(phi, grads, theta, strict=True))
+            phi = tuple(p - STEP_SIZE * (g + lam * (p - t)) for p, g, t in zip(phi, grads, theta, strict=True))
         phi = tuple(leaf.requires_grad_() for leaf in phi)
     return phi
 
 
-def imaml(loss: Any, theta: Phi, task: Task) -> Phi:
-    """The implicit gradient of one task: (I + H / LAM) u = dL/dphi by conjugate gradients, on one graph."""
+def imaml(loss: Any, theta: Phi, task: Task, lam: float) -> Phi:
+    """The implicit gradient of one task: (I + H / lam) u = dL/dphi by conjugate gradients, on one graph."""
     x, y, query_x, query_y = task
-    phi = adapted(loss, theta, x, y)
+    phi = adapted(loss, theta, x, y, lam)
     r = torch.autograd.grad(loss(phi, query_x, query_y), phi)
     grads = torch.autograd.grad(loss(phi, x, y), phi, create_graph=True)
     u: Phi = tuple(torch.zeros_like(leaf) for leaf in r)
     p, rr = r, sum(leaf.square().sum() for leaf in r)
     for _ in range(CG_STEPS):
         hp = torch.autograd.grad(grads, phi, p, retain_graph=True)
-        ap = [v + h / LAM for v, h in zip(p, hp, strict=True)]
+        ap = [v + h / lam for v, h in zip(p, hp, strict=True)]
         alpha = rr / sum((v * a).sum() for v, a in zip(p, ap, strict=True))
         u = tuple(v + alpha * d for v, d in zip(u, p, strict=True))
         r = tuple(v - alpha * a for v, a in zip(r, ap, strict=True))

@@ -9,7 +9,7 @@ WORK = Work()
 
 def mean(theta: Phi, tasks: list[Task]) -> Phi:
     """The meta-gradient."""
-    return average(imaml(WORK.loss, theta, task) for task in tasks)
+    return average(imaml(WORK.loss, theta, task, WORK.lam) for task in tasks)
 
 
 WORK.serve(mean)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torchopt
-from few_shot_problem import CG_STEPS, LAM, Phi, Task, Work, adapted, average
+from few_shot_problem import CG_STEPS, Phi, Task, Work, adapted, average
 from torch import Tensor
 
 WORK = Work()
@@ -12,7 +12,7 @@ WORK = Work()
 
 def inner(phi: Phi, theta: Phi, x: Tensor, y: Tensor) -> Tensor:
     """G."""
-    return WORK.loss(phi, x, y) + LAM / 2 * sum((p - t).square().sum() for p, t in zip(phi, theta, strict=True))
+    return WORK.loss(phi, x, y) + WORK.lam / 2 * sum((p - t).square().sum() for p, t in zip(phi, theta, strict=True))
 
 
 @torchopt.diff.implicit.custom_root(
@@ -23,7 +23,9 @@ def inner(phi: Phi, theta: Phi, x: Tensor, y: Tensor) -> Tensor:
 def solve(phi: Phi, theta: Phi, x: Tensor, y: Tensor) -> Phi:
     """Gradient descent."""
     with torch.enable_grad():
-        return tuple(leaf.detach() for leaf in adapted(WORK.loss, tuple(leaf.detach() for leaf in theta), x, y))
+        return tuple(
+            leaf.detach() for leaf in adapted(WORK.loss, tuple(leaf.detach() for leaf in theta), x, y, WORK.lam)
+        )
 
 
 def gradient(theta: Phi, task: Task) -> Phi:

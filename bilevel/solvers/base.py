@@ -139,11 +139,20 @@ class IterativeSolver(InnerSolver):
 
     def run(self, objective: Objective, phi: Tensor) -> Run:
         state = self.init(objective, phi)
-        active, seen = ~state.stalled, state.stalled
-        converged = torch.zeros_like(active)
-        steps = torch.zeros_like(active, dtype=torch.int64)
-        start, unbooked = None, 0
-        for k in range(self.max_steps):
+        active = ~state.stalled
+        nobody = torch.zeros_like(active)
+        end = self._loop(objective, _Progress(state, active, nobody, nobody.long(), None), 0)
+        start = torch.full_like(phi[..., 0], torch.nan) if end.start is None else end.start
+        state = end.state
+        return Run(
+            state.phi, end.converged, state.stalled, end.steps, start, self.counted(state), self.tol, self.growth
+        )
+
+    def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:
+        """The steps from number ``first`` on."""
+        state, active, converged, steps, start = begin.state, begin.active, begin.converged, begin.steps, begin.start
+        seen, unbooked = state.stalled, 0
+        for k in range(first, self.max_steps):
             objective.begin_step(k)
             local = self.evaluate(objective, state.point)
             if self.tol > 0:
@@ -154,10 +163,19 @@ class IterativeSolver(InnerSolver):
                 state = replace(state, phi=select(done, state.point, state.phi))
                 active = active & ~done
                 active = active & ~state.stalled
-                if k % self.check_every == 0 and not bool(active.any()):
+                left = int(active.sum()) if k % self.check_every == 0 else None
+                if left == 0:
                     break
                 state = choose(active, self.step(objective, state, local), state)
                 steps = steps + active
+                if left is not None and 2 * left <= active.numel():
+                    fewer = without_those_that_are_done(objective, active, left)
+                    if fewer is not None:
+                        now, (few, rows) = _Progress(state, active, converged, steps, start), fewer
+                        end = self._loop(few, taken(now, rows), k + 1)
+                        objective.num_grads += few.num_grads
+                        objective.num_matvecs += few.num_matvecs
+                        return put(now, rows, end)
             else:  # without what costs as much as the step itself where the tensors are small
                 start = norm(local.grad) if start is None else start
                 if state.stalled is not seen:
@@ -166,11 +184,50 @@ class IterativeSolver(InnerSolver):
                 state = self.step(objective, state, local)
                 unbooked += 1
             del local  # with its graph, before the next one is built
-        if unbooked:
-            steps = steps + unbooked * active
-        if start is None:
-            start = torch.full_like(phi[..., 0], torch.nan)
-        return Run(state.phi, converged, state.stalled, steps, start, self.counted(state), self.tol, self.growth)
+        return _Progress(state, active, converged, steps + unbooked * active if unbooked else steps, start)
+
+
+def without_those_that_are_done(objective: Objective, active: Tensor, left: int) -> tuple[Objective, Tensor] | None:
+    """The objective of the problems that are active, with a few others, and their rows; None if that is not to be had."""
+    size = active.numel()
+    while (size + 1) // 2 >= left and size > 1:  # few different sizes, for what is recorded for each shape
+        size = (size + 1) // 2
+    rows = torch.argsort((~active).int().flatten(), stable=True)[:size]
+    fewer = objective.only(rows)
+    return None if fewer is None else (fewer, rows)
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """Where a loop is; ``start`` is None before the first evaluation."""
+
+    state: Any
+    active: Tensor
+    converged: Tensor
+    steps: Tensor
+    start: Tensor | None
+
+
+def taken(state: S, rows: Tensor) -> S:
+    """The state of some problems of a batch with one axis."""
+
+    def of_field(value: Any) -> Any:
+        return value.index_select(0, rows) if isinstance(value, Tensor) else taken(value, rows)
+
+    return replace(state, **{name: of_field(value) for name, value in _fields(state)})  # type: ignore[type-var]
+
+
+def put(state: S, rows: Tensor, part: S) -> S:
+    """The state with that of some problems in their places."""
+
+    def of_field(old: Any, new: Any) -> Any:
+        return old.index_copy(0, rows, new) if isinstance(old, Tensor) else put(old, rows, new)
+
+    return replace(state, **{name: of_field(old, getattr(part, name)) for name, old in _fields(state)})  # type: ignore[type-var]
+
+
+def _fields(state: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(state, field.name)) for field in fields(state)]
 
 
 @dataclass(frozen=True)

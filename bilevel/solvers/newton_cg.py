@@ -11,7 +11,7 @@ from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import Matvec, as_operator, check_count, check_number, dot, norm, select
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.solvers.base import IterativeSolver, State, nowhere
+from bilevel.solvers.base import IterativeSolver, State, nowhere, put, taken, without_those_that_are_done
 
 SUFFICIENT_DECREASE = 1e-4
 
@@ -19,6 +19,19 @@ SUFFICIENT_DECREASE = 1e-4
 @dataclass(frozen=True)
 class _State(State):
     negative_curvature: Tensor  # steps at which CG met negative curvature
+
+
+@dataclass(frozen=True)
+class _CG:
+    """Where CG is: A x = r0 - r, and ``rz`` = r^T M r."""
+
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rz: Tensor
+    threshold: Tensor
+    active: Tensor
+    negative: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +88,18 @@ class NewtonCG(IterativeSolver):
         return objective.linearise(point, self.curvature, self.damping)
 
     def step(self, objective: Objective, state: _State, local: Linearisation) -> _State:
-        direction, negative = self._direction(objective, local)
+        direction, negative = self._direction(objective, state.point, local)
         slope = dot(local.grad, direction)
         point, stalled = self._line_search(objective, state, local, direction, slope)
         return _State(point, point, stalled, state.negative_curvature + negative)
 
-    def _direction(self, objective: Objective, local: Linearisation) -> tuple[Tensor, Tensor]:
+    def _direction(self, objective: Objective, point: Tensor, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
         r = -local.grad
         m, products = prepare(self.preconditioner, None, as_operator(local.matvec), r)
         objective.num_matvecs += max(0, products - 1)  # all at once, and counted once already
-        p = z = r if m is None else m(r)
-        x, rz, rr = torch.zeros_like(r), dot(r, z), dot(r, r)
+        p = r if m is None else m(r)
+        rz, rr = dot(r, p), dot(r, r)
         threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
         active = rr > threshold
         if m is not None and bool((active & (rz <= 0)).any()):
@@ -94,10 +107,33 @@ class NewtonCG(IterativeSolver):
                 "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v <= 0 for some v. Jacobi() and "
                 "NystromPreconditioner(rank=...) are positive definite for every matrix."
             )
-        negative = torch.zeros_like(active)
-        for k in range(self.cg_steps):
-            if self.tol > 0 and not bool(active.any()):
-                break
+        begin = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active))
+        end = self._cg(objective, point, local, m, begin, 0)
+        return end.x, end.negative
+
+    def _cg(
+        self, objective: Objective, point: Tensor, local: Linearisation, m: Matvec | None, begin: _CG, first: int
+    ) -> _CG:
+        """The steps of CG from number ``first`` on."""
+        x, r, p, rz, threshold = begin.x, begin.r, begin.p, begin.rz, begin.threshold
+        active, negative = begin.active, begin.negative
+        for k in range(first, self.cg_steps):
+            if self.tol > 0:
+                left = int(active.sum())
+                if left == 0:
+                    break
+                # a linearisation costs a few products
+                fewer = (
+                    without_those_that_are_done(objective, active, left) if 4 * left <= active.numel() else None
+                )
+                if fewer is not None and m is None:
+                    now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
+                    few_points = point.index_select(0, rows)
+                    few_local = few.linearise(few_points, self.curvature, self.damping)
+                    end = self._cg(few, few_points, few_local, m, taken(now, rows), k)
+                    objective.num_grads += few.num_grads
+                    objective.num_matvecs += few.num_matvecs
+                    return put(now, rows, end)
             ap = local.matvec(p)
             curvature = dot(p, ap)
             bad = active & ~(curvature > 0)
@@ -116,7 +152,7 @@ class NewtonCG(IterativeSolver):
             p = select(active, torch.addcmul(z, beta, p), p)
             rz = torch.where(active, rz_new, rz)
             active = active & ((rz if m is None else dot(r, r)) > threshold)
-        return x, negative
+        return _CG(x, r, p, rz, threshold, active, negative)
 
     def _line_search(
         self, objective: Objective, state: State, local: Linearisation, direction: Tensor, slope: Tensor

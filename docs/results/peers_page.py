@@ -46,7 +46,8 @@ def batch(result: dict[str, Any]) -> str:
     texts = {
         "E": "Everyone takes the same number of gradient steps and CG steps, enough for all.",
         "F": "Everyone solves to a tolerance by the method that suits it: this library by Newton-CG, the loops by Newton's method with a "
-        "dense Hessian, JAXopt by L-BFGS. *Fixed steps* takes as many steps for all tasks as the hardest one needs.",
+        "dense Hessian, JAXopt by L-BFGS. *Fixed steps* takes as many steps for all tasks as the hardest one needs; these were found by "
+        "a search before, so its memory is not what a first call takes.",
     }
     for work, found in result["works"].items():
         low, middle, high = found["condition"]
@@ -55,7 +56,7 @@ def batch(result: dict[str, Any]) -> str:
             f"## {titles[work]}",
             "",
             f"{found['tasks']:,} proximal logistic regressions with 20 features and 40 examples each, float64; condition numbers {low:.1f} "
-            f"to {high:,.0f}, median {middle:.1f}. {texts[work]}",
+            f"to {_number(high)}, median {_number(middle)}. {texts[work]}",
             "",
             *table(rows, options["limit"]),
             "",
@@ -162,7 +163,7 @@ def table(rows: Rows, limit: float) -> list[str]:
         low, high = row["faster_quartiles"]
         lines.append(
             f"| {name} | {_number(row['cpu_milliseconds'])} | {_number(row['milliseconds'])} "
-            f"| {row['faster']:.2f} ({low:.2f} .. {high:.2f}) | {row['peak_mb']:.0f} MB | {error} |"
+            f"| {row['faster']:.2f} ({low:.2f} .. {high:.2f}) | {max(row['peak_mb'], 0):.0f} MB | {error} |"
         )
     return lines
 
@@ -183,7 +184,7 @@ def _masks(rows: Rows) -> str:
     ratio = fixed / masked
     gain = "pays" if ratio > 1.1 else "costs time" if ratio < 0.9 else "changes little"
     return (
-        f"To a tolerance it took {ratio:.2f} times less than with fixed steps: stopping early {gain} here. A task that is done keeps its "
+        f"Fixed steps took {ratio:.2f} times as long as steps to a tolerance: stopping early {gain} here. A task that is done keeps its "
         "answer, but stays in the batch until the last one is done. The fixed numbers of steps are only known after a run to a tolerance."
     )
 

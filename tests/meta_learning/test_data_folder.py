@@ -330,7 +330,11 @@ def test_train_evaluate_resume(colours: str, place: Path, tmp_path: Path) -> Non
     assert more.exit_code == 0 and load_checkpoint(run)["progress"]["step"] == 3, more.output
     tight = imaml("evaluate", run, "--protocol", "tight")
     words = re.sub(r"\s+", " ", tight.output)
-    assert tight.exit_code == 2 and "cannot be drawn from the held-out classes of folder" in words and "--query-shots" in words
+    assert (
+        tight.exit_code == 2
+        and "cannot be drawn from the held-out classes of folder" in words
+        and "--query-shots" in words
+    )
 
 
 def test_other_images_than_those_of_the_checkpoint_are_refused(place: Path, tmp_path: Path) -> None:

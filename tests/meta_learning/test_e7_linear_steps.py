@@ -186,4 +186,4 @@ def test_differences_are_taken_seed_by_seed() -> None:
     low, high = stats.t.interval(0.95, 2, loc=5, scale=stats.sem([4, 5, 6]))
     row = next(line for line in lines if line.startswith("| 5 |"))
     assert f"| +5.0 ± {(high - low) / 2:.1f} | -10.0 ± 0.0 | 2.00 | 2.0 |" in row
-    assert lines[-1].endswith("at equal outer steps: 5 steps (above).")
+    assert lines[-1].endswith("at equal outer steps: 5 (above).")

@@ -63,7 +63,8 @@ def test_list_and_unknown_name() -> None:
     listed = RUNNER.invoke(app, ["experiment"])
     assert listed.exit_code == 0 and "e1" in listed.output and "meta-gradient" in listed.output
     wrong = RUNNER.invoke(app, ["experiment", "e9"])
-    assert wrong.exit_code == 2 and "expected an experiment of e1_" in wrong.output and "got 'e9'" in wrong.output
+    words = " ".join(wrong.output.replace("│", " ").split())
+    assert wrong.exit_code == 2 and "there is no experiment 'e9'" in words and "imaml experiment" in words
 
 
 @pytest.mark.parametrize("spectrum", e1.SPECTRA)

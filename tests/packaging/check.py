@@ -76,12 +76,12 @@ def try_wheel(wheel: Path, scratch: Path) -> None:
     if os.environ.get("TORCH_INDEX"):
         install = (*install, "--extra-index-url", os.environ["TORCH_INDEX"])
 
-    run(*install, wheel, cwd=away)
+    run(*install, wheel, cwd=away, quiet=True)
     run(python, "-I", "smoke.py", "bare", cwd=away)
     cache = ("--cache-dir", scratch / "mypy")
     run(sys.executable, "-m", "mypy", "--strict", *cache, "--python-executable", python, "downstream.py", cwd=away)
 
-    run(*install, f"{wheel}[meta-learning]", cwd=away)
+    run(*install, f"{wheel}[meta-learning]", cwd=away, quiet=True)
     run(python, "-I", "smoke.py", "application", cwd=away)
 
 

@@ -220,7 +220,8 @@ def _setup(result: Numbers) -> list[str]:
         f"Batch norm: {told['batch norm']}.",
         "",
         f"{c['outer_steps']} outer steps of {c['meta_batch']} tasks with {c['query_shots']} queries a class; the preset "
-        "`omniglot-5w1s-cpu` in everything else, as in the rows of our own settings of [E4](e4_omniglot_cpu.md): "
+        "`omniglot-5w1s-cpu` in everything else, as in the rows of our own settings of [E4](e4_omniglot_cpu.md), which compares 0 steps "
+        f"with {preset('omniglot-5w1s-cpu').linear_steps} in longer runs with more filters: "
         f"lambda {c['lam']:g}, and {c['lam_head']:g} for the last layer; {c['inner_steps']} accelerated inner steps; CG with the "
         f"Gauss-Newton matrix; Adam, rate {c['outer_rate']:g} falling to 0. Test: {test['tasks']} tasks of held-out classes with "
         f"{test['query_shots']} queries a class; curves: {curve['tasks']} such tasks with {curve['query_shots']}. Split, network and "
@@ -243,7 +244,7 @@ def _accuracies(result: Numbers) -> list[str]:
             row.append(f"{gain:+.1f} ± {doubt:.1f}" if steps else "")
         gain, doubt = mean_and_interval(equal_steps(runs, first))
         if abs(gain) > doubt:
-            clear.append(f"{steps} steps ({'above' if gain > 0 else 'below'})")
+            clear.append(f"{steps} ({'above' if gain > 0 else 'below'})")
         cost = statistics.mean(run["step_seconds"] / run["steps"] for run in runs)
         rows.append([*row, f"{cost:.2f}", f"{cost / cheap:.1f}"])
     header = ["steps", "each seed, %", f"mean of {result['seeds']} seeds, %", "minus 0 steps", "the same at equal time"]
@@ -253,7 +254,7 @@ def _accuracies(result: Numbers) -> list[str]:
         "",
         *table([*header, "CPU s per meta-step", "of that of 0 steps"], rows),
         "",
-        f"Rows that differ from 0 steps by more than that interval at equal outer steps: {', '.join(clear) or 'none'}.",
+        f"Numbers of steps that differ from 0 by more than that interval at equal outer steps: {', '.join(clear) or 'none'}.",
     ]
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -129,6 +130,10 @@ class E7StepSizes(Experiment):
             errors.set(
                 xlabel="inner steps at meta-test", ylabel="mean squared error", title="mean and range of the seeds"
             )
+            errors.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            errors.yaxis.set_minor_formatter("{x:g}")
+            for axis in (errors.xaxis, errors.yaxis):
+                axis.set_major_formatter("{x:g}")
             errors.legend(fontsize=8)
             _draw_learned(learned, result)
             figure.savefig(path)
@@ -340,6 +345,9 @@ def _setup(result: Numbers) -> list[str]:
         f"(median), and takes {result['cg_steps']} CG steps with the Gauss-Newton matrix; its lambda is {start['lambda']:g}, or starts "
         "there, with one entry for each parameter. The logarithm is learned: step sizes stay positive, which those of Meta-SGD need not. "
         f"Tasks of meta-training left out: {failed}.",
+        "",
+        "The implicit derivative is that of a solution, and what the inner steps leave undone is an error of it; the derivative of MAML is "
+        "that of the steps that are taken.",
     ]
 
 
