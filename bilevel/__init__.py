@@ -9,6 +9,7 @@ from bilevel.problem import BilevelProblem, Constants, ProximalProblem
 from bilevel.regularisation import LearnedProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 from bilevel.solution import argmin, fixed_point, root
+from bilevel.trees import tree_leaves
 from bilevel.unrolling import unrolled
 
 __version__ = "0.1.0"
@@ -39,5 +40,6 @@ __all__ = [
     "solvers",
     "theory",
     "tolerances",
+    "tree_leaves",
     "unrolled",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.trees import Tree
+from bilevel.trees import Tree, flatten
 
 
 class Status(IntEnum):
@@ -129,6 +129,7 @@ class Result:
         negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from
             methods that
             cannot see it.
+        what: which solve it was, in words.
     """
 
     value: Any
@@ -138,6 +139,7 @@ class Result:
     num_grads: int = 0
     num_matvecs: int = 0
     negative_curvature: Tensor | None = None
+    what: str = "solve"
 
     @property
     def status(self) -> Status | Tensor:
@@ -154,9 +156,9 @@ class Result:
         """Which problems failed, booleans ``(*batch,)``."""
         return failed(self.codes)
 
-    def describe(self, what: str = "solve") -> str:
+    def describe(self, what: str | None = None) -> str:
         """What happened, in sentences."""
-        return describe(self.codes, self.steps, self.residual, what)
+        return describe(self.codes, self.steps, self.residual, self.what if what is None else what)
 
     def unwrap(self) -> Any:
         """The value.
@@ -301,3 +303,22 @@ class Hypergradient:
         if not bool(ok.all() if self.reduction == "none" else ok.any()):
             raise SolverError(self.describe())
         return self.grad
+
+    def assign_grad(self, theta: Tree) -> None:
+        """Write ``grad`` to the ``.grad`` of the leaves of theta, in the place of what is there. With an optimizer over
+        ``bilevel.tree_leaves(theta)`` its ``step()`` follows.
+
+        Raises:
+            SolverError: as :meth:`unwrap`; nothing is written then.
+            ValueError: theta is no tree like ``grad``.
+        """
+        (grads, structure), (leaves, own) = flatten(self.unwrap()), flatten(theta)
+        shapes, expected = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)], [grad.shape for grad in grads]
+        if own != structure or shapes != expected:
+            raise ValueError(
+                f"assign_grad: expected a theta with leaves {structure.paths()} of shapes {[tuple(shape) for shape in expected]}, got "
+                f"{own.paths()} of shapes {[tuple(shape) for shape in shapes]}."
+                + (" With theta_batched or reduction='none' the gradient has a task axis." if own == structure else "")
+            )
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad

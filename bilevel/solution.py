@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,8 +35,11 @@ from bilevel.entry import Call, check_linsys, check_solver, prepare, run_solver
 from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
-from bilevel.result import Result, SolverError, failed
+from bilevel.result import Result, SolverError, Status, failed
 from bilevel.trees import Tree
+
+Check = bool | Literal["converged"]
+SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
 
 
 def argmin(
@@ -47,7 +50,7 @@ def argmin(
     solver: Any,
     linsys: LinearSolver,
     init: Tree | None = None,
-    check: bool = False,
+    check: Check = False,
     report: Callable[[Result], None] | None = None,
 ) -> Tree:
     """phi*(theta, data), differentiable with respect to theta and every floating tensor of data, to second order.
@@ -62,11 +65,12 @@ def argmin(
     Args:
         problem, theta, data, solver, init: as in :func:`solve`.
         linsys: linear solver for every derivative.
-        check: raise on failure (eager mode; transforms cannot raise on values).
-        report: called with the :class:`Result` of every solve, inner and linear, in eager mode.
+        check: raise on failure (eager mode; transforms cannot raise on values). A solve that has used up its steps is no failure:
+            ``check="converged"`` raises there too.
+        report: called with the :class:`Result` of every solve, inner and linear, in eager mode; its ``what`` says which one it is.
 
     Raises:
-        SolverError: with ``check``, a solve failed.
+        SolverError: with ``check``, a solve failed (or, with "converged", did not reach its tolerance).
         ValueError: the objective uses a tensor that carries a gradient and is no part of theta or data.
         NotImplementedError: forward mode over forward mode, which could not be right.
     """
@@ -88,7 +92,7 @@ def root(
     solver: Any,
     linsys: LinearSolver,
     init: Tree,
-    check: bool = False,
+    check: Check = False,
     report: Callable[[Result], None] | None = None,
 ) -> Tree:
     """phi*(theta, data) with F(phi*, theta, data) = 0, differentiable like :func:`argmin`.
@@ -119,7 +123,7 @@ def fixed_point(
     solver: Any,
     linsys: LinearSolver,
     init: Tree,
-    check: bool = False,
+    check: Check = False,
     report: Callable[[Result], None] | None = None,
 ) -> Tree:
     """phi*(theta, data) with phi* = T(phi*, theta, data), differentiable like :func:`argmin`.
@@ -145,7 +149,7 @@ def _of_equations(
     solver: Any,
     linsys: LinearSolver,
     init: Tree,
-    check: bool,
+    check: Check,
     report: Callable[[Result], None] | None,
 ) -> Tree:
     if not callable(fn) or isinstance(fn, BilevelProblem):
@@ -167,8 +171,10 @@ def _of_equations(
 
 
 def _solution(
-    call: Call, solver: Any, linsys: LinearSolver, check: bool, report: Callable[[Result], None] | None, name: str
+    call: Call, solver: Any, linsys: LinearSolver, check: Check, report: Callable[[Result], None] | None, name: str
 ) -> Tree:
+    if not isinstance(check, bool) and check != "converged":
+        raise ValueError(f'{name}: check: expected True, False or "converged", got {check!r}.')
     tensors = [call.phi.detach(), *call.tensors]
     if not transforms_active():
         refuse_eager_forward_mode(call.flat, tensors[0], tensors[1:])
@@ -185,7 +191,7 @@ class _Rule:
     flat: Flat
     solver: Any
     linsys: LinearSolver
-    check: bool
+    check: Check
     report: Callable[[Result], None] | None
     name: str
 
@@ -193,10 +199,13 @@ class _Rule:
         """Report and check, where there is somebody to hear it."""
         if transforms_active():
             return
+        result = replace(result, value=value, what=what)
         if self.report is not None:
-            self.report(replace(result, value=value))
+            self.report(result)
         if self.check and bool(result.failed.any()):
-            raise SolverError(result.describe(what))
+            raise SolverError(result.describe())
+        if self.check == "converged" and not bool(torch.isin(result.codes, result.codes.new_tensor(SOLVED)).all()):
+            raise SolverError(f"check='converged': {result.describe()}")
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def _unflatten(structure: Structure, leaves: Any) -> Tree:
     return structure.kind(*values)  # a named tuple
 
 
+def tree_leaves(tree: Tree) -> list[Any]:
+    """The leaves of a tree in ravel order: what an optimizer of theta takes."""
+    return flatten(tree)[0]
+
+
 def tree_map(fn: Callable[..., Any], tree: Tree, *others: Tree) -> Tree:
     """``fn`` leaf by leaf over trees of one structure; dicts are paired by key."""
     leaves, structure = flatten(tree)

@@ -52,14 +52,9 @@ def regularised_problem(network, kind):
     )
 
 
-def leaves(tree):
-    """Of nested dicts of tensors, in one order for a tree and for its gradient."""
-    return [tree] if isinstance(tree, torch.Tensor) else [leaf for key in sorted(tree) for leaf in leaves(tree[key])]
-
-
 def meta_train(problem, theta, tasks, steps, rate):
     """Changes theta in place. `rate`: of the logarithm of lambda, 0 leaves it as it is."""
-    groups = [{"params": leaves(theta["centre"]), "lr": 3e-3}, {"params": leaves(theta["lam"]), "lr": rate}]
+    groups = [{"params": bilevel.tree_leaves(theta[part]), "lr": lr} for part, lr in (("centre", 3e-3), ("lam", rate))]
     outer = torch.optim.Adam(groups)
     for _ in range(steps):
         meta = bilevel.hypergradient(
@@ -71,8 +66,7 @@ def meta_train(problem, theta, tasks, steps, rate):
             curvature=bilevel.GaussNewton(),
             batched=True,
         )
-        for leaf, gradient in zip(leaves(theta), leaves(meta.unwrap()), strict=True):
-            leaf.grad = gradient
+        meta.assign_grad(theta)
         outer.step()
 
 

@@ -881,6 +881,28 @@ def test_an_exact_solve_at_a_saddle_is_the_derivative_of_the_saddle() -> None:
     assert reports[-1].status is Status.SOLVED_INDEFINITE
 
 
+def test_check_converged_raises_where_the_steps_were_used_up() -> None:
+    """Which is no failure, and no solution."""
+    few = GradientDescent(step_size=0.01, max_steps=3, tol=1e-8)
+    theta = RIDGE.theta.clone().requires_grad_()
+    options: dict[str, Any] = {"solver": few, "linsys": Exact()}
+    argmin(RIDGE.problem, theta, RIDGE.data, check=True, **options)
+    with pytest.raises(SolverError, match=r"check='converged': argmin, inner solve: MAX_STEPS after 3 steps"):
+        argmin(RIDGE.problem, theta, RIDGE.data, check="converged", **options)
+    one_step = argmin(
+        RIDGE.problem, theta, RIDGE.data, solver=NEWTON, linsys=CG(max_steps=1, rtol=1e-12), check="converged"
+    )
+    with pytest.raises(SolverError, match=r"check='converged': argmin, linear solve: MAX_STEPS after 1 steps"):
+        one_step.sum().backward()
+    argmin(RIDGE.problem, theta, RIDGE.data, solver=NEWTON, linsys=Exact(), check="converged").sum().backward()
+    saddle = argmin(hill(), theta, solver=TOP, linsys=Exact(), check="converged")
+    saddle.sum().backward()  # SOLVED_INDEFINITE is solved
+    with pytest.raises(
+        ValueError, match='argmin: check: expected True, False or "converged", got "solved"|got \'solved\''
+    ):
+        argmin(RIDGE.problem, theta, RIDGE.data, check="solved", **options)
+
+
 def test_report_is_handed_every_result() -> None:
     reports: list[Result] = []
     theta = tree_map(lambda leaf: leaf.clone().requires_grad_(), PROXIMAL.theta)
@@ -894,12 +916,14 @@ def test_report_is_handed_every_result() -> None:
     )
     (inner,) = reports
     assert inner.status is Status.CONVERGED and inner.num_steps >= 1
+    assert inner.what == "argmin, inner solve" and inner.describe().startswith("argmin, inner solve: CONVERGED")
     assert inner.residual <= 1e-11
     assert_same(vector(inner.value), vector(phi).detach(), 1e-14)
     value = PROXIMAL.problem.outer_loss(phi, theta, PROXIMAL.data)
     first = torch.autograd.grad(value, list(theta.values()), create_graph=True)
     assert len(reports) == 2
     assert reports[1].status is Status.CONVERGED and reports[1].num_matvecs >= 1
+    assert reports[1].what == "argmin, linear solve"
     assert list(reports[1].value) == list(theta)  # u, a tree like phi
     sum((g**2).sum() for g in first).backward()
     assert len(reports) > 2

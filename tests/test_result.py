@@ -166,3 +166,48 @@ def test_describe_of_a_hypergradient_tells_of_both_solves() -> None:
     assert first.startswith("inner solve: MAX_STEPS after 50 steps") and second.startswith(
         "linear solve: CONVERGED after 2 steps"
     )
+
+
+def meta(**options: Any) -> tuple[dict[str, torch.Tensor], Hypergradient]:
+    """Three tasks of (w - b)^2 with w = a at the solution, so dL/da = 2 (a - b), dL/db = -2 (a - b)."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (data * (phi - theta["a"])).square().sum(),
+        lambda phi, theta, data: (phi - theta["b"]).square().sum(),
+        lambda theta, data: torch.zeros_like(theta["a"]),
+    )
+    theta = {"b": torch.ones(2, dtype=torch.float64), "a": torch.full((2,), 4.0, dtype=torch.float64)}
+    data = torch.tensor([[1.0], [2.0], [options.pop("last", 3.0)]], dtype=torch.float64)
+    solver = bilevel.solvers.NewtonCG(max_steps=5, cg_steps=2, tol=1e-12)
+    return theta, bilevel.hypergradient(
+        problem, theta, data, solver=solver, linsys=CG(max_steps=2), batched=True, **options
+    )
+
+
+def test_assign_grad_is_what_an_optimizer_takes() -> None:
+    theta, found = meta()
+    before = theta["a"].clone()
+    assert [leaf is theta[name] for leaf, name in zip(bilevel.tree_leaves(theta), ("a", "b"), strict=True)] == [
+        True
+    ] * 2
+    outer = torch.optim.SGD(bilevel.tree_leaves(theta), lr=0.5)
+    for _ in range(2):  # the second time in the place of the first, not on top of it
+        found.assign_grad(theta)
+    outer.step()
+    torch.testing.assert_close(theta["a"], before - 0.5 * torch.full((2,), 6.0, dtype=torch.float64))
+    torch.testing.assert_close(theta["b"], torch.full((2,), 4.0, dtype=torch.float64))
+
+
+def test_assign_grad_writes_nothing_that_is_wrong() -> None:
+    theta, found = meta(last=float("nan"), reduction="none")
+    with pytest.raises(SolverError):
+        found.assign_grad(theta)
+    assert theta["a"].grad is None and theta["b"].grad is None
+    theta, found = meta(reduction="none")
+    with pytest.raises(ValueError, match=r"assign_grad: expected a theta with leaves .* the gradient has a task axis"):
+        found.assign_grad(theta)
+    theta, found = meta()
+    with pytest.raises(
+        ValueError, match=r"assign_grad: expected a theta with leaves \[\"\['a'\]\", \"\['b'\]\"\] of shapes .*, got"
+    ):
+        found.assign_grad(theta["a"])
+    assert theta["a"].grad is None

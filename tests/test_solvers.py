@@ -164,9 +164,12 @@ def test_a_sick_task_leaves_the_others_as_they_were(name: str, sick: str) -> Non
     broken["x"][1, 2, 0] = broken["y"][1, 2] = float(sick)
     result = solve(logistic(), theta, broken, solver=solver, batched=True)
     others = [0, 2, 3]
-    for field in ("value", "codes", "steps", "residual", "negative_curvature"):
+    for field in ("codes", "steps", "negative_curvature"):
         ours, theirs = getattr(result, field), getattr(healthy, field)
         assert ours is theirs is None or torch.equal(ours[others], theirs[others]), field
+    for field in ("value", "residual"):  # the order of summation in a product depends on how many tasks are left
+        ours, theirs = getattr(result, field), getattr(healthy, field)
+        torch.testing.assert_close(ours[others], theirs[others], rtol=1e-12, atol=1e-14)
     assert Status(int(result.codes[1])) is Status.NON_FINITE
     assert result.failed.tolist() == [False, True, False, False]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.markup import escape
 
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
@@ -42,8 +43,9 @@ from applications.meta_learning.options import (
     reported_errors,
     with_settings,
 )
+from applications.meta_learning.predict import Prediction, predict
 from applications.meta_learning.presets import DEFAULT_PRESET, PRESETS, preset
-from applications.meta_learning.report import adaptation_figure, evaluation_table, training_figure
+from applications.meta_learning.report import adaptation_figure, evaluation_table, prediction_table, training_figure
 from applications.meta_learning.run import (
     Ending,
     Run,
@@ -333,6 +335,82 @@ def _evaluation_report(
         "conditions": conditions(config),
         "config": config.to_dict(),
         "evaluations": {each.name: asdict(result) for each, result in results},
+    }
+
+
+@app.command("predict")
+@with_settings([name for name in TEST_SETTINGS if name != "threads"])
+def predict_command(
+    settings: dict[str, Any],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN", help="a checkpoint.pt, or the folder of a run", show_default=False)
+    ],
+    support: Annotated[
+        Path,
+        typer.Option(
+            help="folder with a few labelled images of each class, <class>/<image>.png or .jpg",
+            rich_help_panel=START,
+            show_default=False,
+        ),
+    ],
+    images: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="PATH...", help="image files, or folders of them", rich_help_panel=START, show_default=False
+        ),
+    ],
+    # an option takes one value, so what a shell makes of --images photos/*.jpg is left over
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[PATH...]", hidden=True)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else", metavar="")] = False,
+) -> None:
+    """Adapt a run to new classes, and classify images.
+
+    The new classes are as many as the ways of the run, with a few images of
+    each. All images are classified together: batch norm takes its statistics
+    from them, so the answer for one depends on those beside it.
+
+    \b
+    imaml predict runs/trees --support new --images unknown/*.jpg
+    """
+    with reported_errors(), err.status("adapting ..."):
+        try:
+            found = predict(checkpoint, support, [*images, *(more_images or [])], settings=settings)
+        except bilevel.SolverError as error:
+            err.print(f"[bold red]Adaptation failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from error
+    if as_json:
+        print(to_json(_prediction_report(found)))
+        return
+    out.print(prediction_table(found))
+    solve = found.adaptation
+    status = f"{bilevel.Status(int(solve.codes)).name} after {int(solve.steps)} steps, |dG/dphi| {solve.residual:.2g}"
+    out.print(f"adaptation: {status}", highlight=False)
+
+
+def _prediction_report(found: Prediction) -> dict[str, Any]:
+    """The same and more, for JSON."""
+    solve = found.adaptation
+    rows = zip(found.files, found.labels, found.probabilities.tolist(), strict=True)
+    return {
+        "step": found.step,
+        "classes": list(found.classes),
+        "shots": found.shots,
+        "conditions": conditions(found.config),
+        "config": found.config.to_dict(),
+        "adaptation": {
+            "status": bilevel.Status(int(solve.codes)).name,
+            "steps": int(solve.steps),
+            "residual": solve.residual.item(),
+        },
+        "predictions": [
+            {
+                "file": str(file),
+                "class": label,
+                "probability": max(row),
+                "probabilities": dict(zip(found.classes, row, strict=True)),
+            }
+            for file, label, row in rows
+        ],
     }
 
 

@@ -14,11 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from applications.meta_learning.evaluate import Evaluation
 from applications.meta_learning.logs import Entry
 from applications.meta_learning.method import REGIME
+from applications.meta_learning.predict import Prediction
 
 TRAIN, TEST = "#4477aa", "#cc3311"  # told apart by colour-blind readers too
 PALETTE = ("#4477aa", "#cc3311", "#228833", "#aa3377")
@@ -51,6 +53,18 @@ def evaluation_table(rows: list[tuple[str, Evaluation]], title: str) -> Table:
             str(result.failed),
             f"{result.inner_residual:.2g}",
         )
+    return table
+
+
+def prediction_table(found: Prediction) -> Table:
+    """A row for each image."""
+    title = f"{len(found.classes)} classes, {found.shots} support image{'s' * (found.shots > 1)} of each"
+    table = Table(title=title, caption=f"batch norm: {REGIME}")
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for file, label, row in zip(found.files, found.labels, found.probabilities, strict=True):
+        table.add_row(Text(str(file)), Text(label), f"{row.max().item():.3f}")  # Text: a name may have brackets
     return table
 
 

@@ -2,7 +2,8 @@
 
 The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which
 answers with the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem
-that is done keeps its state; what another problem of the batch does never changes it.
+that is done keeps its state; what another problem of the batch does changes it by no more than rounding. Where at most half of the
+problems are left, and ``tol > 0``, the loop goes on without the others.
 """
 
 from __future__ import annotations

@@ -123,9 +123,7 @@ class NewtonCG(IterativeSolver):
                 if left == 0:
                     break
                 # a linearisation costs a few products
-                fewer = (
-                    without_those_that_are_done(objective, active, left) if 4 * left <= active.numel() else None
-                )
+                fewer = without_those_that_are_done(objective, active, left) if 4 * left <= active.numel() else None
                 if fewer is not None and m is None:
                     now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
                     few_points = point.index_select(0, rows)

@@ -84,7 +84,7 @@ def few_shot(result: dict[str, Any]) -> str:
     for found in result["works"].values():
         rows = found["rows"]
         lines += [
-            f"## {found['count']} tasks {found['ways']}-way {found['shots']}-shot",
+            f"## {found['count']} tasks {found['ways']}-way {found['shots']}-shot, lambda = {found['lam']:g}",
             "",
             *table(rows, options["limit"]),
             "",
@@ -94,10 +94,11 @@ def few_shot(result: dict[str, Any]) -> str:
             "",
             *_wrong(rows),
         ]
-    repeats = next(iter(result["works"].values()))["repeats"]
+    repeats = " and ".join(str(found["repeats"]) for found in result["works"].values())
     lines += [
         "higher unrolls: it computes MAML's gradient, another one, and is compared with a loop for that. It takes no part in the ratio's "
-        "base.",
+        "base. Lambda is so large that CG meets no negative curvature: there a system has no meaning, this library says so, and the loops "
+        "go on.",
         "",
         _from(result, f"{repeats} repetitions"),
         "",
@@ -228,8 +229,9 @@ def _from(result: dict[str, Any], repeats: str) -> str:
     """Where the numbers come from."""
     environment, options = result["environment"], result["options"]
     command = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", environment["command"])  # without folders
+    also = " and the like" if "--work" in command else ""
     parts = [repeats, f"{options['threads']} thread" + "s" * (options["threads"] > 1)]
     return (
-        f"{', '.join(part for part in parts if part)}. Command: `{command}`. Hardware: {environment['processor']}; torch "
+        f"{', '.join(part for part in parts if part)}. Command: `{command}`{also}. Hardware: {environment['processor']}; torch "
         f"{environment['torch']}; commit `{environment['commit'][:12]}`."
     )

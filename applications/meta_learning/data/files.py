@@ -16,7 +16,7 @@ import numpy as np
 import platformdirs
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
@@ -40,9 +40,14 @@ class ImageFiles:
         total, channels = sum(map(len, self.files.values())), 3 if colours == "rgb" else 1
         about = [colours, *(f"{name} {fingerprint(files)}" for name, files in self.files.items())]
         path, key = cache_place(kind, cache_dir, size, about)
-        return cached(path, key, (total, channels, size, size), lambda: self._decode(size, colours))
+        return cached(path, key, (total, channels, size, size), lambda: self.read(size, colours))
 
-    def _decode(self, size: int, colours: Colours) -> ImageClasses:
+    def read(self, size: int, colours: Colours, *, ink: bool = False) -> ImageClasses:
+        """The images from their files, without a cache. ink: as in `decode`.
+
+        Raises:
+            DataError: a file is no image.
+        """
         counts = tuple(len(files) for files in self.files.values())
         images = np.empty((sum(counts), 3 if colours == "rgb" else 1, size, size), dtype=np.uint8)
         content, row = hashlib.sha256(), 0
@@ -50,7 +55,7 @@ class ImageFiles:
             for file in files:
                 try:
                     read = file.read_bytes()
-                    images[row] = decode(Image.open(io.BytesIO(read), formats=("PNG", "JPEG")), size, colours)
+                    images[row] = decode(Image.open(io.BytesIO(read), formats=("PNG", "JPEG")), size, colours, ink=ink)
                 # Pillow raises OSError, SyntaxError, ValueError, zlib.error and more for damaged files.
                 except Exception as error:
                     raise DataError(
@@ -67,8 +72,8 @@ class ImageFiles:
         )
 
 
-def decode(image: Image.Image, size: int, colours: Colours) -> NDArray[np.uint8]:
-    """(channels, size, size).
+def decode(image: Image.Image, size: int, colours: Colours, *, ink: bool = False) -> NDArray[np.uint8]:
+    """(channels, size, size). ink: it is a drawing, dark on a light ground; ink becomes 255, and the ground 0.
 
     Raises:
         ValueError: the image has more than 8 bits per channel, of which Pillow would keep the wrong ones.
@@ -81,43 +86,50 @@ def decode(image: Image.Image, size: int, colours: Colours) -> NDArray[np.uint8]
         ground = Image.new("RGBA", upright.size, "white")
         upright = Image.alpha_composite(ground, upright.convert("RGBA"))
     plain = upright.convert("RGB" if colours == "rgb" else "L")
+    if ink:
+        plain = ImageChops.invert(plain)
     if plain.size != (size, size):
         plain = plain.resize((size, size), Image.Resampling.LANCZOS)
     pixels = np.asarray(plain)
     return pixels.transpose(2, 0, 1) if colours == "rgb" else pixels[None]
 
 
-def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The images in each folder of `folder`, in the order of their names.
+def class_folders(folder: Path, option: str = "--data-dir") -> dict[str, list[Path]]:
+    """The images in each folder of `folder`, in the order of their names. option: which names the folder.
 
     Raises:
         DataError: there is no folder in it, or one without images, or with images in formats that are not read.
     """
     try:
-        found = {
-            entry.name: sorted(p for p in map(Path, os.scandir(entry.path)) if not p.name.startswith("."))
-            for entry in sorted(os.scandir(folder), key=lambda e: e.name)
-            if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
-        }
+        found = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
     except OSError as error:
-        raise DataError(f"{folder}: could not be read ({error}); name another folder with --data-dir") from error
+        raise DataError(f"{folder}: could not be read ({error}); name another folder with {option}") from error
     if not found:
         raise DataError(
             f"{folder}: expected one folder for each class, <class>/<image>.png or .jpg, found none; name the folder "
-            "that has them with --data-dir"
+            f"that has them with {option}"
         )
-    for name, paths in found.items():
-        others = [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
-        if others:
-            raise DataError(
-                f"{others[0]}: expected PNG or JPEG images; convert it (and {len(others) - 1} more of {name})"
-            )
-    images = {name: [p for p in paths if p.suffix.lower() in SUFFIXES] for name, paths in found.items()}
-    empty = [name for name, paths in images.items() if not paths]
-    if empty:
+    return {name: images_in(folder / name, "the images of a class") for name in found}
+
+
+def images_in(folder: Path, what: str = "images") -> list[Path]:
+    """The images in a folder, in the order of their names; other files, and hidden ones, are left alone.
+
+    Raises:
+        DataError: there are none, or some in formats that are not read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: could not be read ({error})") from error
+    others = [path for path in paths if path.suffix.lower() in OTHER_SUFFIXES]
+    if others:
         raise DataError(
-            f"{folder / empty[0]}: expected the images of a class (.png, .jpg), found none; fill it or take it out"
+            f"{others[0]}: expected PNG or JPEG images; convert it (and {len(others) - 1} more of {folder.name})"
         )
+    images = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    if not images:
+        raise DataError(f"{folder}: expected {what} (.png, .jpg), found none; fill it or take it out")
     return images
 
 
