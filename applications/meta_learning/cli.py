@@ -360,7 +360,7 @@ def predict_command(
         ),
     ],
     # an option takes one value, so what a shell makes of --images photos/*.jpg is left over
-    more_images: Annotated[list[Path] | None, typer.Argument(metavar="[PATH...]", hidden=True)] = None,
+    more_images: Annotated[list[Path] | None, typer.Argument(metavar="PATH", hidden=True)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else", metavar="")] = False,
 ) -> None:
     """Adapt a run to new classes, and classify images.

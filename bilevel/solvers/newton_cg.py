@@ -101,7 +101,7 @@ class NewtonCG(IterativeSolver):
         p = r if m is None else m(r)
         rz, rr = dot(r, p), dot(r, r)
         threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
-        active = rr > threshold
+        active = (rr > threshold) & (rr > self.tol**2)  # a problem that is done needs no direction
         if m is not None and bool((active & (rz <= 0)).any()):
             raise ValueError(
                 "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v <= 0 for some v. Jacobi() and "
