@@ -185,8 +185,9 @@ def _masks(rows: Rows) -> str:
     ratio = fixed / masked
     gain = "pays" if ratio > 1.1 else "costs time" if ratio < 0.9 else "changes little"
     return (
-        f"Fixed steps took {ratio:.2f} times as long as steps to a tolerance: stopping early {gain} here. A task that is done keeps its "
-        "answer, but stays in the batch until the last one is done. The fixed numbers of steps are only known after a run to a tolerance."
+        f"Fixed steps took {ratio:.2f} times as long as steps to a tolerance: stopping early {gain} here. Tasks that are done leave "
+        "the inner solve when at most half are left; in the linear solve they stay to the end. The fixed numbers of steps are only known "
+        "after a run to a tolerance."
     )
 
 
