@@ -31,7 +31,7 @@ from applications.meta_learning.info import (
     two_columns,
 )
 from applications.meta_learning.logs import RunLog, read_log, to_json, write_json
-from applications.meta_learning.method import conditions
+from applications.meta_learning.method import REGIME, conditions
 from applications.meta_learning.options import (
     START,
     TEST_SETTINGS,
@@ -385,6 +385,11 @@ def predict_command(
     solve = found.adaptation
     status = f"{bilevel.Status(int(solve.codes)).name} after {int(solve.steps)} steps, |dG/dphi| {solve.residual:.2g}"
     out.print(f"adaptation: {status}", highlight=False)
+    out.print(f"batch norm: {REGIME}", highlight=False)
+    if len(found.files) < len(found.classes):
+        out.print(
+            "These are few images for batch norm. Name the support images too, as further PATHs.", highlight=False
+        )
 
 
 def _prediction_report(found: Prediction) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def evaluation_table(rows: list[tuple[str, Evaluation]], title: str) -> Table:
 def prediction_table(found: Prediction) -> Table:
     """A row for each image."""
     title = f"{len(found.classes)} classes, {found.shots} support image{'s' * (found.shots > 1)} of each"
-    table = Table(title=title, caption=f"batch norm: {REGIME}")
+    table = Table(title=title)
     table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column("probability", justify="right")

@@ -378,6 +378,16 @@ def test_table_and_json(run: Path, task: tuple[Path, Path]) -> None:
     )
 
 
+def test_support_images_may_be_named_beside_few_images(run: Path, task: tuple[Path, Path]) -> None:
+    support, images = task
+    one, note = sorted(images.iterdir())[0], "Name the support images too"
+    alone = imaml("predict", run, "--support", support, "--images", one)
+    beside = imaml("predict", run, "--support", support, "--images", one, *sorted(support.iterdir()))
+    assert alone.exit_code == beside.exit_code == 0 and note in alone.output and note not in beside.output
+    found = predict(run, support, [one, *sorted(support.iterdir())])
+    assert len(found.files) == 1 + WAYS and f"{found.probabilities[0].max():.3f}" in beside.output
+
+
 def test_help_fits_80_columns() -> None:
     result = imaml("predict", "--help")
     assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
