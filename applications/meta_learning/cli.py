@@ -393,7 +393,7 @@ def predict_command(
 
 
 def _prediction_report(found: Prediction) -> dict[str, Any]:
-    """The same and more, for JSON."""
+    """What the table says, the probabilities of all classes, and what they depend on."""
     solve = found.adaptation
     rows = zip(found.files, found.labels, found.probabilities.tolist(), strict=True)
     return {

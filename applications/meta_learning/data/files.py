@@ -58,8 +58,10 @@ class ImageFiles:
                     images[row] = decode(Image.open(io.BytesIO(read), formats=("PNG", "JPEG")), size, colours, ink=ink)
                 # Pillow raises OSError, SyntaxError, ValueError, zlib.error and more for damaged files.
                 except Exception as error:
+                    # what Pillow says of a file of another kind names the buffer
+                    reason = "it is of another kind" if isinstance(error, UnidentifiedImageError) else error
                     raise DataError(
-                        f"{file}: expected a PNG or JPEG image, could not read one ({error}); replace it or take it out"
+                        f"{file}: expected a PNG or JPEG image, could not read one ({reason}); replace it or take it out"
                     ) from error
                 content.update(f"{name}\0{file.name}\0{len(read)}\0".encode() + read)
                 row += 1
