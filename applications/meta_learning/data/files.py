@@ -16,7 +16,7 @@ import numpy as np
 import platformdirs
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
