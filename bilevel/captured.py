@@ -121,7 +121,8 @@ class CapturedStep:
     def __call__(self, *inputs: Tree) -> Tree:
         """``fn(*inputs)``."""
         leaves, structure = flatten(inputs)
-        key = _signature(leaves, structure)
+        written = set(self._mutated.addresses())
+        key = _signature(leaves, structure, written)
         if self._is_current(key):
             return self._captures[key].replayed(leaves, copied=not self._static_outputs)
         if self._why_not is None:
@@ -188,7 +189,10 @@ class CapturedStep:
 
     def _captured(self, key: Any, leaves: list[Any], structure: Structure) -> Tree:
         """Capture, and replay for the first time: capturing executes nothing."""
-        static = [_static(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        written = set(self._mutated.addresses())  # an input that fn writes to is itself, and no copy
+        static = [
+            _static(leaf) if isinstance(leaf, Tensor) and leaf.data_ptr() not in written else leaf for leaf in leaves
+        ]
         out, replay = self._graphs.capture(lambda: _detached(self._fn(*unflatten(structure, static))))
         capture = _Capture(static, out, replay, self._mutated.addresses(), self._mutated.numbers())
         result = capture.replayed(leaves, copied=not self._static_outputs)
@@ -219,7 +223,7 @@ class _Capture:
     def replayed(self, leaves: list[Any], *, copied: bool) -> Tree:
         with torch.no_grad():
             for own, given in zip(self.inputs, leaves, strict=True):
-                if isinstance(own, Tensor):
+                if isinstance(own, Tensor) and own is not given:
                     own.copy_(given)
         self.replay()
         return _copied(self.out) if copied else self.out
@@ -334,12 +338,13 @@ def _waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _signature(leaves: list[Any], structure: Structure) -> Any:
-    """Equal for calls that one graph can serve."""
+def _signature(leaves: list[Any], structure: Structure, written: set[int]) -> Any:
+    """Equal for calls that one graph can serve. Of an input that is written to, it has to be the same tensor."""
     own: list[Any] = []
     for path, leaf in zip(structure.paths(), leaves, strict=True):
         if isinstance(leaf, Tensor):
-            own.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad))
+            same = id(leaf) if leaf.data_ptr() in written else None
+            own.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad, same))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             own.append((type(leaf), leaf))  # 1, 1.0 and True are equal
         else:

@@ -194,6 +194,9 @@ class Objective:
         self._remainder = over_levels(flat.remainder, with_axis(levels))
         self._checked = False
 
+    measures: ClassVar[bool] = True
+    """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
+
     def begin_step(self, k: int) -> None:
         """Told by a solver at the start of its step k."""
 
@@ -301,9 +304,9 @@ class Objective:
         tensors = [
             tensor.index_select(0, rows) if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)
         ]
-        return self._like(tensors, (len(rows),))
+        return self._of(tensors, (len(rows),))
 
-    def _like(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+    def _of(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
         return self.flat.objective(self.levels, tensors, sizes)
 
     @cached_property

@@ -87,7 +87,7 @@ class BilevelProblem(ABC):
 
     quadratic: bool = False
     """State here that G is quadratic in phi, as in ridge regression: for any data and theta, d2G/dphi2 does not depend on phi. G is then
-    linearised once for each call, and solvers work with the matrix. At the solution gradient and Hessian are compared with those of
+    linearised once for each call, and solvers work with the matrix. Where a solve ends, gradient and Hessian are compared with those of
     G; where they differ by more than rounding, the call raises ``ValueError``."""
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Flat, Levels, Objective
-from bilevel.linsys.base import dot, from_columns, norm, to_columns
+from bilevel.linsys.base import dot, from_columns, norm, select, to_columns
 
 LARGEST = 2**22
 """Matrices with more entries than this, over the whole batch, are never written down."""
@@ -32,6 +32,8 @@ class QuadraticFlat(Flat):
 
 class QuadraticObjective(Objective):
     """An objective that asks another one for its derivatives once."""
+
+    measures = False  # the gradient at the end does
 
     num_grads: int = property(  # type: ignore[assignment]  # those of the other one
         lambda self: self._base.num_grads, lambda self, count: setattr(self._base, "num_grads", count)
@@ -52,7 +54,7 @@ class QuadraticObjective(Objective):
     def measure(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
         value, grad = self._base.measure(phi)
-        self._check_gradient(phi, grad)
+        self._check_gradient(phi, value, grad)
         return value, grad
 
     def value(self, phi: Tensor) -> Tensor:
@@ -61,31 +63,35 @@ class QuadraticObjective(Objective):
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """See the base class."""
-        model = self.model(phi)
+        model = self._model_from(phi)
         return model.at_start if self._is_first(phi) else model.value_and_grad(phi)
 
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
         """See the base class."""
         exact = isinstance(curvature, Hessian)
         if exact and not with_theta:
-            return _Linearisation(self.model(phi), *self.value_and_grad(phi), damping)
+            return _Linearisation(self._model_from(phi), *self.value_and_grad(phi), damping)
         local = self._base.linearise(phi, curvature, 0.0 if exact else damping, with_theta=with_theta)
         if with_theta:
-            self._check_gradient(phi, local.grad)
-        return _Verified(self.model(phi, local), local, damping) if exact else local
+            self._check_gradient(phi, local.value, local.grad)
+        if not exact:
+            return local
+        is_new = self._model is None
+        return _Verified(self._model_from(phi, local), local, damping, is_new)
 
     def only(self, rows: Tensor) -> None:
         """Not here: products with a matrix are cheap, and the model is checked for all tasks at once."""
 
     def written_down(self, phi: Tensor, products: int) -> tuple[Tensor, Tensor] | None:
         """See the base class."""
-        model = self.model(phi)
+        model = self._model_from(phi)
         if products < model.worth:
             return None
         self.num_matvecs += products
-        return model.matrix, self.value_and_grad(phi)[1]
+        matrix = model.matrix
+        return matrix, model.value_and_grad(phi)[1]
 
-    def model(self, phi: Tensor, local: Any = None) -> _Model:
+    def _model_from(self, phi: Tensor, local: Any = None) -> _Model:
         """That of the first point that was asked for: phi, if there was none yet. ``local``: G linearised there, if somebody has it."""
         if self._model is None:
             start = phi.detach().clone()  # a solver may write to its phi
@@ -93,9 +99,9 @@ class QuadraticObjective(Objective):
             self._first = phi, phi._version
         return self._model
 
-    def _check_gradient(self, phi: Tensor, grad: Tensor) -> None:
+    def _check_gradient(self, phi: Tensor, value: Tensor, grad: Tensor) -> None:
         if self._model is not None and not self._is_first(phi):
-            self._model.check_gradient(phi, grad)
+            self._model.check_gradient(phi, value, grad)
 
     def _is_first(self, phi: Tensor) -> bool:
         """Whether phi is where the model was made: nothing was taken from it then. Not by its numbers, which would be a host read."""
@@ -106,52 +112,102 @@ class _Model:
     """The quadratic.
 
     Attributes:
-        at_start: G and its gradient there.
+        at_start: G and its gradient at the first point.
         worth: the number of products for which it is worth while to write H down.
     """
 
+    worth: float
+
     def __init__(self, base: Objective, start: Tensor, local: Any) -> None:
-        self._base, self._start, self._local = base, start, local
+        self._base, self._local = base, local
         self.at_start = local.value, local.grad
-        d = start.shape[-1]
-        # d products at once cost about as much as so many one by one
-        self.worth = 1 + d // 16 if start.numel() * d <= LARGEST else float("inf")
+        self._origin, (self._value, self._slope) = start, self.at_start
+        d, is_batch = start.shape[-1], start.ndim > 1
+        # at once where that costs little: then nothing is ever taken from a start that is far away. d products at once cost about as
+        # much as d / 16 one by one; for a batch they are taken one by one
+        self.worth = 0 if d <= (32 if is_batch else 256) else d if is_batch else 1 + d // 16
+        if start.numel() * d > LARGEST:
+            self.worth = float("inf")
         self._products = 0
 
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G and its gradient at phi."""
-        value, slope = self.at_start
-        step = phi - self._start
-        grad = slope + self.product(step)
-        return value + 0.5 * dot(step, slope + grad), grad
+        self._is_written_down()  # which moves the origin
+        step = phi - self._origin
+        grad = self._slope + self.product(step)
+        return self._value + 0.5 * dot(step, self._slope + grad), grad
 
     def product(self, v: Tensor) -> Tensor:
         """H v for v ``(*batch, d)``, or with further axes in front."""
+        written_down = self._is_written_down()
         self._products += 1
-        if self._products < self.worth:
+        if not written_down:
             return self._local.matvec(v)
         self._base.num_matvecs += 1
         if v.ndim == 1:
             return torch.mv(self.matrix, v)
         return from_columns(self.matrix @ to_columns(v, self.matrix.shape[:-2]), v.shape)
 
+    def _is_written_down(self) -> bool:
+        """Whether products are those of the matrix from now on."""
+        return self._products >= self.worth and self.matrix is not None
+
     @cached_property
     def matrix(self) -> Tensor:
         """H ``(*batch, d, d)``."""
-        d, batch = self._start.shape[-1], self._start.shape[:-1]
+        d, batch = self._origin.shape[-1], self._origin.shape[:-1]
         self._products = max(self._products, d)
-        eye = torch.eye(d, dtype=self._start.dtype, device=self._start.device)
-        rows = self._local.matvec(eye.reshape(d, *[1] * len(batch), d).expand(d, *batch, d))
-        return rows.movedim(0, -1).contiguous()
+        matrix = (
+            self._by_columns()
+            if batch
+            else self._local.matvec(torch.eye(d, dtype=self._origin.dtype, device=self._origin.device)).mT
+        )
+        self._local = None  # with its graph
+        self._move_origin(matrix)
+        return matrix.contiguous()
 
-    def check_gradient(self, phi: Tensor, grad: Tensor) -> None:
+    def _by_columns(self) -> Tensor:
+        """For a batch: all products at once would copy the data of each task d times."""
+        columns = torch.empty(
+            (*self._origin.shape, self._origin.shape[-1]), dtype=self._origin.dtype, device=self._origin.device
+        )
+        unit = torch.zeros_like(self._origin)
+        for j in range(self._origin.shape[-1]):
+            unit[..., j] = 1
+            columns[..., j] = self._local.matvec(unit)
+            unit[..., j] = 0
+        return columns
+
+    def _move_origin(self, matrix: Tensor) -> None:
+        """To where the gradient is zero but for rounding: from far away, rounding in what is added up there would be as large as the
+        gradient near the solution. The gradient there is that of G.
+        """
+        step, info = torch.linalg.solve_ex(matrix, -self._slope.unsqueeze(-1))
+        there = self._origin + step.squeeze(-1)
+        value, grad = self._base.value_and_grad(there)
+        better = (info == 0) & grad.isfinite().all(-1) & value.isfinite() & (norm(grad) < norm(self._slope))
+        self._origin = select(better, there, self._origin)
+        self._value, self._slope = torch.where(better, value, self._value), select(better, grad, self._slope)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """The Frobenius norm of H ``(*batch,)``, or an estimate of it: the scale of rounding."""
+        if self._is_written_down():
+            return torch.linalg.matrix_norm(self.matrix)
+        signs = torch.arange(self._origin.shape[-1], device=self._origin.device).to(self._origin).cos().sign()
+        return norm(self._local.matvec(signs.expand_as(self._origin)))
+
+    def check_gradient(self, phi: Tensor, value: Tensor, grad: Tensor) -> None:
         """Refuse a gradient of G at phi that is not that of the quadratic.
 
         Raises:
             ValueError: G is not quadratic in phi.
         """
-        slope, change = self.at_start[1], self.product(phi - self._start)
-        _compare("gradient", grad, slope + change, norm(slope) + norm(change) + norm(self.product(phi)))
+        _, expected = self.value_and_grad(phi)
+        size = self.size
+        # what the gradient of a sum of squares adds up is as large as |H|^(1/2) (2 G)^(1/2)
+        terms = size * (norm(phi) + norm(phi - self._origin)) + (2 * size * value.abs()).sqrt()
+        _compare("gradient", grad, expected, norm(self._slope) + terms)
 
     def check_product(self, u: Tensor, local: Any) -> None:
         """Refuse a product of G's Hessian with u, at another point, that is not that of the quadratic.
@@ -159,12 +215,7 @@ class _Model:
         Raises:
             ValueError: G is not quadratic in phi.
         """
-        if local is self._local:
-            return
-        expected = self.product(u)
-        along = expected / norm(expected).clamp_min(torch.finfo(u.dtype).tiny).unsqueeze(-1)
-        # |H| |u|, roughly: rounding is a part of that
-        _compare("Hessian", local.matvec(u), expected, norm(self.product(along)) * norm(u))
+        _compare("Hessian", local.matvec(u), self.product(u), self.size * norm(u))
 
 
 def _compare(what: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
@@ -175,7 +226,7 @@ def _compare(what: str, found: Tensor, expected: Tensor, scale: Tensor) -> None:
         worst = float((error / scale).nan_to_num(0, 0, 0).amax())
         raise ValueError(
             f"quadratic=True: expected an inner objective that is quadratic in phi, but its {what} at the solution differs from that of "
-            f"the quadratic at the start by up to {worst:.1e} (relative). Remove quadratic=True; the same call is right without it."
+            f"the quadratic at the start by up to {worst:.1e} (relative). Remove quadratic=True."
         )
 
 
@@ -198,13 +249,19 @@ class _Linearisation:
 
 
 class _Verified(_Linearisation):
-    """The model at the solution, with the gradient and the cross derivative that G itself has there."""
+    """The model at the solution, with the gradient and the cross derivative that G itself has there. ``is_new``: it was made there."""
 
-    def __init__(self, model: _Model, local: Any, damping: float) -> None:
+    def __init__(self, model: _Model, local: Any, damping: float, is_new: bool) -> None:
         super().__init__(model, local.value, local.grad, damping)
-        self._local, self.exact = local, local.exact
+        self._local, self._is_new = local, is_new
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether all products so far were exact but for rounding."""
+        return bool(self._local.exact)
 
     def cross(self, u: Tensor, *, keep: bool = False) -> list[Tensor | None]:
         """(d2G/dphi dtheta)^T u."""
-        self._model.check_product(u, self._local)
+        if not self._is_new:
+            self._model.check_product(u, self._local)
         return self._local.cross(u, keep=keep)

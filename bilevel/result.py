@@ -124,8 +124,8 @@ class Result:
         steps: steps that each problem took, integer tensor ``(*batch,)``.
         residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not
             measured.
-        num_grads: gradient evaluations, each over the whole batch.
-        num_matvecs: products with the matrix, each over the whole batch.
+        num_grads: gradient evaluations, each over the whole batch (or the tasks of it that are left).
+        num_matvecs: products with the matrix, likewise.
         negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from
             methods that
             cannot see it.

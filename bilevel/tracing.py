@@ -38,6 +38,9 @@ class _Call(Protocol):
 
 C = TypeVar("C", bound=_Call)
 
+FEWEST = 64
+"""Batches of fewer tasks are not recorded for those tasks that a solver goes on with."""
+
 _logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
 
@@ -171,7 +174,11 @@ class TracedObjective(Objective):
         if not bool((same | ~grad.isfinite()).all()):
             raise Stale
 
-    def _like(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+    def only(self, rows: Tensor) -> Objective | None:
+        """See the base class. Each size is recorded for itself, which few tasks do not earn back."""
+        return super().only(rows) if len(rows) >= FEWEST else None
+
+    def _of(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
         return TracedObjective(self.flat, self.levels, tensors, sizes, self._programs)
 
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
@@ -292,7 +299,7 @@ def _without_ones(graph: fx.Graph) -> None:
             (ones if node.args[0] in ones else minus).add(node)
         elif node.target is _aten.neg.default and node.args[0] in ones:
             minus.add(node)
-        elif node.target is _aten.sum.default and _like(node)[0] == _like(node.args[0])[0] == ():
+        elif node.target is _aten.sum.default and _like(node) == _like(node.args[0]) and _like(node)[0] == ():
             node.replace_all_uses_with(node.args[0])
         elif node.target is _aten.mul.Tensor and all(isinstance(argument, fx.Node) for argument in node.args):
             for factor, other in (node.args, node.args[::-1]):

@@ -519,3 +519,25 @@ class TestCuda:
             plain(tasks(k, "cuda")), step(tasks(k, "cuda"))
             torch.testing.assert_close(list(twin.parameters()), list(net.parameters()), rtol=1e-9, atol=1e-12)
         assert step.num_captures == 0 and len(lines()) == 1
+
+
+def test_an_input_that_is_written_to_is_no_copy() -> None:
+    """theta as an argument, its gradient set and its optimizer stepped inside: the graph works on theta itself."""
+
+    def run(captured: bool) -> tuple[list[float], Tensor]:
+        theta = {"w": torch.nn.Parameter(torch.zeros(2))}
+        outer = torch.optim.SGD(theta.values(), lr=0.5)
+
+        def step(theta: dict[str, Tensor], target: Tensor) -> Tensor:
+            theta["w"].grad = (theta["w"] - target).detach()
+            outer.step()
+            return (theta["w"] - target).square().sum()
+
+        taken: Any = bilevel.CapturedStep(step, mutates=[outer], graphs=FakeGraphs()) if captured else step
+        losses = [float(taken(theta, torch.full((2,), float(i)))) for i in range(8)]
+        assert not captured or taken.num_captures == 1
+        return losses, theta["w"].detach()
+
+    (plain, expected), (losses, found) = run(False), run(True)
+    assert losses == plain
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -104,7 +104,9 @@ def test_a_batch_with_a_matrix_for_each_task(dtype: torch.dtype) -> None:
 
 
 def test_one_linearisation_and_products_from_a_matrix() -> None:
-    """100 steps cost a gradient at the start, one at the end, and one product in autograd for the matrix, one for the check."""
+    """400 steps cost a gradient at the start, one where the quadratic is least, one at the end, and products in autograd for the matrix
+    and the check.
+    """
     calls = 0
 
     def inner(w: Tensor, theta: Tensor, data: Any) -> Tensor:
@@ -119,7 +121,7 @@ def test_one_linearisation_and_products_from_a_matrix() -> None:
     found = bilevel.hypergradient(
         problem, theta, solver=GradientDescent(step_size=0.04, max_steps=400), linsys=CG(max_steps=40, rtol=1e-12)
     )
-    assert calls == 2
+    assert calls == 3
     torch.testing.assert_close(found.grad, 2 * theta, rtol=1e-6, atol=1e-9)
 
 
@@ -213,6 +215,49 @@ def test_what_is_not_finite_is_a_status() -> None:
     assert [Status(int(code)) for code in found.inner.codes] == [Status.MAX_STEPS, Status.NON_FINITE, Status.DIVERGED]
     torch.testing.assert_close(found.grad[0], torch.ones(2, dtype=F64))
     assert found.grad[1:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "solver", [GradientDescent(step_size=0.7, max_steps=500, tol=1e-4), LBFGS(max_steps=300, tol=1e-4)]
+)
+@pytest.mark.parametrize("d", [2, 40], ids=["matrix at once", "later"])
+def test_a_start_that_is_far_away(solver: Any, d: int) -> None:
+    """In float32, 10^4 away: rounding of what is added up at the start is as large as the gradient near the solution. What is called
+    converged has converged.
+    """
+    g = torch.Generator().manual_seed(4)
+    curvature, target = torch.rand(30, generator=g) + 0.5, torch.randn(30, d, generator=g)
+    problem = BilevelProblem.from_functions(
+        lambda w, theta, data: 0.5 * data[0] * (w - data[1]).square().sum() + 0.5 * theta * w.square().sum(),
+        lambda w, theta, data: w.sum(),
+        quadratic=True,
+    )
+    init = 1e4 * torch.randn(30, d, generator=g)
+    found = bilevel.solve(problem, torch.tensor(0.1), (curvature, target), solver=solver, init=init, batched=True)
+    exact = curvature.double()[:, None] * target.double() / (curvature.double()[:, None] + 0.1)
+    slope = (curvature.double()[:, None] + 0.1) * (found.value.double() - exact)
+    converged = found.codes == int(Status.CONVERGED)
+    assert (torch.linalg.vector_norm(slope, dim=-1)[converged] <= 1.1e-4).all()
+    assert d > 2 or converged.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_what_cancels_is_no_wrong_claim(dtype: torch.dtype) -> None:
+    """Centred features, targets of a thousand: in the gradient terms cancel that are much larger than it."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(20, 50, 4, generator=g, dtype=F64)
+    x = (x - x.mean(1, keepdim=True)).to(dtype)
+    y = (1000 + 0.01 * torch.randn(20, 50, generator=g, dtype=F64)).to(dtype)
+    problem = BilevelProblem.from_functions(
+        lambda w, theta, data: 0.5 * (data[0] @ w - data[1]).square().sum() + 0.5 * theta * w.square().sum(),
+        lambda w, theta, data: w.sum(),
+        lambda theta, data: torch.zeros_like(data[0][0]),
+        quadratic=True,
+    )
+    for solver in (NewtonCG(max_steps=5, cg_steps=4), GradientDescent(step_size=0.01, max_steps=200)):
+        bilevel.hypergradient(
+            problem, torch.tensor(0.1, dtype=dtype), (x, y), solver=solver, linsys=CG(max_steps=4), batched=True
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])

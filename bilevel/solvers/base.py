@@ -9,7 +9,7 @@ problems are left, and ``tol > 0``, the loop goes on without the others.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -70,6 +70,8 @@ class Run:
     negative_curvature: Tensor | None
     tol: float
     growth: float = GROWTH
+    measured: bool = True
+    """Whether ``converged`` is what gradients of G have shown."""
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
@@ -77,7 +79,9 @@ class Run:
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
-        converged = self.converged | (residual <= self.tol)  # at the start, say, where nothing has become smaller
+        converged = residual <= self.tol  # at the start, say, where nothing has become smaller
+        if self.measured:
+            converged = converged | self.converged
         for mask, status in (
             (self.stalled, Status.LINE_SEARCH_FAILED),
             (converged, Status.CONVERGED),
@@ -122,6 +126,11 @@ class IterativeSolver(InnerSolver):
     check_every: int = 1
     """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether the loop may go on with fewer problems."""
+        return True
+
     @abstractmethod
     def init(self, objective: Objective, phi: Tensor) -> Any:
         """The state at the start."""
@@ -145,9 +154,8 @@ class IterativeSolver(InnerSolver):
         end = self._loop(objective, _Progress(state, active, nobody, nobody.long(), None), 0)
         start = torch.full_like(phi[..., 0], torch.nan) if end.start is None else end.start
         state = end.state
-        return Run(
-            state.phi, end.converged, state.stalled, end.steps, start, self.counted(state), self.tol, self.growth
-        )
+        counted, measured = self.counted(state), objective.measures
+        return Run(state.phi, end.converged, state.stalled, end.steps, start, counted, self.tol, self.growth, measured)
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:
         """The steps from number ``first`` on."""
@@ -169,11 +177,13 @@ class IterativeSolver(InnerSolver):
                     break
                 state = choose(active, self.step(objective, state, local), state)
                 steps = steps + active
-                if left is not None and 2 * left <= active.numel():
+                if left is not None and 2 * left <= active.numel() and self.may_leave:
                     fewer = without_those_that_are_done(objective, active, left)
                     if fewer is not None:
+                        del local
                         now, (few, rows) = _Progress(state, active, converged, steps, start), fewer
                         end = self._loop(few, taken(now, rows), k + 1)
+                        few.verify(end.state.phi)
                         objective.num_grads += few.num_grads
                         objective.num_matvecs += few.num_matvecs
                         return put(now, rows, end)
@@ -213,7 +223,9 @@ def taken(state: S, rows: Tensor) -> S:
     """The state of some problems of a batch with one axis."""
 
     def of_field(value: Any) -> Any:
-        return value.index_select(0, rows) if isinstance(value, Tensor) else taken(value, rows)
+        if isinstance(value, Tensor):
+            return value.index_select(0, rows)
+        return taken(value, rows) if is_dataclass(value) else value
 
     return replace(state, **{name: of_field(value) for name, value in _fields(state)})  # type: ignore[type-var]
 
@@ -222,7 +234,9 @@ def put(state: S, rows: Tensor, part: S) -> S:
     """The state with that of some problems in their places."""
 
     def of_field(old: Any, new: Any) -> Any:
-        return old.index_copy(0, rows, new) if isinstance(old, Tensor) else put(old, rows, new)
+        if isinstance(old, Tensor):
+            return old.index_copy(0, rows, new)
+        return put(old, rows, new) if is_dataclass(old) else new
 
     return replace(state, **{name: of_field(old, getattr(part, name)) for name, old in _fields(state)})  # type: ignore[type-var]
 

@@ -78,6 +78,11 @@ class NewtonCG(IterativeSolver):
         check_number("damping", self.damping)
         check_preconditioner(self.preconditioner)
 
+    @property
+    def may_leave(self) -> bool:
+        """Not with a function as preconditioner: it is for the whole batch."""
+        return self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
+
     def init(self, objective: Objective, phi: Tensor) -> _State:
         return _State(phi, phi, nowhere(phi), nowhere(phi).long())
 
@@ -102,9 +107,9 @@ class NewtonCG(IterativeSolver):
         rz, rr = dot(r, p), dot(r, r)
         threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
         active = (rr > threshold) & (rr > self.tol**2)  # a problem that is done needs no direction
-        if m is not None and bool((active & (rz <= 0)).any()):
+        if m is not None and bool((active & (rz < 0)).any()):
             raise ValueError(
-                "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v <= 0 for some v. Jacobi() and "
+                "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v < 0 for some v. Jacobi() and "
                 "NystromPreconditioner(rank=...) are positive definite for every matrix."
             )
         begin = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active))
@@ -123,12 +128,14 @@ class NewtonCG(IterativeSolver):
                 if left == 0:
                     break
                 # a linearisation costs a few products
-                fewer = without_those_that_are_done(objective, active, left) if 4 * left <= active.numel() else None
-                if fewer is not None and m is None:
+                may = m is None and 4 * left <= active.numel()
+                fewer = without_those_that_are_done(objective, active, left) if may else None
+                if fewer is not None:
                     now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
                     few_points = point.index_select(0, rows)
                     few_local = few.linearise(few_points, self.curvature, self.damping)
                     end = self._cg(few, few_points, few_local, m, taken(now, rows), k)
+                    few.verify(few_points)
                     objective.num_grads += few.num_grads
                     objective.num_matvecs += few.num_matvecs
                     return put(now, rows, end)
