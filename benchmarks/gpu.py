@@ -85,7 +85,14 @@ class Runner:
         begun, log = time.time(), self.out / f"{name}.txt"
         print(f"{name} ...", flush=True)
         with log.open("a") as file:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            # under nohup, or in the background of a script, SIGINT is ignored, and children inherit that
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            )
             try:
                 code = process.wait(SLICE)
             except subprocess.TimeoutExpired:

@@ -35,7 +35,8 @@ def assert_same(one: bilevel.Hypergradient, other: bilevel.Hypergradient, tol: f
     torch.testing.assert_close(one.ok, other.ok)
     assert one.linear is not None and other.linear is not None
     assert one.linear.num_matvecs == other.linear.num_matvecs
-    if one.inner is not None and other.inner is not None:
+    # of a batch, tasks that are done leave it, which takes a linearisation anew; few tasks stay where their derivatives are recorded
+    if one.inner is not None and other.inner is not None and one.ok_per_task.ndim == 0:
         assert (one.inner.num_grads, one.inner.num_matvecs) == (other.inner.num_grads, other.inner.num_matvecs)
 
 
