@@ -19,9 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from turns import PEERS, rows, show, summarise
-
-from applications.meta_learning.logs import environment
+from turns import PEERS, environment, rows, show, summarise
 
 FEATURES, EXAMPLES = 20, 40
 LAM = {"E": 0.5, "F": 0.2}
@@ -131,7 +129,7 @@ def main() -> None:
     if args.json:
         before = json.loads(args.json.read_text())["works"] if args.json.exists() else {}
         options = {"threads": args.threads, "seed": args.seed, "target": TARGET, "limit": LIMIT}
-        result = {"works": before | works, "options": options, "environment": environment(torch.device("cpu"))}
+        result = {"works": before | works, "options": options, "environment": environment()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

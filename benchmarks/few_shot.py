@@ -25,9 +25,7 @@ import torch
 from meta_gradient import tasks
 from peers.few_shot_problem import Phi, average, cross_entropy, flat, imaml, maml, network
 from torch.func import functional_call
-from turns import PEERS, rows, show, summarise
-
-from applications.meta_learning.logs import environment
+from turns import PEERS, environment, rows, show, summarise
 
 WORKS = {"A": {"count": 16, "ways": 5, "shots": 1}, "B": {"count": 2, "ways": 20, "shots": 5}}
 # Among the noise of B the network's Hessian + 2 I has negative eigenvalues, where a system has no meaning and this library stops
@@ -112,7 +110,7 @@ def main() -> None:
     if args.json:
         before = json.loads(args.json.read_text())["works"] if args.json.exists() else {}
         options = {"threads": args.threads, "seed": args.seed, "target": TARGET, "limit": LIMIT}
-        result = {"works": before | works, "options": options, "environment": environment(torch.device("cpu"))}
+        result = {"works": before | works, "options": options, "environment": environment()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -19,9 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from turns import PEERS, rows, show, summarise
-
-from applications.meta_learning.logs import environment
+from turns import PEERS, environment, rows, show, summarise
 
 INNER, OUTER = 50, 20
 EIGENVALUES = (1.0, 2.5, 5.0, 7.5, 10.0)
@@ -97,7 +95,7 @@ def main() -> None:
             "target": 8.0,
             "limit": LIMIT,
         }
-        result = {"rows": found, "options": options, "environment": environment(torch.device("cpu"))}
+        result = {"rows": found, "options": options, "environment": environment()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

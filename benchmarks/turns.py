@@ -10,8 +10,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from applications.meta_learning import logs
+
 HERE = Path(__file__).parent
 PEERS = HERE / "peers"
+
+
+def environment() -> dict[str, Any]:
+    """What measured; in the command, files of the machine without their folders."""
+    found = logs.environment(torch.device("cpu"))
+    words = found["command"].split()
+    return {**found, "command": " ".join(Path(word).name if word.startswith("/") else word for word in words)}
 
 
 class Worker:
