@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bilevel
+import bilevel.derivatives
 import bilevel.quadratic
 from bilevel import BilevelProblem, Status
 from bilevel.curvature import GaussNewton
@@ -123,6 +124,29 @@ def test_one_linearisation_and_products_from_a_matrix() -> None:
     )
     assert calls == 3
     torch.testing.assert_close(found.grad, 2 * theta, rtol=1e-6, atol=1e-9)
+
+
+def test_the_matrices_of_a_batch_take_one_product_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several directions at once would copy the data of every task for each of them: d times the memory."""
+    shapes = []
+    matvec = bilevel.derivatives.Linearisation.matvec
+
+    def watched(self: Any, v: Tensor) -> Tensor:
+        shapes.append(tuple(v.shape))
+        return matvec(self, v)
+
+    monkeypatch.setattr(bilevel.derivatives.Linearisation, "matvec", watched)
+    problem = BilevelProblem.from_functions(
+        lambda w, theta, data: 0.5 * (data @ (w - theta)).square().sum(),
+        lambda w, theta, data: w.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+        quadratic=True,
+    )
+    data = torch.randn(3, 9, 5, generator=torch.Generator().manual_seed(6), dtype=F64)
+    theta = torch.ones(5, dtype=F64)
+    solver = GradientDescent(step_size=0.01, max_steps=50)
+    bilevel.hypergradient(problem, theta, data, solver=solver, linsys=CG(max_steps=5), batched=True)
+    assert set(shapes) == {(3, 5)} and len(shapes) == 5 + 1  # the columns, and the check
 
 
 def quartic(quadratic: bool = True) -> BilevelProblem:
