@@ -134,8 +134,7 @@ def meta_step(setting: Setting) -> Numbers:
 
 def loop(setting: Setting, config: Config, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The meta-gradient as the public codes take it: one task after the other, each with its own graph; one vector."""
-    by_hand.INNER_STEPS, by_hand.CG_STEPS = config.inner_steps, config.linear_steps
-    by_hand.STEP_SIZE = config.inner_step_size
+    steps = (config.inner_steps, config.inner_step_size, config.linear_steps)
     net = by_hand.network(config.ways, config.channels).to(setting.device, dtype)
     names = [name for name, _ in net.named_parameters()]
     theta = tuple(in_torch_layout(leaf) for leaf in start(setting, config, dtype).values())
@@ -145,7 +144,7 @@ def loop(setting: Setting, config: Config, dtype: torch.dtype) -> Callable[[], T
     def loss(phi: by_hand.Phi, x: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(functional_call(net, dict(zip(names, phi, strict=True)), (x,)), y)
 
-    return lambda: by_hand.flat(by_hand.average(by_hand.imaml(loss, theta, task, config.lam) for task in tasks))
+    return lambda: by_hand.flat(by_hand.average(by_hand.imaml(loss, theta, task, config.lam, *steps) for task in tasks))
 
 
 def start(setting: Setting, config: Config, dtype: torch.dtype) -> dict[str, Tensor]:

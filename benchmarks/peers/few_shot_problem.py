@@ -77,26 +77,36 @@ def average(gradients: Iterator[Phi]) -> Phi:
     return tuple(one / count for one in total)
 
 
-def adapted(loss: Any, theta: Phi, x: Tensor, y: Tensor, lam: float) -> Phi:
+def adapted(
+    loss: Any, theta: Phi, x: Tensor, y: Tensor, lam: float, steps: int = INNER_STEPS, step_size: float = STEP_SIZE
+) -> Phi:
     """Gradient steps on loss + lam / 2 |phi - theta|^2 from theta."""
     phi = tuple(leaf.detach().clone().requires_grad_() for leaf in theta)
-    for _ in range(INNER_STEPS):
+    for _ in range(steps):
         grads = torch.autograd.grad(loss(phi, x, y), phi)
         with torch.no_grad():
-            phi = tuple(p - STEP_SIZE * (g + lam * (p - t)) for p, g, t in zip(phi, grads, theta, strict=True))
+            phi = tuple(p - step_size * (g + lam * (p - t)) for p, g, t in zip(phi, grads, theta, strict=True))
         phi = tuple(leaf.requires_grad_() for leaf in phi)
     return phi
 
 
-def imaml(loss: Any, theta: Phi, task: Task, lam: float) -> Phi:
+def imaml(
+    loss: Any,
+    theta: Phi,
+    task: Task,
+    lam: float,
+    steps: int = INNER_STEPS,
+    step_size: float = STEP_SIZE,
+    cg_steps: int = CG_STEPS,
+) -> Phi:
     """The implicit gradient of one task: (I + H / lam) u = dL/dphi by conjugate gradients, on one graph."""
     x, y, query_x, query_y = task
-    phi = adapted(loss, theta, x, y, lam)
+    phi = adapted(loss, theta, x, y, lam, steps, step_size)
     r = torch.autograd.grad(loss(phi, query_x, query_y), phi)
     grads = torch.autograd.grad(loss(phi, x, y), phi, create_graph=True)
     u: Phi = tuple(torch.zeros_like(leaf) for leaf in r)
     p, rr = r, sum(leaf.square().sum() for leaf in r)
-    for _ in range(CG_STEPS):
+    for _ in range(cg_steps):
         hp = torch.autograd.grad(grads, phi, p, retain_graph=True)
         ap = [v + h / lam for v, h in zip(p, hp, strict=True)]
         alpha = rr / sum((v * a).sum() for v, a in zip(p, ap, strict=True))
