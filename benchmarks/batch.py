@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import numpy as np
 import torch
-from turns import PEERS, environment, rows, show, summarise
+from turns import PEERS, environment, has_peers, rows, show, summarise
 
 FEATURES, EXAMPLES = 20, 40
 LAM = {"E": 0.5, "F": 0.2}
@@ -93,8 +94,10 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
     scripts = {name: (sys.executable, ["bilevel", mode]) for name, mode in OURS[work].items()}
     scripts |= {name: (sys.executable, [script, work]) for name, script in BY_HAND[work].items()}
     if args.torch_peers:
+        has_peers(args.torch_peers, TORCH_PEERS[work].values(), "peers")
         scripts |= {name: (args.torch_peers, [script, work]) for name, script in TORCH_PEERS[work].items()}
     if args.jaxopt:
+        has_peers(args.jaxopt, ["jaxopt"], "peers-jax")
         scripts["JAXopt, jitted, vmap"] = (args.jaxopt, ["jaxopt", work])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tasks.npz"

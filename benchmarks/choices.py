@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import torch
 from testbeds import Testbed, testbeds, vector
 

@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import numpy as np
 import torch
 from meta_gradient import tasks
 from peers.few_shot_problem import Phi, average, cross_entropy, flat, imaml, maml, network
 from torch.func import functional_call
-from turns import PEERS, environment, rows, show, summarise
+from turns import PEERS, environment, has_peers, rows, show, summarise
 
 WORKS = {"A": {"count": 16, "ways": 5, "shots": 1}, "B": {"count": 2, "ways": 20, "shots": 5}}
 # Among the noise of B the network's Hessian + 2 I has negative eigenvalues, where a system has no meaning and this library stops
@@ -70,6 +71,7 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
     scripts = {name: (sys.executable, ["bilevel", mode]) for name, mode in OURS[work].items()}
     scripts["PyTorch by hand, loop"] = (sys.executable, ["torch"])
     if args.torch_peers:
+        has_peers(args.torch_peers, PEER_SCRIPTS.values(), "peers")
         scripts |= {name: (args.torch_peers, [script]) for name, script in PEER_SCRIPTS.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tasks.npz"

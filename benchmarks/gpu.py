@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import torch
 from gpu_parts import PARTS, PRECISIONS, WORKS, Setting
 

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import numpy as np
 import torch
-
-from applications.meta_learning.logs import environment
+from turns import PEERS, Worker, environment, has_peers
 
 EXAMPLES, FEATURES, CLASSES = 1000, 200, 5
-HERE = Path(__file__).parent
 
 
 def instance(seed: int) -> dict[str, np.ndarray]:
@@ -69,33 +65,6 @@ def exact(X: np.ndarray, y: np.ndarray, X_val: np.ndarray, y_val: np.ndarray, th
     return -(penalty * phi * u).sum(0)
 
 
-class Worker:
-    """One method in its process."""
-
-    def __init__(self, command: list[str], threads: int) -> None:
-        environ = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
-        self._process = subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.chosen = self._read()
-        if "failed" in self.chosen:
-            raise SystemExit(f"{' '.join(command[:2])}: {self.chosen['failed']}")
-
-    def __call__(self) -> float:
-        """One run: seconds."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return float(self._read())
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.terminate()
-        self._process.wait()
-
-    def _read(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,11 +76,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ours = str(HERE / "peers" / "logistic_bilevel.py")
+    ours = str(PEERS / "logistic_bilevel.py")
     commands = {"bilevel": [sys.executable, ours], "bilevel, compile=True": [sys.executable, ours]}
     for name in ("torchopt", "jaxopt"):
         if getattr(args, name):
-            commands[name] = [getattr(args, name), str(HERE / "peers" / f"logistic_{name}.py")]
+            has_peers(getattr(args, name), [name], "peers" if name == "torchopt" else "peers-jax")
+            commands[name] = [getattr(args, name), str(PEERS / f"logistic_{name}.py")]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.npz"
         np.savez(path, **instance(args.seed))
@@ -141,7 +111,7 @@ def main() -> None:
         )
     if args.json:
         options = {"threads": args.threads, "repeats": args.repeats, "seed": args.seed}
-        result = {"rows": rows, "options": options, "environment": environment(torch.device("cpu"))}
+        result = {"rows": rows, "options": options, "environment": environment()}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

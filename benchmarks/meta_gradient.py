@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import torch
 
 import bilevel

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import torch
 from torch import Tensor
 

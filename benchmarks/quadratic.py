@@ -17,9 +17,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import extras  # noqa: F401 - says what to install
 import numpy as np
 import torch
-from turns import PEERS, environment, rows, show, summarise
+from turns import PEERS, environment, has_peers, rows, show, summarise
 
 INNER, OUTER = 50, 20
 EIGENVALUES = (1.0, 2.5, 5.0, 7.5, 10.0)
@@ -72,8 +73,10 @@ def main() -> None:
     scripts = {name: (sys.executable, ["bilevel", mode]) for name, mode in ours.items()}
     scripts |= {name: (sys.executable, script) for name, script in BY_HAND.items()}
     if args.torch_peers:
+        has_peers(args.torch_peers, [script for (script,) in TORCH_PEERS.values()], "peers")
         scripts |= {name: (args.torch_peers, script) for name, script in TORCH_PEERS.items()}
     if args.jaxopt:
+        has_peers(args.jaxopt, ["jaxopt"], "peers-jax")
         scripts["JAXopt, jitted"] = (args.jaxopt, ["jaxopt"])
     repeats = 3 if args.quick else args.repeats
     with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import extras  # noqa: F401 - says what to install
 import numpy as np
 import torch
 from batch import instance

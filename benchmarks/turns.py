@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,18 @@ def environment() -> dict[str, Any]:
     found = logs.environment(torch.device("cpu"))
     words = found["command"].split()
     return {**found, "command": " ".join(Path(word).name if word.startswith("/") else word for word in words)}
+
+
+def has_peers(python: str, modules: Iterable[str], extra: str) -> None:
+    """End with what to do if this interpreter does not run, or lacks one of these."""
+    look = "import sys; from importlib.util import find_spec; print(*[m for m in sys.argv[1:] if find_spec(m) is None])"
+    remedy = f"make the environment as benchmarks/peers/README.md says (extra '{extra}') and name its bin/python"
+    try:
+        done = subprocess.run([python, "-c", look, *modules], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"expected a Python interpreter, {python} does not run ({error}); {remedy}") from None
+    if missing := ", ".join(done.stdout.split()):
+        raise SystemExit(f"{python} has no {missing}; {remedy}")
 
 
 class Worker:

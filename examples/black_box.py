@@ -15,6 +15,7 @@ import contextlib
 import time
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import numpy as np
 import scipy.optimize

@@ -15,6 +15,7 @@ of the sixth row with the best of the first four.
 import argparse
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import numpy as np
 import scipy.stats

@@ -17,6 +17,7 @@ import os
 import time
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import scipy.stats
 import torch

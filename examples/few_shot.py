@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import scipy.stats
 import torch

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 
 matplotlib.use("Agg")

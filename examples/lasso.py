@@ -16,6 +16,7 @@ import time
 import warnings
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import numpy as np
 import scipy.optimize

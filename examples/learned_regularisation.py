@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 import torch
 from _glyphs import write_folder

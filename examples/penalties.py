@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import _extras  # noqa: F401 - says what to install
 import matplotlib
 
 matplotlib.use("Agg")

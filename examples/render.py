@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import _extras  # noqa: F401 - says what to install
 import torch
 
 from applications.meta_learning.logs import environment
