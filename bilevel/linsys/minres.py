@@ -21,7 +21,8 @@ class MINRES(KrylovSolver):
     r^T A r < 0 for a residual r on its way (Liu and Roosta 2022), which costs nothing.
 
     On a singular A it finds the solution of least norm if there is one (from a zero start, without preconditioner). If b is not in the
-    range of A it stops at a least-squares solution: a step that A maps to nothing ends with ``Status.SINGULAR``.
+    range of A it stops at a least-squares solution, with ``Status.SINGULAR``: where A maps the residual to nothing, or would map the next
+    step to nothing, as far as rounding lets it see.
 
     With a preconditioner M the residual that it makes small is that in the norm of M; the one that it stops at, and reports, is
     ``|b - A u|``.
@@ -73,7 +74,9 @@ class MINRES(KrylovSolver):
             step = phi.unsqueeze(-1) * w
             # |A step| <= |r| + |r_new|: a longer step than that allows is the work of a singular value at the rounding level
             long = (rounding * size * norm(step) > norm(r) + norm(r_new)) & size.isfinite()
-            lost = active & (flat | long)
+            # A r = 0 as far as Lanczos can tell
+            least = (slope <= 30 * torch.finfo(u.dtype).eps * size_t) & size_t.isfinite()
+            lost = active & (flat | long | least)
             singular = singular | lost
             active = active & ~lost
             u, r = select(active, u + step, u), select(active, r_new, r)
