@@ -58,7 +58,7 @@ Command: `python examples/{name}.py`, {seconds:.0f} seconds of processor time on
 
 ```{{literalinclude}} ../../examples/{name}.py
 :language: python
-:lines: {first}-
+:lines: {lines}
 ```
 """
 
@@ -68,14 +68,20 @@ def examples() -> list[Path]:
     return sorted(path for path in HERE.glob("[!_]*.py") if path.name != Path(__file__).name)
 
 
-def heading(script: Path) -> tuple[str, str, int]:
-    """The title, the text, and the first line of the code below the docstring."""
+def heading(script: Path) -> tuple[str, str, str]:
+    """The title, the text, and the lines of the code below the docstring, without the one that looks for missing packages: so what
+    is copied from the page runs by itself.
+    """
     module = ast.parse(script.read_text())
+    first = module.body[1].lineno
+    (skipped,) = [
+        node.lineno for node in module.body if isinstance(node, ast.Import) and node.names[0].name == "_extras"
+    ]
     docstring = ast.get_docstring(module)
     if docstring is None or "\n\n" not in docstring:
         raise ValueError(f"{script.name}: expected a docstring: the title, an empty line, the text of the page.")
     title, text = docstring.split("\n\n", 1)
-    return " ".join(title.split()).removesuffix("."), text, int(module.body[1].lineno)
+    return " ".join(title.split()).removesuffix("."), text, f"{first}-{skipped - 1},{skipped + 1}-"
 
 
 def processor_seconds() -> float:
@@ -86,7 +92,7 @@ def processor_seconds() -> float:
 
 def render(script: Path) -> None:
     """Run one example and write its page and figure."""
-    title, text, first = heading(script)
+    title, text, lines = heading(script)
     command = [sys.executable, str(script), "--out", str(PAGES)]
     before = processor_seconds()
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -100,7 +106,7 @@ def render(script: Path) -> None:
         printed=done.stdout.rstrip(),
         name=script.stem,
         seconds=seconds,
-        first=first,
+        lines=lines,
         **{key: facts[key] for key in ("processor", "torch", "python")},
     )
     (PAGES / f"{script.stem}.md").write_text(page)
