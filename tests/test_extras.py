@@ -15,6 +15,9 @@ from typing import Any
 
 import pytest
 
+for package in ("matplotlib", "optuna", "platformdirs", "pooch", "PIL", "rich", "scipy", "sklearn", "typer"):
+    pytest.importorskip(package, reason="needs the extras 'benchmarks' and 'examples'")
+
 ROOT = Path(__file__).parents[1]
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a package is imported by another name
 SCRIPTS = [

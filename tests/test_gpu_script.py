@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for package in ("matplotlib", "platformdirs", "pooch", "PIL", "rich", "scipy", "sklearn", "typer"):
+        pytest.importorskip(package, reason="needs the extra 'benchmarks'")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu
 

@@ -18,13 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bilevel
-from applications.meta_learning.models import MLP, ConvNet
-from applications.meta_learning.problem import cross_entropy, few_shot_problem, squared_error
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, Jacobi, Neumann, Nystrom, NystromPreconditioner
 from bilevel.regularisation import Diagonal, Matrix, PerLeaf, Scalar
 from bilevel.solvers import LBFGS, Anderson, FixedPointIteration, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, tree_map
+
+pytest.importorskip("platformdirs", reason="needs the extra 'meta-learning'")
+
+from applications.meta_learning.models import MLP, ConvNet  # noqa: E402
+from applications.meta_learning.problem import cross_entropy, few_shot_problem, squared_error  # noqa: E402
 
 aten = torch.ops.aten
 

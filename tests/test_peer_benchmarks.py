@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-for package in ("matplotlib", "scipy"):
-    pytest.importorskip(package, reason="needs the extra 'examples'")
+for package in ("matplotlib", "platformdirs", "pooch", "PIL", "rich", "scipy", "sklearn", "typer"):
+    pytest.importorskip(package, reason="needs the extra 'benchmarks'")
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "docs" / "results"
