@@ -26,8 +26,8 @@ from bilevel.trees import flatten, tree_map
 
 pytest.importorskip("platformdirs", reason="needs the extra 'meta-learning'")
 
-from applications.meta_learning.models import MLP, ConvNet  # noqa: E402
-from applications.meta_learning.problem import cross_entropy, few_shot_problem, squared_error  # noqa: E402
+from applications.meta_learning.models import MLP, ConvNet
+from applications.meta_learning.problem import cross_entropy, few_shot_problem, squared_error
 
 aten = torch.ops.aten
 
