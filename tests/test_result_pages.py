@@ -99,7 +99,9 @@ class TestChoosingSaysWhatWasMeasured:
         for name in ("penalties", "few-shot"):
             times = self.times(name, "linear", 1e-2)
             assert times["Neumann"] > 10 * times["CG"] and times["Nystrom, of growing rank"] == float("inf")
-            assert not any("CONVERGED" in row["status"] for row in self.rows(name, "linear")["Nystrom, of growing rank"])
+            assert not any(
+                "CONVERGED" in row["status"] for row in self.rows(name, "linear")["Nystrom, of growing rank"]
+            )
 
     @pytest.mark.parametrize("error", [1e-2, 1e-6])
     def test_equations(self, error: float) -> None:

@@ -339,7 +339,7 @@ def _evaluation_report(
 
 
 @app.command("predict")
-@with_settings([name for name in TEST_SETTINGS if name != "threads"])
+@with_settings([name for name in TEST_SETTINGS if name not in ("chunk_size", "threads")])
 def predict_command(
     settings: dict[str, Any],
     checkpoint: Annotated[

@@ -15,7 +15,9 @@ from applications.meta_learning.method import Solver
 from applications.meta_learning.problem import Theta, batched_outputs
 from bilevel import BilevelProblem
 
-BATCH = 25  # tasks at a time: bounds the memory; the tasks of a seed depend on it, so it is no option
+BATCH = (
+    25  # tasks drawn at a time: the tasks of a seed depend on it, so it is no option; `chunk_size` bounds the memory
+)
 CURVE_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
 
 
@@ -69,9 +71,10 @@ def evaluate(
     solver: Solver,
     tasks: int,
     query_shots: int,
+    chunk_size: int | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Adapt theta to each of `tasks` tasks with `solver` and measure on their queries.
+    """Adapt theta to each of `tasks` tasks with `solver`, `chunk_size` at a time (None: 25), and measure on their queries.
 
     Raises:
         Stopped: `should_stop` became true.
@@ -81,7 +84,7 @@ def evaluate(
         if should_stop():
             raise Stopped
         data = sampler.sample(min(BATCH, tasks - start))
-        result = bilevel.solve(problem, theta, data, solver=solver, batched=True)
+        result = bilevel.solve(problem, theta, data, solver=solver, batched=True, chunk_size=chunk_size)
         scores.append(_scores(batched_outputs(module, result.value, data["query"]["x"]), data))
         residuals.append(result.residual)
         failures.append(result.failed)
@@ -108,6 +111,7 @@ def adaptation_curve(
     solver: Solver,
     tasks: int,
     query_shots: int,
+    chunk_size: int | None = None,
 ) -> list[tuple[int, Evaluation]]:
     """The evaluation after 1, 2, 3, ... inner steps of the same solver on the same tasks."""
     return [
@@ -121,6 +125,7 @@ def adaptation_curve(
                 solver=replace(solver, max_steps=steps),
                 tasks=tasks,
                 query_shots=query_shots,
+                chunk_size=chunk_size,
             ),
         )
         for steps in CURVE_STEPS

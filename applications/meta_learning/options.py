@@ -48,7 +48,7 @@ def data_dir_for(dataset: str, given: Path | None) -> Path | None:
     return given or (Path(named) if named else None)
 
 
-TEST_SETTINGS = [f.name for f in fields(Config) if f.metadata["panel"] == INNER] + ["device", "threads"]
+TEST_SETTINGS = [f.name for f in fields(Config) if f.metadata["panel"] == INNER] + ["chunk_size", "device", "threads"]
 
 
 def with_settings(names: list[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -90,7 +90,9 @@ class reported_errors:  # noqa: N801 - reads as what it does in a with statement
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Report and exit."""
         if isinstance(error, torch.OutOfMemoryError):
-            error = ConfigError("the device is out of memory; --chunk-size N works on N tasks at a time")
+            error = ConfigError(
+                "the device is out of memory; --chunk-size N (train, evaluate) works on N tasks at a time, or use --device cpu"
+            )
         if isinstance(error, ConfigError | CheckpointError | DataError | RunError | OSError):
             err.print("[bold red]Error:[/bold red] ", end="")
             err.print(_words(error), markup=False, highlight=False, soft_wrap=True)

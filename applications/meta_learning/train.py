@@ -166,6 +166,7 @@ class Trainer:
             solver=self.method.solver,
             tasks=tasks,
             query_shots=query_shots,
+            chunk_size=self.config.chunk_size or None,
             should_stop=should_stop,
         )
 
@@ -179,6 +180,7 @@ class Trainer:
             solver=self.method.solver,
             tasks=tasks,
             query_shots=query_shots,
+            chunk_size=self.config.chunk_size or None,
         )
 
     def _held_out(self, query_shots: int, seed: int) -> Sampler:

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import bilevel
 from applications.meta_learning.config import Config
 from applications.meta_learning.data import TaskBatch
 from applications.meta_learning.evaluate import PAPER, TIGHT, Evaluation, Stopped, evaluate
@@ -57,6 +59,26 @@ def run(data: TaskBatch, tasks: int, net: nn.Module | None = None) -> Evaluation
     theta = {name: p.detach().clone() for name, p in net.named_parameters()}
     loss = squared_error if data["query"]["y"].is_floating_point() else cross_entropy
     return evaluate(few_shot_problem(net, loss, 0.01), net, theta, Fixed(data), solver=GD, tasks=tasks, query_shots=2)
+
+
+def test_a_trainer_tests_as_many_tasks_at_once_as_it_trains_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    solve = bilevel.solve
+
+    def spy(*args: Any, chunk_size: int | None, **options: Any) -> Any:
+        seen.add(chunk_size or 25)
+        return solve(*args, chunk_size=chunk_size, **options)
+
+    monkeypatch.setattr(bilevel, "solve", spy)
+    results = []
+    for size in (0, 4):
+        trainer = Trainer(replace(TINY, chunk_size=size), tiny_source())
+        results.append(trainer.test(tasks=30, query_shots=2, seed=1))
+        ((steps, _), *_) = trainer.test_over_inner_steps(tasks=5, query_shots=2, seed=1)
+        assert seen == {size or 25} and steps == 1
+        seen.clear()
+    assert replace(results[0], inner_residual=0.0) == replace(results[1], inner_residual=0.0)
+    assert results[0].inner_residual == pytest.approx(results[1].inner_residual)
 
 
 def test_accuracy_and_its_interval() -> None:
