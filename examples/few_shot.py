@@ -69,8 +69,7 @@ def meta_train(problem, theta, tasks, linsys, steps, seconds):
             curvature=bilevel.GaussNewton(),
             batched=True,
         )
-        for name, gradient in meta.unwrap().items():
-            theta[name].grad = gradient
+        meta.assign_grad(theta)
         outer.step()
     return steps, time.process_time() - begin
 
@@ -147,7 +146,7 @@ def draw(rights, task, path):
 
 def main(quick: bool, out: Path, folder: Path | None) -> None:
     torch.set_num_threads(1)
-    runs, steps, num_tasks, num_classes = (2, 4, 20, 40) if quick else (4, 60, 200, 150)
+    runs, steps, num_tasks, num_classes = (2, 4, 20, 40) if quick else (4, 50, 160, 150)
     with tempfile.TemporaryDirectory() as temporary:
         if folder is None:
             write_folder(Path(temporary, "images"), num_classes, images=12, size=SIZE)

@@ -118,7 +118,7 @@ def draw(results, rights, path):
 
 def main(quick: bool, out: Path) -> None:
     torch.set_num_threads(1)
-    runs, steps, num_tasks, num_classes = (2, 2, 20, 40) if quick else (3, 28, 150, 150)
+    runs, steps, num_tasks, num_classes = (2, 2, 20, 40) if quick else (3, 25, 120, 150)
     with tempfile.TemporaryDirectory() as temporary:
         write_folder(Path(temporary, "images"), num_classes, images=12, size=SIZE)
         classes = load_folder(Path(temporary, "images"), cache_dir=temporary, size=SIZE, colours="grey")
