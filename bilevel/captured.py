@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -160,6 +161,8 @@ class CapturedStep:
         devices = {leaf.device for leaf in (*leaves, *self._mutated.tensors()) if isinstance(leaf, Tensor)}
         if len(devices) == 1:
             reason = self._graphs.reason_against(devices.pop())
+        elif (kept := self._mutated.kept_elsewhere()) is not None:
+            reason = f"{kept}; make the optimizer with capturable=True"
         else:
             reason = f"expected all tensors on one device, got {', '.join(sorted(map(str, devices))) or 'no tensor'}"
         if reason is not None:
@@ -253,6 +256,15 @@ class _Mutated:
                 found += state.values()
         return [thing for thing in found if isinstance(thing, Tensor)]
 
+    def kept_elsewhere(self) -> str | None:
+        """What an optimizer keeps on another device than the parameter that it is about, in words."""
+        for optimizer in self._optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.device != parameter.device:
+                        return f"{type(optimizer).__name__} keeps {name!r} on {value.device}, its parameters are on {parameter.device}"
+        return None
+
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors are."""
         return tuple(tensor.data_ptr() for tensor in self.tensors())
@@ -320,11 +332,31 @@ class CudaGraphs:
 
     def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """See :class:`Graphs`."""
-        graph = torch.cuda.CUDAGraph()
-        # a capture that fails leaves its own stream as the current one
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=self._stream):
-            out = run()
+        gc.collect()  # graphs in cycles that nobody holds any more keep their memory
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        try:
+            # a capture that fails leaves its own stream as the current one
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=pool, stream=self._stream),
+            ):
+                out = run()
+        except BaseException:
+            _close(pool)
+            raise
         return out, graph.replay
+
+
+def _close(pool: Any) -> None:
+    """End a capture that failed for the allocator, too. Where PyTorch leaves that out, emptying the cache, and so every later capture,
+    fails with an internal error.
+    """
+    device = torch.cuda.current_device()
+    with suppress(
+        AttributeError, RuntimeError
+    ):  # where PyTorch has done it, there is nothing to end, which is an error
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 @contextmanager

@@ -373,8 +373,10 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.log: list[str] = []
         self.current, self.mode, self.fails = Stream("main", self.log), 0, fails
-        for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph", "current_device"):
+        for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph", "current_device", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            monkeypatch.setattr(torch._C, name, lambda *args, name=name: self.log.append(f"{name}{args}"))
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
 
@@ -387,6 +389,9 @@ class FakeCuda:
     def current_device(self) -> int:
         return 0
 
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return (0, 7)
+
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self.current = self.current, stream
@@ -396,7 +401,8 @@ class FakeCuda:
             self.current = before
 
     @contextmanager
-    def graph(self, graph: Any, stream: Stream) -> Iterator[None]:
+    def graph(self, graph: Any, pool: Any, stream: Stream) -> Iterator[None]:
+        assert pool == (0, 7)
         before, self.current = self.current, stream
         self.log.append(f"capture begins on {stream.name}")
         yield
@@ -430,6 +436,9 @@ def test_whatever_fails_the_stream_and_the_watch_are_as_before(monkeypatch: pyte
     def broken() -> None:
         raise ValueError("no")
 
+    def already_ended(*_: Any) -> None:
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+
     with pytest.raises(ValueError, match="no"):
         graphs.watched(broken)
     assert cuda.log[-1] == "main waits for side"
@@ -437,6 +446,11 @@ def test_whatever_fails_the_stream_and_the_watch_are_as_before(monkeypatch: pyte
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None)
     assert cuda.current.name == "main"
+    assert cuda.log[-2:] == ["_cuda_endAllocateToPool(0, (0, 7))", "_cuda_releasePool(0, (0, 7))"]
+    with pytest.raises(RuntimeError, match="previous error"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", already_ended)
+        graphs.capture(lambda: None)
+    assert cuda.log[-1] == "capture ends"
 
 
 def test_devices_that_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,6 +460,23 @@ def test_devices_that_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not the current device" in str(reason(torch.device("cuda:1"))) and "on cpu" in str(
         reason(torch.device("cpu"))
     )
+
+
+def test_an_optimizer_that_keeps_its_state_elsewhere_is_named(lines: Any) -> None:
+    """As Adam does on a GPU without capturable=True; here "meta" stands for the CPU."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    outer = torch.optim.Adam([weight])
+
+    def fn(x: Tensor) -> Tensor:
+        weight.grad = x
+        return x + 1
+
+    step = CapturedStep(fn, mutates=[outer], graphs=FakeGraphs())
+    step(torch.ones(3))
+    outer.state[weight]["step"] = torch.zeros((), device="meta")
+    assert torch.equal(step(torch.ones(3)), torch.full((3,), 2.0))
+    expected = "Adam keeps 'step' on meta, its parameters are on cpu; make the optimizer with capturable=True"
+    assert step.why_not == expected and len(lines()) == 1 and expected in lines()[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -511,6 +542,11 @@ class TestCuda:
             assert step(torch.ones(3, device="cuda")).tolist() == [k + 1.0] * 3
         assert step.num_captures == 0 and len(lines()) == 1
         assert torch.cuda.current_stream() == before
+        torch.cuda.empty_cache()  # fails with an internal error while the allocator waits for the end of a capture
+        later = CapturedStep(lambda x: x + 1)
+        for _ in range(5):
+            assert later(torch.ones(3, device="cuda")).tolist() == [2.0] * 3
+        assert later.num_captures == 1
 
     def test_adam_that_is_not_capturable_is_not_captured(self, lines: Any) -> None:
         (plain, net, _), (other, twin, twin_outer) = (training(device="cuda", adam={}) for _ in range(2))
@@ -518,7 +554,7 @@ class TestCuda:
         for k in range(6):
             plain(tasks(k, "cuda")), step(tasks(k, "cuda"))
             torch.testing.assert_close(list(twin.parameters()), list(net.parameters()), rtol=1e-9, atol=1e-12)
-        assert step.num_captures == 0 and len(lines()) == 1
+        assert step.num_captures == 0 and len(lines()) == 1 and "with capturable=True" in lines()[0]
 
 
 def test_an_input_that_is_written_to_is_no_copy() -> None:

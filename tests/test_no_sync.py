@@ -372,3 +372,50 @@ def test_the_flattened_trees_have_no_tensor_of_another_device() -> None:
     found = bilevel.hypergradient(problem, theta, tasks, solver=FIXED, linsys=ALL_STEPS, batched=True)
     leaves = flatten([found.grad, found.phi, found.outer_per_task, found.inner.codes, found.linear.residual])[0]
     assert {leaf.device.type for leaf in leaves} == {"meta"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU: what reads nothing can be captured, and gives the same numbers.
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
+class TestCuda:
+    @pytest.mark.parametrize("name", [*INNER, *LINEAR])
+    def test_every_solver_is_captured(self, name: str) -> None:
+        problem, theta, tasks = (
+            tree_map(torch.Tensor.double, part) if isinstance(part, dict) else part for part in numbers("cuda")
+        )
+        solver, linsys = INNER.get(name, FIXED), LINEAR.get(name, ALL_STEPS)
+
+        def gradient(tasks: Any) -> Any:
+            options: dict[str, Any] = {"solver": solver, "linsys": linsys, "curvature": GaussNewton(), "batched": True}
+            return bilevel.hypergradient(problem, theta, tasks, **options).grad
+
+        step = bilevel.CapturedStep(gradient)
+        for _ in range(5):
+            got = step(tasks)
+        assert step.why_not is None and step.num_captures == 1
+        torch.testing.assert_close(got, gradient(tasks), rtol=1e-8, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        "solver", [FixedPointIteration(max_steps=3), Anderson(max_steps=4, memory=2)], ids=["plain", "anderson"]
+    )
+    def test_solvers_of_equations_are_captured(self, solver: Any) -> None:
+        def gradient(theta: Tensor) -> Tensor:
+            theta = theta.detach().requires_grad_()
+            phi = bilevel.fixed_point(
+                lambda phi, theta, data: 0.5 * (phi + theta).cos(),
+                theta,
+                solver=solver,
+                linsys=GMRES(max_steps=4, rtol=0.0),
+                init=torch.zeros_like(theta),
+            )
+            return torch.autograd.grad(phi.sum(), theta)[0]
+
+        theta = torch.linspace(0.1, 0.5, 4, device="cuda", dtype=torch.float64)
+        step = bilevel.CapturedStep(gradient)
+        for _ in range(5):
+            got = step(theta)
+        assert step.why_not is None and step.num_captures == 1
+        torch.testing.assert_close(got, gradient(theta), rtol=1e-8, atol=1e-10)
