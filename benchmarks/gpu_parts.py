@@ -5,9 +5,11 @@ Everything runs on any device, so that it can be tried on a CPU with tiny sizes.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,7 +38,10 @@ WORKS = {"5w1s": "omniglot-5w1s-gd", "20w5s": "omniglot-20w5s-gd"}
 TARGETS_MS = {"5w1s": 10.0, "20w5s": 120.0}
 TARGET_LOOP = 30.0
 INNER_STEPS = (1, 2, 4, 8, 16, 32, 64)
-PRECISIONS = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
+PRECISIONS = {
+    "float32": False,
+    "TensorFloat-32": True,
+}  # of products and convolutions: whether inputs may be rounded to TF32
 LIMIT = 1e-8
 
 
@@ -100,6 +105,17 @@ def milliseconds(run: Callable[[], Any], device: torch.device, repeats: int, war
             times.append(1e3 * (time.perf_counter() - begun))
     low, median, high = statistics.quantiles(times, n=4)
     return {"median": median, "quartiles": [low, high], "repeats": repeats}
+
+
+@contextmanager
+def tensor_float_32(allowed: bool) -> Iterator[None]:
+    """In products and in convolutions; PyTorch allows it in convolutions, if nothing is said."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,39 +267,55 @@ def launch(device: torch.device, repeats: int, *, captured: bool, count: int = 2
 
 
 def memory(setting: Setting) -> Numbers:
-    """Peak memory of a step over the number of inner steps; without a GPU there is none to ask."""
+    """Memory of a step over the number of inner steps: the peak as it is, and what its graph keeps. Without a GPU there is none to ask."""
     rows = []
     for count in INNER_STEPS[:3] if setting.tiny else INNER_STEPS:
-        config = setting.config(inner_steps=count)
-        step, data = setting.step(config), setting.tasks(config)
-        step(data)
-        peak = None
-        if setting.device.type == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            step(data)
-            torch.cuda.synchronize()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-        rows.append({"inner_steps": count, "peak_mib": peak})
+        row: Numbers = {"inner_steps": count}
+        for name, capture in (("peak_mib", False), ("captured_mib", True)):
+            row[name] = memory_of(setting, setting.config(inner_steps=count, capture=capture))
+        rows.append(row)
     return {"rows": rows}
 
 
+def memory_of(setting: Setting, config: Config) -> float | None:
+    """MiB above theta and the tasks. Of a graph: of its pool, which stays."""
+    step, data = setting.step(config), setting.tasks(config)
+    if setting.device.type != "cuda":
+        step(data)
+        return None
+    if not config.capture:
+        step(data)
+    free_what_nobody_holds()
+    before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(5 if config.capture else 1):  # three as they are, the capture, a replay
+        step(data)
+    torch.cuda.synchronize()
+    if not config.capture:
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    free_what_nobody_holds()
+    return (torch.cuda.memory_reserved() - reserved) / 2**20
+
+
+def free_what_nobody_holds() -> None:
+    """For the next measurement of memory."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
 def precision(setting: Setting) -> Numbers:
-    """Time of a captured step and error of the meta-gradient for each precision of float32 products (TF32, bfloat16).
+    """Time of a captured step and error of the meta-gradient with and without TF32.
 
     The error is that of the Gauss-Newton gradient: where the Hessian is indefinite, rounding decides where CG stops.
     """
     config, rows, gauss_newton = setting.config(), [], bilevel.GaussNewton()
     exact = gradient(setting, config, torch.float64, gauss_newton)
-    for name in PRECISIONS:
-        torch.set_float32_matmul_precision(name)
-        try:
+    for name, allowed in PRECISIONS.items():
+        with tensor_float_32(allowed):
             got = gradient(setting, config, torch.float32, gauss_newton).double()
             step = setting.step(replace(config, capture=True))
             times = milliseconds(partial(step, setting.tasks(config)), setting.device, setting.repeats)
-        finally:
-            torch.set_float32_matmul_precision("highest")
         cosine = torch.nn.functional.cosine_similarity(got, exact, dim=0)
         rows.append(
             {

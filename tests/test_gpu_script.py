@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def runner(gpu: ModuleType, folder: Path, commands: dict[str, str], **options: Any) -> Any:
     """One whose parts are these lines of Python; ``done`` ends a part as a measurement does."""
-    args = {"out": folder, "dry_run": True, "seed": 0, "data_dir": None, "slices": None, "cells": None, **options}
+    args = {
+        "out": folder,
+        "dry_run": True,
+        "seed": 0,
+        "data_dir": None,
+        "slices": None,
+        "minutes": None,
+        "cells": None,
+        **options,
+    }
     made = gpu.Runner(gpu.argparse.Namespace(**args))
     made.commands = lambda: {name: [sys.executable, "-S", "-c", code] for name, code in commands.items()}
     return made
@@ -41,7 +51,7 @@ def test_every_measurement(gpu: ModuleType, part: str, tmp_path: Path) -> None:
     )
     text = "\n".join(gpu.page({f"5w1s-{part}": stored}, 5, True))
     assert "1 of 5 parts are done" in text and "nan" not in text and "None" not in text
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32  # as PyTorch has it
     if part == "meta_step":
         result = stored["result"]
         assert result["error_to_loop"] < 1e-10 and set(result["milliseconds"]) == {"captured", "plain", "loop"}
@@ -59,9 +69,9 @@ def test_the_bytes_and_operators_of_a_floor(gpu: ModuleType) -> None:
     assert traffic.operators == 2 and traffic.bytes == 2 * 400 + 2 * 400
 
 
-def test_the_parts_are_there_in_order(gpu: ModuleType, tmp_path: Path) -> None:
-    args = gpu.argparse.Namespace(out=tmp_path, dry_run=False, seed=0, data_dir=Path("data"), slices=None, cells=None)
-    commands = gpu.Runner(args).commands()
+def test_the_parts_are_there_in_order(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"dry_run": False, "seed": 0, "slices": None, "minutes": None, "cells": None}
+    commands = gpu.Runner(gpu.argparse.Namespace(out=tmp_path, data_dir=Path("data"), **options)).commands()
     kinds = [name.split("-")[0] for name in commands]
     assert list(dict.fromkeys(kinds)) == ["tests", "5w1s", "20w5s", "cell"]
     tests = {name.removeprefix("tests-") for name in commands if name.startswith("tests-")}
@@ -70,6 +80,33 @@ def test_the_parts_are_there_in_order(gpu: ModuleType, tmp_path: Path) -> None:
         "--data-dir",
         str(Path("data").resolve()),
     ]
+    monkeypatch.setenv("BILEVEL_OMNIGLOT", "elsewhere")
+    found = gpu.Runner(gpu.argparse.Namespace(out=tmp_path, data_dir=None, **options)).commands()
+    assert found["cell-20w5s-gd-random-0"][-1] == str(Path("elsewhere").resolve())
+
+
+def test_without_omniglot_table_2_is_left_out(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not trained on generated characters: nobody should take that for the table."""
+    monkeypatch.delenv("BILEVEL_OMNIGLOT", raising=False)
+    made = runner(gpu, tmp_path, {"tests-a": "print(1)"}, dry_run=False)
+    assert not any(name.startswith("cell-") for name in gpu.Runner.commands(made))
+    assert made.run() == 2 and (tmp_path / "tests-a.json").exists()
+    assert (
+        "Table 2 is left out: name the folder of Omniglot with --data-dir or BILEVEL_OMNIGLOT"
+        in capsys.readouterr().out
+    )
+
+
+def test_it_ends_in_time(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(gpu, "SHORTEST", 0.5)
+    commands = {"tests-a": "print(1)", "tests-b": "import time; time.sleep(60)", "tests-c": "print(1)"}
+    begun = time.time()
+    assert runner(gpu, tmp_path, commands, minutes=0.1).run() == 0
+    assert time.time() - begun < 15
+    assert (tmp_path / "tests-a.json").exists() and not (tmp_path / "tests-c.json").exists()
 
 
 def test_what_is_done_is_not_done_again(gpu: ModuleType, tmp_path: Path) -> None:
