@@ -111,7 +111,14 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
     best = summarise(found, [*BY_HAND[work], *TORCH_PEERS[work]], "cpu" if args.threads == 1 else "seconds")
     show(found, best)
     condition = [float(number) for number in np.quantile(problem["condition"], (0, 0.5, 1))]
-    return {"rows": found, "best": best, "tasks": tasks, "repeats": repeats, "condition": condition}
+    return {
+        "rows": found,
+        "best": best,
+        "tasks": tasks,
+        "repeats": repeats,
+        "condition": condition,
+        "environment": environment(),
+    }
 
 
 def main() -> None:

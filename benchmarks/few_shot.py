@@ -89,6 +89,7 @@ def measure(work: str, args: argparse.Namespace) -> dict[str, Any]:
         "repeats": args.repeats,
         "right_peers": RIGHT_PEERS,
         "lam": LAM[work],
+        "environment": environment(),
         **WORKS[work],
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import bilevel
+from applications.meta_learning.logs import provenance
 from bilevel.linsys import CG
 from bilevel.solvers import NesterovAGD, NewtonCG
 
@@ -187,8 +188,8 @@ def page(result: dict[str, Any]) -> str:
         "",
         "<!-- end of table -->",
         "",
-        f"Command: `{environment['command']}`, seed {result['seed']}, float64, torch {environment['torch']}, commit "
-        f"`{environment['commit'][:12]}`. Counts, not times: they do not depend on the machine.",
+        f"Command: `{environment['command']}`, seed {result['seed']}, float64. {provenance(environment)}. "
+        f"Counts, not times: they do not depend on the machine.",
         "",
     ]
     return "\n".join(lines)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Entry = dict[str, Any]
 
+CODE = ("applications", "benchmarks", "bilevel", "examples", "pyproject.toml")  # what a number can depend on
+
 NO_TENSORBOARD = (
     "TensorBoard is not installed, so nothing is written for it (pip install tensorboard); "
     "log.jsonl has the same numbers."
@@ -115,6 +117,20 @@ def environment(device: torch.device) -> Entry:
     }
 
 
+def provenance(facts: Entry) -> str:
+    """Where numbers come from, in words: the device, the versions, the commit of these facts of :func:`environment`."""
+    processor, count, commit = facts["processor"], facts["threads"], facts.get("commit")
+    device = facts.get("device", "cpu")
+    hardware = f"{processor}, {count} thread{'s' * (count != 1)}" if device == "cpu" else f"{device} beside {processor}"
+    if commit is None:
+        code = f"bilevel {facts['bilevel']}, not from a repository"
+    else:
+        code = f"commit `{commit[:12]}`" + (
+            " with changes that were not committed" if commit.endswith("+changes") else ""
+        )
+    return f"Hardware: {hardware}; torch {facts['torch']}; {code}"
+
+
 def _line(entry: Entry) -> str:
     return json.dumps(_plain(entry)) + "\n"
 
@@ -137,7 +153,7 @@ def _open_tensorboard(folder: Path, at_step: int) -> SummaryWriter | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with "+changes" where it was edited; None for an installed package."""
+    """The commit of the source tree, with "+changes" where code was edited; None for an installed package."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
@@ -148,7 +164,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", *CODE) else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

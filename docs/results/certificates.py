@@ -26,6 +26,7 @@ from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
 import bilevel
+from applications.meta_learning.logs import provenance
 from bilevel.linsys import CG, Exact, Neumann
 from bilevel.solvers import GradientDescent, NesterovAGD, NewtonCG
 from bilevel.testing.strategies import (
@@ -320,8 +321,8 @@ def page(result: dict[str, Any]) -> str:
         f"condition numbers of {KAPPAS[0][0]:.0f} to {KAPPAS[-1][1]:.0e}, float64. The exact answers come from derivatives written by hand "
         "and dense algebra in 38 digits.",
         "",
-        f"Command: `{environment['command']}`, seed {result['seed']}. Hardware: {environment['processor']}; torch {environment['torch']}; "
-        f"commit `{environment['commit'][:12]}`. Not measured on a GPU yet.",
+        f"Command: `{environment['command']}`, seed {result['seed']}. {provenance(environment)}. "
+        f"Not measured on a GPU yet.",
         "",
     ]
     note = HERE / "certificates.note.txt"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from applications.meta_learning.logs import provenance
+
 LOOSE, TIGHT = 1e-2, 1e-6  # the errors that the tables ask for
 SYSTEM = "Exact"
 Rows = list[dict[str, Any]]
@@ -51,8 +53,8 @@ def page(result: dict[str, Any]) -> str:
         "## Where the numbers come from",
         "",
         f"Command: `python {environment['command']}`, seed {options['seed']}; one thread, float64 where nothing else is said. The "
-        f"times are the median of {options['repeats']}, and all methods of a problem take turns. Hardware: {environment['processor']}; "
-        f"torch {environment['torch']}; commit `{environment['commit'][:12]}`. The processor did other work at the same time, which slows "
+        f"times are the median of {options['repeats']}, and all methods of a problem take turns. "
+        f"{provenance(environment)}. The processor did other work at the same time, which slows "
         "all methods alike: compare the times of one problem with each other, and not with those of another machine. Errors and counts "
         "do not depend on it.",
         "",

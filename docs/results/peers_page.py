@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from applications.meta_learning.logs import provenance
+
 Rows = dict[str, dict[str, Any]]
 
 HOW = (
@@ -62,9 +64,10 @@ def batch(result: dict[str, Any]) -> str:
             "",
             *([verdict(rows, found["best"], options["target"]), ""] if work == "E" else [_masks(rows), ""]),
             *_wrong(rows),
+            _from(result, f"{found['repeats']} repetitions", found.get("environment")),
+            "",
         ]
-    repeats = next(iter(result["works"].values()))["repeats"]
-    return "\n".join([*lines, _from(result, f"{repeats} repetitions"), ""])
+    return "\n".join(lines)
 
 
 def few_shot(result: dict[str, Any]) -> str:
@@ -93,14 +96,13 @@ def few_shot(result: dict[str, Any]) -> str:
             _memory(rows, found["right_peers"]),
             "",
             *_wrong(rows),
+            _from(result, f"{found['repeats']} repetitions", found.get("environment")),
+            "",
         ]
-    repeats = " and ".join(str(found["repeats"]) for found in result["works"].values())
     lines += [
         "higher unrolls: it computes MAML's gradient, another one, and is compared with a loop for that. It takes no part in the ratio's "
         "base. Lambda is so large that CG meets no negative curvature: there a system has no meaning, this library says so, and the loops "
         "go on.",
-        "",
-        _from(result, f"{repeats} repetitions"),
         "",
     ]
     return "\n".join(lines)
@@ -226,13 +228,10 @@ def _quick(result: dict[str, Any]) -> list[str]:
     )
 
 
-def _from(result: dict[str, Any], repeats: str) -> str:
-    """Where the numbers come from."""
-    environment, options = result["environment"], result["options"]
+def _from(result: dict[str, Any], repeats: str, environment: dict[str, Any] | None = None) -> str:
+    """Where the numbers come from. Works that are measured one by one have environments of their own."""
+    environment, options = environment or result["environment"], result["options"]
     command = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", environment["command"])  # without folders
-    also = " and the like" if "--work" in command else ""
     parts = [repeats, f"{options['threads']} thread" + "s" * (options["threads"] > 1)]
-    return (
-        f"{', '.join(part for part in parts if part)}. Command: `{command}`{also}. Hardware: {environment['processor']}; torch "
-        f"{environment['torch']}; commit `{environment['commit'][:12]}`."
-    )
+    facts = provenance({**environment, "threads": options["threads"]})
+    return f"{', '.join(part for part in parts if part)}. Command: `{command}`. {facts}."

@@ -21,6 +21,8 @@ from typing import Any
 import choices_page
 import peers_page
 
+from applications.meta_learning.logs import provenance
+
 HERE = Path(__file__).parent
 
 
@@ -61,8 +63,7 @@ def page(name: str, result: dict[str, Any]) -> str:
         "",
         f"Command: `{environment['command']}`",
         "",
-        f"Hardware: {environment['processor']}, {environment['threads']} threads; torch {environment['torch']}; "
-        f"commit `{environment['commit'][:12]}`; seed {config['seed']}. Not measured on a GPU yet.",
+        f"{provenance(environment)}; seed {config['seed']}. Not measured on a GPU yet.",
         "",
         f"Inner problem: the proximal one of the paper, lambda = {config['lam_head']:g} for the last layer and {config['lam']:g} for all "
         "others. These are settings of our own; the presets `omniglot-5w1s-gd` and `omniglot-5w1s-hf` have the paper's.",
@@ -133,8 +134,7 @@ def benchmark_page(name: str, rows: dict[str, Any]) -> str:
         "",
         f"{options['tasks']} tasks {options['ways']}-way {options['shots']}-shot, 15 queries per class, {options['inner_steps']} gradient "
         f"steps and 5 CG steps, float32, {options['threads']} thread. Command: `{public(environment['command'])}` and the like, "
-        f"{options['repeats']} repetitions. Hardware: {environment['processor']}; torch {environment['torch']}; "
-        f"commit `{environment['commit'][:12]}`. Not measured on a GPU yet.",
+        f"{options['repeats']} repetitions. {provenance(environment)}. Not measured on a GPU yet.",
         "",
     ]
     return "\n".join(lines) + note(name)
@@ -176,8 +176,8 @@ def preconditioning_page(name: str, result: dict[str, Any]) -> str:
         lines.append("")
     lines += [
         f"Random dense matrices of {options['size']} variables with these spectra, float64; residual and error relative; the median of "
-        f"{options['seeds']} seeds. The product that confirms the residual is counted. Command: `{public(environment['command'])}`; torch "
-        f"{environment['torch']}; commit `{environment['commit'][:12]}`. The counts do not depend on the machine, but for rounding.",
+        f"{options['seeds']} seeds. The product that confirms the residual is counted. Command: `{public(environment['command'])}`. "
+        f"{provenance(environment)}. The counts do not depend on the machine, but for rounding.",
         "",
     ]
     return "\n".join(lines) + note(name)
@@ -203,8 +203,8 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"{options['repeats']} repetitions, {options['threads']} threads. Command: `{public(environment['command'])}`. Hardware: "
-        f"{environment['processor']}; torch {environment['torch']}; commit `{environment['commit'][:12]}`.",
+        f"{options['repeats']} repetitions, {options['threads']} threads. Command: `{public(environment['command'])}`. "
+        f"{provenance(environment)}.",
         "",
     ]
     return "\n".join(lines) + note(name)

@@ -15,6 +15,7 @@ from applications.meta_learning.config import IMPLIED, Config
 from applications.meta_learning.experiments import e4_omniglot as e4
 from applications.meta_learning.experiments.base import Request
 from applications.meta_learning.method import build_method, build_network
+from applications.meta_learning.run import RunError
 from bilevel.linsys import Identity
 
 RUNNER = CliRunner()
@@ -153,3 +154,37 @@ def test_a_stopped_cell_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch:
         {k: v for k, v in p.items() if k not in times} for p in whole["curve"]
     ]
     assert again["steps"] == whole["steps"] == 2
+
+
+def test_a_part_is_never_that_of_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generated characters in the place of Omniglot have a part of their own; settings that changed are named."""
+    table, name = e4.E4CPU(), "5w1s-gd-random-0"
+    asked: list[str] = []
+
+    def measured(request: Request, part: str, config: Config, *_: Any, **__: Any) -> dict[str, Any]:
+        asked.append(f"{part}: {config.dataset}")
+        return {"config": config.to_dict()}
+
+    monkeypatch.setattr(e4, "trained", measured)
+    for data_dir in (None, Path("omniglot"), None):
+        found = table.run(request_for(tmp_path / "parts", data_dir=data_dir, only=name))
+        dataset = "glyphs" if data_dir is None else "omniglot"
+        assert found["dataset"] == dataset and found["runs"][name]["config"]["dataset"] == dataset
+    assert asked == [f"glyphs-{name}: glyphs", f"{name}: omniglot"]
+    monkeypatch.setattr(type(table), "steps", 500)
+    with pytest.raises(
+        RunError, match=rf"{name}\.json was measured with other settings \(outer_steps 1000, now 500;? ?.*to measure"
+    ):
+        table.run(request_for(tmp_path / "parts", only=name))
+
+
+def test_every_run_says_where_it_comes_from() -> None:
+    facts = {"processor": "CPU", "threads": 1, "device": "cpu", "torch": "2.13", "commit": "a" * 40, "bilevel": "0.1"}
+    there = {"environment": {**facts, "device": "GPU", "commit": "b" * 40}}
+    stored = {"environment": facts, "result": {"runs": {"one": {}, "two": there, "three": there}}}
+    assert e4.E4CPU().sources(stored) == (
+        f"Hardware: CPU, 1 thread; torch 2.13; commit `{'a' * 12}` (`one`); "
+        f"Hardware: GPU beside CPU; torch 2.13; commit `{'b' * 12}` (`two`, `three`)"
+    )
+    del stored["result"]["runs"]["two"], stored["result"]["runs"]["three"]
+    assert e4.E4CPU().sources(stored) == f"Hardware: CPU, 1 thread; torch 2.13; commit `{'a' * 12}`"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from applications.meta_learning.logs import environment, write_atomically, write_json
+from applications.meta_learning.logs import environment, provenance, write_atomically, write_json
 
 Numbers = dict[str, Any]
 
@@ -58,6 +58,7 @@ class Experiment(ABC):
     title: str
     paper: str
     cells: tuple[str, ...] = ()  # names of the parts that can be asked for one by one
+    uses_gpu = False  # where there is one
 
     @abstractmethod
     def run(self, request: Request) -> Numbers:
@@ -92,9 +93,8 @@ class Experiment(ABC):
         console = console or Console(quiet=True)
         request = Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts, only=only, console=console)
         result = self.run(request)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # the command as anybody would give it, without the folders of this machine
-        facts = {**environment(device), "command": self.command(quick, seed)}
+        device = torch.device("cuda" if self.uses_gpu and torch.cuda.is_available() else "cpu")
+        facts = {**environment(device), "command": self.command(quick, seed, result)}
         conditions = {"quick": quick, "seed": seed, "environment": facts}
         write_json(path, {**conditions, "result": result})
         self.publish(path)
@@ -108,13 +108,18 @@ class Experiment(ABC):
         self.draw(stored["result"], path.with_suffix(".png"))
         write_atomically(path.with_suffix(".md"), self.page(stored))
 
-    def command(self, quick: bool, seed: int) -> str:
-        """What to type for these numbers."""
-        return f"imaml experiment {self.name}{' --quick' if quick else ''} --seed {seed}"
+    def command(self, quick: bool, seed: int, result: Numbers) -> str:
+        """What to type for these numbers, as anybody would: without the folders of this machine."""
+        images = result.get("conditions", {}).get("images", "") + result.get("dataset", "")
+        data = " --data-dir OMNIGLOT" if "omniglot" in images.lower() else ""
+        return f"imaml experiment {self.name}{' --quick' if quick else ''} --seed {seed}{data}"
+
+    def sources(self, stored: Numbers) -> str:
+        """The hardware, the versions and the commit."""
+        return provenance(stored["environment"])
 
     def page(self, stored: Numbers) -> str:
         """The page, in Markdown."""
-        e = stored["environment"]
         lines = [
             f"# {self.title}",
             "",
@@ -124,8 +129,7 @@ class Experiment(ABC):
             "",
             *self.findings(stored["result"]),
             "",
-            f"Command: `{self.command(stored['quick'], stored['seed'])}`. "
-            f"Hardware: {e['processor']}, {e['threads']} threads; torch {e['torch']}; commit `{e['commit'][:12]}`.",
+            f"Command: `{self.command(stored['quick'], stored['seed'], stored['result'])}`. {self.sources(stored)}.",
             "",
         ]
         if stored["quick"]:

@@ -38,6 +38,7 @@ class E2(Experiment):
     """See the module."""
 
     name = "e2_compute_memory"
+    uses_gpu = True
     title = "E2. Time and memory of one meta-gradient"
     paper = "figure 2b, and figure 2 of the author response. MAML there needs 12 GB at about 16 steps; the number of tasks is not given."
 

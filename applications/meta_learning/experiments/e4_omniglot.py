@@ -19,9 +19,11 @@ from applications.meta_learning.config import Config
 from applications.meta_learning.evaluate import PAPER, TIGHT, Protocol
 from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
 from applications.meta_learning.experiments.training import trained
+from applications.meta_learning.logs import provenance
 from applications.meta_learning.method import conditions
 from applications.meta_learning.presets import preset
 from applications.meta_learning.report import STYLE
+from applications.meta_learning.run import RunError
 
 OURS, OURS_FIRST_ORDER = "ours", "ours-fo"
 ROWS = {
@@ -62,6 +64,7 @@ class Table2(Experiment):
     """The cells of the table, each a run of its own, with the checkpoint in its folder."""
 
     paper = "table 2"
+    uses_gpu = True
     steps: int
     batch: int
     capture: bool = False  # as in the settings
@@ -114,16 +117,28 @@ class Table2(Experiment):
         found: dict[str, Any] = {}
         for cell in self.runs[:4] if request.quick else self.runs:
             config = self.config(cell, request)
-            known = earlier.get(cell.name)
+            known, part = earlier.get(cell.name), cell.name
+            if request.data_dir is None:  # beside a run on Omniglot, and never in its place
+                part = f"glyphs-{part}"
             if known is not None and Config.from_dict(known["config"]) == config:
                 found[cell.name] = known
-            elif request.only in (None, cell.name) or (request.parts / f"{cell.name}.json").exists():
+            elif request.only in (None, cell.name) or (request.parts / f"{part}.json").exists():
                 trace_every = max(1, config.outer_steps // 50)
-                measure = partial(trained, request, cell.name, config, protocols, trace_every=trace_every)
-                found[cell.name] = {**vars(cell), **request.part(cell.name, measure, spinner=False)}
+                measure = partial(trained, request, part, config, protocols, trace_every=trace_every)
+                found[cell.name] = {**vars(cell), **request.part(part, measure, spinner=False)}
+                _require_same(Config.from_dict(found[cell.name]["config"]), config, request.parts / part)
         dataset = "glyphs" if request.data_dir is None else "omniglot"
         some = self.config(self.runs[0], request)
         return {"dataset": dataset, "conditions": conditions(some), "runs": found, "expected": len(self.runs)}
+
+    def sources(self, stored: Numbers) -> str:
+        """Of each run: they are made on different days, and maybe machines."""
+        runs = stored["result"]["runs"].items()
+        made = [(name, provenance(run.get("environment", stored["environment"]))) for name, run in runs]
+        groups = {source: [name for name, own in made if own == source] for _, source in made}
+        if len(groups) == 1:
+            return next(iter(groups))
+        return "; ".join(f"{source} ({', '.join(f'`{name}`' for name in names)})" for source, names in groups.items())
 
     def draw(self, result: Numbers, path: Path) -> None:
         runs = [run for run in result["runs"].values() if run["split"] == "random" or result["dataset"] != "omniglot"]
@@ -221,6 +236,16 @@ class E4(Table2):
 def _runs_of(path: Path) -> dict[str, Any]:
     """The runs of a result that was written before, by name."""
     return json.loads(path.read_text(encoding="utf-8"))["result"]["runs"] if path.exists() else {}
+
+
+def _require_same(measured: Config, asked: Config, part: Path) -> None:
+    """A part on disk is not measured again; so it has to be what is asked for."""
+    before, now = measured.to_dict(), asked.to_dict()
+    if changed := [f"{name} {before.get(name)!r}, now {now[name]!r}" for name in now if before.get(name) != now[name]]:
+        raise RunError(
+            f"{part}.json was measured with other settings ({'; '.join(changed)}). Move it and the folder {part} away to measure again, "
+            "or name another --out"
+        )
 
 
 def _words(column: str) -> str:

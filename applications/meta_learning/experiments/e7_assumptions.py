@@ -74,6 +74,7 @@ class E7Assumptions(Experiment):
     """See the module."""
 
     name = "e7_assumptions"
+    uses_gpu = True
     title = "E7. The assumptions of the theory on a real network"
     paper = "nothing; the reviewers asked. Assumptions 1 and 2, Lemma 3 and Theorem 1 are what is looked at."
 

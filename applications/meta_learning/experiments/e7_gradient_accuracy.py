@@ -56,6 +56,7 @@ class E7GradientAccuracy(Experiment):
     """See the module."""
 
     name = "e7_gradient_accuracy"
+    uses_gpu = True
     title = "E7. Accuracy of the implicit gradient on the real network"
     paper = "not in it; asked by the reviewers. Appendix A (from first order to iMAML) and Assumption 1 (cost of a product)."
 

@@ -67,6 +67,7 @@ class E7Regularisation(Experiment):
     """See the module."""
 
     name = "e7_regularisation"
+    uses_gpu = True
     title = "E7. Learned regularisation against a fixed one"
     paper = "nothing; sections 2.2 and 6 propose to learn lambda, as a scalar, a vector or a matrix."
 

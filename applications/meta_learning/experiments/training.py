@@ -50,7 +50,7 @@ def trained(request: Request, name: str, config: Config, protocols: tuple[Protoc
     progress = trainer.progress
     return {
         "config": config.to_dict(),
-        "commit": environment(trainer.device)["commit"],
+        "environment": {key: value for key, value in environment(trainer.device).items() if key != "command"},
         "steps": progress.step,
         "tasks": progress.tasks,
         "failed_tasks": progress.failed_tasks,
