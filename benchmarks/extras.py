@@ -1,11 +1,17 @@
-"""Every script here imports this first: it says what to install where a package is missing, and ends."""
+"""The scripts here import this first. Where a package is missing they then end with what to install."""
 
 import sys
-from importlib.util import find_spec
+from types import TracebackType
 
-PACKAGES = ("matplotlib", "platformdirs", "pooch", "PIL", "rich", "scipy", "sklearn", "typer")
+usual = sys.excepthook
 
-if missing := ", ".join(package for package in PACKAGES if find_spec(package) is None):
-    sys.exit(
-        f'the benchmarks need {missing}, not installed: pip install ".[benchmarks]" in the folder of the repository'
-    )
+
+def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """One line in the place of a traceback."""
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return usual(kind, error, trace)
+    package = error.name.partition(".")[0]
+    print(f'{package} is not installed: pip install ".[benchmarks]" in the folder of the repository', file=sys.stderr)
+
+
+sys.excepthook = explain

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.curvature import GaussNewton
 from bilevel.problem import BilevelProblem, ProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, Status
+from bilevel.trees import flatten
 
 
 class Spectrum(NamedTuple):
@@ -37,7 +38,12 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_error(result, found),
         *_eigenvalues(result, spectrum),
     ]
-    advice = [*_failures(result), *_negative_curvature(result, spectrum, problem), *_bias(result)]
+    advice = [
+        *_failures(result),
+        *_nothing_to_solve(result),
+        *_negative_curvature(result, spectrum, problem),
+        *_bias(result),
+    ]
     advice += _accuracy(result, found, solves) or ([] if advice else ["Nothing to change."])
     return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
@@ -118,6 +124,20 @@ def _failures(result: Hypergradient) -> list[str]:
         if solve is not None
         for status in _statuses(solve.codes)
         if status.failed and status is not Status.NEGATIVE_CURVATURE
+    ]
+
+
+def _nothing_to_solve(result: Hypergradient) -> list[str]:
+    """Where u is zero, and that solves the system: its right-hand side dL/dphi is zero."""
+    zero = result.ok_per_task & (result.linear.residual == 0)
+    for leaf in flatten(result.linear.value)[0]:
+        zero = zero & (leaf == 0).unsqueeze(-1).flatten(zero.ndim).all(-1)
+    if not bool(zero.any()):
+        return []
+    where = "" if zero.ndim == 0 else f" in {int(zero.sum())} of {zero.numel()} tasks"
+    return [
+        f"dL/dphi is zero at phi{where}, so the gradient has no implicit part there. If the outer loss depends on phi, look for what "
+        "cuts it off: detach(), item(), torch.no_grad()."
     ]
 
 

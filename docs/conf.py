@@ -9,7 +9,7 @@ from sphinx.errors import ConfigError
 
 import bilevel
 
-for module in ("furo", "latex2mathml", "myst_parser"):
+for module in ("furo", "hypothesis", "latex2mathml", "myst_parser"):
     if find_spec(module) is None:
         raise ConfigError(f'the pages need {module}, which is not installed: pip install "bilevel[docs]"')
 

@@ -167,7 +167,7 @@ def main(quick: bool, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Data cleaning: a learned weight for every training example")
     parser.add_argument("--quick", action="store_true", help="at most 10 seconds")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the figure")
     options = parser.parse_args()

@@ -196,7 +196,7 @@ def main(quick: bool, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="A deep-equilibrium layer, trained with `backward()`")
     parser.add_argument("--quick", action="store_true", help="fewer runs and epochs")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figure")
     arguments = parser.parse_args()

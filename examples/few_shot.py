@@ -169,7 +169,7 @@ def main(quick: bool, out: Path, folder: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Few-shot learning from a folder of images")
     parser.add_argument("--quick", action="store_true", help="fewer runs, steps and tasks")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figure")
     parser.add_argument("--folder", type=Path, help="your images, <class>/*.png; without it characters are drawn")

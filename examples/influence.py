@@ -146,7 +146,7 @@ def main(quick: bool, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="How much each training example matters")
     parser.add_argument("--quick", action="store_true", help="fewer examples")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figure")
     arguments = parser.parse_args()

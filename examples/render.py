@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import os
 import resource
 import subprocess
@@ -51,6 +52,8 @@ PAGE = """\
 
 ![{title}]({name}.png)
 
+<!-- code {code} -->
+
 Command: `python examples/{name}.py`, {seconds:.0f} seconds of processor time on one thread. Hardware: {processor}; torch
 {torch}, Python {python}.
 
@@ -59,6 +62,13 @@ Command: `python examples/{name}.py`, {seconds:.0f} seconds of processor time on
 ```{{literalinclude}} ../../examples/{name}.py
 :language: python
 :lines: {lines}
+```
+{beside}"""
+GLYPHS = """
+`_glyphs.py`, which lies beside it:
+
+```{literalinclude} ../../examples/_glyphs.py
+:language: python
 ```
 """
 
@@ -84,6 +94,18 @@ def heading(script: Path) -> tuple[str, str, str]:
     return " ".join(title.split()).removesuffix("."), text, f"{first}-{skipped - 1},{skipped + 1}-"
 
 
+def fingerprint(script: Path) -> str:
+    """Of the statements that make the numbers: words, imports and layout may change."""
+    module = ast.parse(script.read_text())
+    kept = [
+        node for node in module.body[1:-1] if not isinstance(node, ast.Import | ast.ImportFrom)
+    ]  # the last one parses options
+    for node in ast.walk(ast.Module(kept, [])):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256("".join(ast.unparse(node) for node in kept).encode()).hexdigest()[:16]
+
+
 def processor_seconds() -> float:
     """Of all the examples that have run: a busy machine does not change it much."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -107,6 +129,8 @@ def render(script: Path) -> None:
         name=script.stem,
         seconds=seconds,
         lines=lines,
+        beside=GLYPHS if "from _glyphs import" in script.read_text() else "",
+        code=fingerprint(script),
         **{key: facts[key] for key in ("processor", "torch", "python")},
     )
     (PAGES / f"{script.stem}.md").write_text(page)

@@ -577,7 +577,7 @@ def test_zero_gradients_and_unused_leaves(dtype):
     result = bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=2), allow_unused=True)
     assert float(result.error_estimate) == 0
     assert float(result.error_bound) < 1e-4 if dtype == torch.float32 else 1e-12
-    assert "Nothing to change" in result.explain()
+    assert "- dL/dphi is zero at phi, so the gradient has no implicit part there." in result.explain()
     constant = bilevel.BilevelProblem.from_functions(
         lambda phi, theta, _: (phi - 1).square().sum(),
         lambda phi, theta, _: phi.square().sum(),
@@ -589,6 +589,26 @@ def test_zero_gradients_and_unused_leaves(dtype):
     )
     assert float(result.error_estimate) == 0 and float(result.error_bound) == 0
     assert "the linear solve" in result.explain()
+
+
+def test_tasks_whose_outer_loss_does_not_see_phi_are_counted():
+    """Leaves with and without axes of their own; the linear solver starts from zero and ends there."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, task: (phi["a"] - theta).square().sum() + (phi["b"] - 1).square(),
+        lambda phi, theta, task: task * (phi["a"].sum() + phi["b"] ** 3),
+        lambda theta, task: {"a": torch.zeros_like(theta), "b": theta.new_zeros(())},
+    )
+    for weights, where in (([0.0, 2.0, 0.0], " in 2 of 3 tasks"), ([1.0, 2.0, 3.0], None)):
+        result = bilevel.hypergradient(
+            problem,
+            torch.ones(4, dtype=F64),
+            torch.tensor(weights, dtype=F64),
+            solver=NewtonCG(max_steps=5, cg_steps=5, tol=1e-12),
+            linsys=CG(max_steps=5, rtol=1e-10),
+            batched=True,
+        )
+        said = f"dL/dphi is zero at phi{where}, so" if where else "dL/dphi is zero"
+        assert (said in result.explain()) == (where is not None)
 
 
 def test_estimate_counts_its_work(monkeypatch):

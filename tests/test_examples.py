@@ -102,10 +102,32 @@ CLAIMS: dict[str, Callable[[str], None]] = {
 }
 
 
+def code_of_the_page(script: Path) -> str:
+    """What a reader copies: the lines that the page includes."""
+    page = (ROOT / "docs" / "examples" / f"{script.stem}.md").read_text()
+    first, last, onwards = map(int, re.search(r":lines: (\d+)-(\d+),(\d+)-\n", page).groups())
+    lines = script.read_text().splitlines()
+    return "\n".join([*lines[first - 1 : last], *lines[onwards - 1 :], ""])
+
+
 @pytest.mark.parametrize("script", EXAMPLES, ids=stem)
 def test_runs_and_keeps_its_claim(script: Path, tmp_path: Path) -> None:
+    """As copied from its page into an empty folder."""
+    copied = tmp_path / script.name
+    copied.write_text(code := code_of_the_page(script))
+    page = (ROOT / "docs" / "examples" / f"{script.stem}.md").read_text()
+    for name in re.findall(r"^from (\w+) import", code, re.MULTILINE):
+        beside = ROOT / "examples" / f"{name}.py"
+        if beside.exists():  # and the page shows it, or links to the page that does
+            text, shown = (
+                (beside.read_text(), f"../../examples/{name}.py")
+                if name.startswith("_")
+                else (code_of_the_page(beside), f"]({name}.md)")
+            )
+            assert shown in page
+            (tmp_path / beside.name).write_text(text)
     done = subprocess.run(
-        [sys.executable, str(script), "--quick", "--out", str(tmp_path)],
+        [sys.executable, str(copied), "--quick", "--out", str(tmp_path)],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -120,17 +142,23 @@ def test_runs_and_keeps_its_claim(script: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=stem)
-def test_has_a_page_with_its_words(script: Path) -> None:
+def test_has_a_page_with_its_words_and_its_numbers(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``python examples/render.py NAME`` writes it."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    import render
+
     module = ast.parse(script.read_text())
     title, text = (ast.get_docstring(module) or "").split("\n\n", 1)
     title = " ".join(title.split()).removesuffix(".")
     page = (ROOT / "docs" / "examples" / f"{script.stem}.md").read_text()
     assert page.startswith(f"# {title}\n\n{text}\n")
-    first, last, onwards = map(int, re.search(r":lines: (\d+)-(\d+),(\d+)-\n", page).groups())
-    lines = script.read_text().splitlines()
-    left_out = lines[last : onwards - 1]
-    assert first == module.body[1].lineno and len(left_out) == 1 and left_out[0].startswith("import _extras")
+    assert code_of_the_page(script) == "".join(
+        line + "\n"
+        for line in script.read_text().splitlines()[module.body[1].lineno - 1 :]
+        if not line.startswith("import _extras")
+    )
+    assert f"<!-- code {render.fingerprint(script)} -->" in page, "the code has changed since the page was made"
     assert f"]({script.stem}.md)" in (ROOT / "docs" / "examples" / "index.md").read_text()
 
 

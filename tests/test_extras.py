@@ -15,9 +15,6 @@ from typing import Any
 
 import pytest
 
-for package in ("matplotlib", "optuna", "platformdirs", "pooch", "PIL", "rich", "scipy", "sklearn", "typer"):
-    pytest.importorskip(package, reason="needs the extras 'benchmarks' and 'examples'")
-
 ROOT = Path(__file__).parents[1]
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a package is imported by another name
 SCRIPTS = [
@@ -53,28 +50,46 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["benchmarks", "examples"])
 def test_the_extra_has_what_the_scripts_import(folder: str) -> None:
-    checked = set(runpy.run_path(str(next((ROOT / folder).glob("*extras.py"))))["PACKAGES"])
-    assert checked <= modules_of(folder)
+    found = modules_of(folder)
     for path in (ROOT / folder).glob("*.py"):
-        assert imported(path) <= checked, path.name
+        assert imported(path) <= found, path.name
+    application = {name for path in (ROOT / "applications").rglob("*.py") for name in imported(path)}
+    assert application <= found
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_a_script_says_what_to_install(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("sklearn", "PIL"):
-        monkeypatch.setitem(sys.modules, package, None)
-    for name in ("extras", "_extras"):
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if imported(path)], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_script_says_what_to_install(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every package that it needs is missing; the first one that it imports is named, in the place of a traceback."""
+    needed = imported(script)
+    for name in {*needed, *(name for name in sys.modules if name.partition(".")[0] in needed)}:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("extras", "_extras", *(path.stem for path in script.parent.glob("*.py"))):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", [str(script)])
     monkeypatch.syspath_prepend(str(script.parent))
-    before = set(sys.modules)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ModuleNotFoundError) as stopped:
         runpy.run_path(str(script), run_name="__main__")
-    where = script.parent.name
-    assert re.fullmatch(
-        rf'the {where} need (PIL, sklearn), not installed: pip install "\.\[{where}\]" in the folder of the repository',
-        str(stopped.value),
+    sys.excepthook(stopped.type, stopped.value, stopped.tb)
+    said, where = capsys.readouterr().err, script.parent.name
+    missing = re.fullmatch(
+        rf'(\w+) is not installed: pip install "\.\[{where}\]" in the folder of the repository\n', said
     )
-    assert not {name for name in set(sys.modules) - before if name.split(".")[0] in ("sklearn", "matplotlib")}
+    assert missing is not None and missing[1] in needed
+
+
+@pytest.mark.parametrize("name", ["benchmarks/extras.py", "examples/_extras.py"])
+def test_other_errors_are_shown_as_usual(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: shown.append(error))
+    runpy.run_path(str(ROOT / name))
+    error = ValueError("no")
+    sys.excepthook(ValueError, error, None)
+    assert shown == [(ValueError, error, None)]
 
 
 def test_the_pages_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

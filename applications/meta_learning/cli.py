@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -174,6 +175,12 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
     """The stored run, and which settings change from here on."""
     old = Config.from_dict(stored["config"])
     config = replace(preset(chosen.name) if chosen.preset_name else old, **chosen.settings)
+    taken = stored["progress"]["step"]
+    if config.outer_steps < taken:
+        raise ConfigError(
+            f"outer_steps: this run has taken {taken} steps; expected at least so many in all, got {config.outer_steps}. To begin anew, "
+            "name another --out"
+        )
     changes = [{"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)]
     data_dir = data_dir_for(config.dataset, chosen.data_dir)
     use_threads(config)
@@ -227,7 +234,7 @@ def _train(
     out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
     if ending is Ending.DONE and progress.step == began:
         out.print("Nothing was left to do. For more steps, name their sum:", highlight=False)
-        out.print(f"  {_resume(folder)} --outer-steps {2 * config.outer_steps}", highlight=False, soft_wrap=True)
+        out.print(f"  {_resume(folder)} --outer-steps {2 * progress.step}", highlight=False, soft_wrap=True)
     _finish(trainer, folder, final_test)
 
 
@@ -430,6 +437,11 @@ def info(
         if what is None:
             print_presets()
             print_environment()
+        elif what not in PRESETS and not Path(what).exists():
+            near = difflib.get_close_matches(what, PRESETS, n=3)
+            raise ConfigError(
+                f"{what} is no preset and no file{', did you mean ' + ' or '.join(near) if near else ''}; imaml info lists the presets"
+            )
         elif what in PRESETS:
             out.print(two_columns(what, list(preset(what).to_dict().items())))
         else:

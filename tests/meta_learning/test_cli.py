@@ -217,6 +217,12 @@ def test_errors_of_the_other_commands(tmp_path: Path, finished: Path) -> None:
     for arguments, words in (
         (["evaluate", tmp_path], "no checkpoint at"),
         (["info", tmp_path], "no checkpoint at"),
+        (["info", "omniglot-5w1"], "omniglot-5w1 is no preset and no file, did you mean omniglot-5w"),
+        (["info", "zzz"], "zzz is no preset and no file; imaml info lists the presets"),
+        (
+            ["train", "--resume", "--out", finished, "--outer-steps", "3"],
+            "--outer-steps: this run has taken 6 steps; expected at least so many in all, got 3. To begin anew, name another --out",
+        ),
         (["evaluate", finished, "--protocol", "loose"], "'loose' is not one of 'paper', 'tight', 'both'"),
         (
             ["train", "--resume", "--out", finished, "--ways", "4"],
