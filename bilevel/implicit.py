@@ -73,7 +73,14 @@ def solve(
             autograd, so that a value that the objective captured and that has changed since leads to a new recording.
 
     Returns:
-        A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`.
+        A :class:`~bilevel.Result`; ``value`` is phi, a tree like the start. It carries no graph; see :func:`argmin`. A solve that
+        failed is no exception: ``status`` says so, of each task.
+
+    Raises:
+        TypeError: an argument is of the wrong kind: no inner solver, a leaf that is no tensor, other dtypes than float32 or float64, two
+            dtypes; or called within a transform of ``torch.func``, for which there is :func:`argmin`.
+        ValueError: an objective that is no scalar, wrong shapes, two devices, a leaf without the task axis, ``quadratic=True`` for a G that
+            is not.
     """
     check_solver(solver)
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched, compile=compile)
@@ -127,7 +134,12 @@ def implicit_gradient(
         compile: as in :func:`solve`.
 
     Returns:
-        A :class:`~bilevel.Hypergradient`; ``inner`` is None.
+        A :class:`~bilevel.Hypergradient`; ``inner`` is None. ``grad`` is a tree like theta; with ``reduction="none"`` it has a task axis.
+
+    Raises:
+        TypeError, ValueError: as :func:`solve`; and ValueError for a leaf of theta that neither G nor L depends on
+            (``allow_unused``), a linear solver that needs a known part of H which the problem does not have, or GaussNewton() for a
+            problem that does not name its outputs.
     """
     call = prepare(
         problem, theta, data, phi, batched=batched, theta_batched=theta_batched, phi_name="phi", compile=compile
@@ -168,6 +180,13 @@ def hypergradient(
             ``rtol``) are then chosen, checked by the error estimate and tightened until it is met, each round from where the one
             before ended. Where it cannot be met (max_steps, or the rounding floor), the status says so. The bias of
             ``GaussNewton()`` and of damping is not counted. See :func:`bilevel.tolerances` for what it costs.
+
+    Returns:
+        A :class:`~bilevel.Hypergradient`: ``grad``, a tree like theta (with ``reduction="none"`` it has a task axis), ``outer``, ``phi``,
+        and what both solves say of themselves. Tasks that failed are left out of the reduction; ``unwrap()`` raises if one did.
+
+    Raises:
+        TypeError, ValueError: as :func:`implicit_gradient`; and ValueError for both of ``init`` and ``warm_start``.
     """
     check_solver(solver)
     if warm_start is not None and init is not None:

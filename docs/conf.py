@@ -19,7 +19,7 @@ project = "bilevel"
 copyright = "The bilevel developers, Apache-2.0"
 release = bilevel.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "statuses"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "mathml", "statuses"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 pygments_dark_style = "github-dark"
@@ -46,6 +46,7 @@ napoleon_use_ivar = True
 # be downloaded. `Tensor` and the rest of the second pattern are names that the annotations import.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?|Tensor"),
+    ("py:.*", r"applications\.meta_learning\..*|(Checkpoint|Config|Data)Error"),  # of which the page has a selection
 ]
 
 

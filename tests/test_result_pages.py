@@ -74,6 +74,8 @@ class TestChoosingSaysWhatWasMeasured:
         assert min(times, key=times.get) == "NewtonCG, cg_rtol=0.1"
         for label in ("NesterovAGD", "LBFGS"):
             assert 2 < times[label] / times["NewtonCG, cg_rtol=0.1"] < float("inf")
+        tight = self.times("penalties", "inner", 1e-6)
+        assert tight["NesterovAGD"] == float("inf") > tight["LBFGS"]
         assert times["ScipyMinimize, L-BFGS-B"] < times["LBFGS"]
 
     @pytest.mark.parametrize("error", [1e-2, 1e-6])

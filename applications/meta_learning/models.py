@@ -304,19 +304,21 @@ class ConvLayer(nn.Module):
 class ConvNet(nn.Module):
     """Four times (3x3 convolution, batch norm, ReLU), then a linear layer. Each of the four halves the image.
 
-    pooled: False: by a stride of 2 (paper, appendix F, for Omniglot); a size is rounded up. True: by max-pooling over 2x2
-        pixels after the ReLU (for Mini-ImageNet; Finn et al. 2017); a size is rounded down.
-
     Batch norm uses the statistics of the batch at hand, in training and in test, so the predictions for the images of
     one task depend on one another ("transductive"; so in all published code of this method).
     The convolutions have no bias: batch norm would subtract it again.
 
-    in_channels: 1 for grey images, 3 for colour.
-    in_size: height and width of the images in pixels; 28 gives the 256 inputs of the last layer of the paper, and 84 with
-        pooling and 32 channels the 800 of MAML's. At least 16 with pooling.
-    zero_head: start the last layer at zero, so that no label is preferred before the first adaptation.
-
     Images (n, in_channels, in_size, in_size) -> logits (n, ways).
+
+    Args:
+        ways: classes to tell apart.
+        channels: of each layer.
+        in_size: height and width of the images in pixels; 28 gives the 256 inputs of the last layer of the paper, and 84 with
+            pooling and 32 channels the 800 of MAML's. At least 16 with pooling.
+        zero_head: start the last layer at zero, so that no label is preferred before the first adaptation.
+        in_channels: 1 for grey images, 3 for colour.
+        pooled: False: by a stride of 2 (paper, appendix F, for Omniglot); a size is rounded up. True: by max-pooling over 2x2
+            pixels after the ReLU (for Mini-ImageNet; Finn et al. 2017); a size is rounded down.
     """
 
     def __init__(

@@ -28,13 +28,14 @@ INK = ("glyphs", "omniglot")  # drawings, which training sees with ink 1 on back
 class Prediction:
     """The classes of some images.
 
-    files: one for each image.
-    classes: the names of the folders of the support images, in order.
-    probabilities: softmax of the network's outputs, float64 (images, classes) on the CPU.
-    adaptation: of the inner solve; it did not fail. Its value is phi.
-    config: the settings that were used.
-    step: meta-steps of the run.
-    shots: support images of each class.
+    Attributes:
+        files: one for each image.
+        classes: the names of the folders of the support images, in order.
+        probabilities: softmax of the network's outputs, float64 (images, classes) on the CPU.
+        adaptation: of the inner solve; it did not fail. Its value is phi.
+        config: the settings that were used.
+        step: meta-steps of the run.
+        shots: support images of each class.
     """
 
     files: tuple[Path, ...]

@@ -27,14 +27,18 @@ def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
 
 
 def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, float]) -> ProximalProblem:
-    """One task: G(phi) = support loss + lambda/2 |phi - theta|^2, L(phi) = query loss (paper, Eq. 3 and 4).
+    """One task: ``G(phi) = support loss + lambda/2 |phi - theta|^2``, ``L(phi) = query loss`` (paper, Eq. 3 and 4).
 
-    module: gives the architecture; phi and theta are dicts like `dict(module.named_parameters())`. Its own parameters
-        are not used.
-    loss: (outputs, targets) -> scalar, a mean over the examples, convex in the outputs if `GaussNewton()` is used.
-    lam: lambda of the paper, one for all parameters or one for each by name.
+    Args:
+        module: gives the architecture; phi and theta are dicts like ``dict(module.named_parameters())``. Its own parameters
+            are not used.
+        loss: (outputs, targets) -> scalar, a mean over the examples, convex in the outputs if ``GaussNewton()`` is used.
+        lam: lambda of the paper, one for all parameters or one for each by name.
 
-    The data of a task are `{"support": {"x": ..., "y": ...}, "query": {"x": ..., "y": ...}}`.
+    The data of a task are ``{"support": {"x": ..., "y": ...}, "query": {"x": ..., "y": ...}}``.
+
+    Raises:
+        ValueError: the module keeps statistics or draws random numbers, or lam does not name its parameters.
     """
     check_module(module)
     names = [name for name, _ in module.named_parameters()]
@@ -69,7 +73,7 @@ def plain_problem(module: nn.Module, loss: Loss) -> BilevelProblem:
 
 
 def head_and_body(module: nn.Module, lam: float, lam_head: float) -> dict[str, float]:
-    """lambda of each parameter: `lam_head` in the submodule `head`, `lam` in all others."""
+    """lambda of each parameter: ``lam_head`` in the submodule ``head``, ``lam`` in all others."""
     return {name: lam_head if name.startswith("head.") else lam for name, _ in module.named_parameters()}
 
 

@@ -15,7 +15,8 @@ from bilevel.result import Status
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGStab(KrylovSolver):
-    """Stabilised bi-conjugate gradients for any invertible A: short recurrences, so memory does not grow. Two products per step.
+    """Stabilised bi-conjugate gradients for any invertible A (van der Vorst, SIAM J. Sci. Stat. Comput. 13, 1992): short recurrences, so
+    memory does not grow. Two products per step.
 
     The residual may rise and fall on the way, and nothing guarantees that it ends. Where the recurrence breaks down (it divides by zero)
     it is started afresh from the point reached, with another shadow residual if need be; where that does not help, as for a

@@ -14,7 +14,8 @@ from bilevel.result import Result, Status
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(LinearSolver):
-    """Form A (d products at once, d^2 memory for each problem of the batch) and factorise it: once for all right-hand sides of an
+    """Form A (d products at once, d^2 memory for each problem of the batch) and factorise it (Golub and Van Loan, Matrix Computations,
+    chapters 3, 4 and 8): once for all right-hand sides of an
     :class:`~bilevel.linsys.Operator` that shares A among them.
 
     Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below

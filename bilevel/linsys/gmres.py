@@ -15,7 +15,8 @@ from bilevel.result import Status
 
 @dataclass(frozen=True, kw_only=True)
 class GMRES(KrylovSolver):
-    """The smallest residual in the Krylov space of any invertible A. One product per step, and one for each restart.
+    """The smallest residual in the Krylov space of any invertible A (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986). One product
+    per step, and one for each restart.
 
     Without restarts it ends after d steps at most; between restarts it keeps all vectors, so memory grows with ``restart``. Too small a
     ``restart`` may stall for ever: a whole cycle without progress ends the solve early (``MAX_STEPS``, or ``DIVERGED`` where nothing was

@@ -31,6 +31,17 @@ def page(result: dict[str, Any]) -> str:
         "",
         "<!-- end of short -->",
         "",
+        f"Every choice: the milliseconds until {_together(f'{LOOSE:g}')} and until {_together(f'{TIGHT:g}')}. A dash: not reached; where "
+        "neither is, the smallest error.",
+        "",
+        "<!-- all -->",
+        "",
+        *_all(problems, "inner", "inner solver"),
+        "",
+        *_all(problems, "linear", "linear solver"),
+        "",
+        "<!-- end of all -->",
+        "",
         "The relative error of the hypergradient over one tolerance, with the other one tight. The inner tolerance is relative to the "
         "gradient at the start, the linear one is `rtol`.",
         "",
@@ -135,6 +146,30 @@ def _short(problems: dict[str, Any]) -> list[str]:
             cells = [_fastest(problem[kind], error) for kind in ("inner", "linear")]
             lines.append(f"| {title} | {_together(f'{error:g}')} | {' | '.join(cells)} |")
     return lines
+
+
+def _all(problems: dict[str, Any], kind: str, heading: str) -> list[str]:
+    """A row for each method, with its cost on each problem."""
+    labels = dict.fromkeys(label for problem in problems.values() for label in problem[kind])
+    titles = " | ".join(problem["title"] for problem in problems.values())
+    lines = [f"| {heading} | {titles} |", "|---" * (1 + len(problems)) + "|"]
+    for label in labels:
+        cells = [_cost(problem[kind].get(label)) for problem in problems.values()]
+        lines.append(f"| {_code(label)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cost(rows: Rows | None) -> str:
+    """Of one method on one problem."""
+    if rows is None:
+        return ""
+    if "refused" in rows[0]:
+        return "refused"
+    found = [_first(rows, error) for error in (LOOSE, TIGHT)]
+    if found == [None, None]:
+        error = _best(rows)["error"]
+        return "failed" if error is None else f"error {_number(error)}"
+    return f"{_time(found[0])} / {_time(found[1])}"
 
 
 def _short_tolerances(problems: dict[str, Any], options: dict[str, Any]) -> list[str]:

@@ -14,12 +14,13 @@ class DataError(RuntimeError):
 class ImageClasses:
     """Images of `num_classes` classes.
 
-    images: uint8. Drawings: (num_classes, drawings, height, width); ink is 255, background 0. With `counts`:
-        (images, channels, height, width), class after class.
-    counts: images of each class, where classes have different numbers of them.
-    names: one per class, e.g. "images_background/Greek/character07".
-    groups: one per class: the published set that it belongs to ("background" or "evaluation" for Omniglot).
-    source_key: hash of what the images were made from; the same for the same drawings in another container.
+    Attributes:
+        images: uint8. Drawings: (num_classes, drawings, height, width); ink is 255, background 0. With `counts`:
+            (images, channels, height, width), class after class.
+        counts: images of each class, where classes have different numbers of them.
+        names: one per class, e.g. "images_background/Greek/character07".
+        groups: one per class: the published set that it belongs to ("background" or "evaluation" for Omniglot).
+        source_key: hash of what the images were made from; the same for the same drawings in another container.
     """
 
     images: Tensor

@@ -11,12 +11,16 @@ FEWEST_CLASSES = 4
 def load_folder(
     data_dir: Path | str | None, cache_dir: Path | str | None = None, size: int = 28, colours: Colours = "rgb"
 ) -> ImageClasses:
-    """All classes in the order of their names. Classes may have different numbers of images.
+    """The classes of a folder ``<class>/<image>.png`` or ``.jpg``, in the order of their names. They may have different numbers of images.
 
-    cache_dir: where the decoded images are kept. None: the user's cache folder.
-    size: height and width to which every image is reduced.
+    Args:
+        data_dir: the folder.
+        cache_dir: where the decoded images are kept. None: the user's cache folder.
+        size: height and width to which every image is reduced.
+        colours: "rgb" or "grey".
 
-    Raises `DataError` for a folder without classes, a class without images, and a file that is no image.
+    Raises:
+        DataError: a folder without classes, a class without images, a file that is no image.
     """
     if data_dir is None:
         raise DataError(

@@ -35,7 +35,7 @@ Array = NDArray[np.float32]
 
 
 def generate_glyphs(num_classes: int, drawings_per_class: int, seed: int, size: int = 28) -> ImageClasses:
-    """`num_classes` new characters, `drawings_per_class` drawings of each, `size` x `size` pixels with grey edges.
+    """``num_classes`` new characters, ``drawings_per_class`` drawings of each, ``size`` x ``size`` pixels with grey edges.
 
     About 1.5 s for 500 classes x 20 drawings on one core. The same arguments give the same bytes on every platform.
     """

@@ -38,10 +38,15 @@ class TaskSampler:
     a random multiple of 90 degrees (all its images alike), so what is told apart are (class, rotation) pairs; one class
     is never in a task twice.
 
-    images: uint8 (num_classes, drawings, height, width), or with `counts` (images, channels, height, width), class after
-        class; the classes in use are copied to `device` once.
-    class_indices: the classes to draw from, e.g. `split.train`.
-    counts: images of each class.
+    Args:
+        images: uint8 (num_classes, drawings, height, width), or with `counts` (images, channels, height, width), class after
+            class; the classes in use are copied to `device` once.
+        class_indices: the classes to draw from, e.g. `split.train`.
+        ways, shots, query_shots: classes of a task, and images of each to adapt to and to be judged on.
+        rotations: see above.
+        seed: the same tasks for the same seed.
+        device, dtype: of the images that are handed out.
+        counts: images of each class.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Split:
 
 
 def random_split(classes: ImageClasses, num_train: int, seed: int) -> Split:
-    """`num_train` classes for training and all others for test, by a random permutation (Omniglot: 1200 of 1623)."""
+    """``num_train`` classes for training and all others for test, by a random permutation (Omniglot: 1200 of 1623)."""
     if not 0 < num_train < classes.num_classes:
         raise ValueError(
             f"num_train: expected 1 to {classes.num_classes - 1}, so that some of the {classes.num_classes} classes "
