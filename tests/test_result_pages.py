@@ -29,7 +29,7 @@ def publish() -> ModuleType:
         sys.path.remove(str(RESULTS))
 
 
-@pytest.mark.parametrize("name", ["logistic", "meta_gradient", "preconditioning"])
+@pytest.mark.parametrize("name", ["floor", "judged_together", "logistic", "meta_gradient", "preconditioning"])
 def test_page_of_a_benchmark_is_that_of_its_numbers(publish: ModuleType, name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == publish.BENCHMARKS[name](name, result)
@@ -39,6 +39,12 @@ def test_page_of_a_run_is_that_of_its_numbers(publish: ModuleType) -> None:
     name = "omniglot_5w1s_cpu"
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == publish.page(name, result)
+
+
+def test_the_readme_has_the_numbers_of_the_run(publish: ModuleType) -> None:
+    name = "omniglot_5w1s_cpu"
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert publish.readme_table(name, result) in (ROOT / "README.md").read_text()
 
 
 def test_page_of_choices_is_that_of_its_numbers(publish: ModuleType) -> None:

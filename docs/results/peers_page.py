@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from applications.meta_learning.logs import provenance
@@ -29,6 +30,8 @@ def quadratic(result: dict[str, Any]) -> str:
         "",
         HOW,
         "",
+        "![Time of each method](quadratic.png)",
+        "",
         *table(rows, options["limit"]),
         "",
         verdict(rows, options["best"], options["target"]),
@@ -43,7 +46,7 @@ def quadratic(result: dict[str, Any]) -> str:
 def batch(result: dict[str, Any]) -> str:
     """Works E and F."""
     options = result["options"]
-    lines = ["# A thousand small problems", "", *_quick(result), HOW, ""]
+    lines = ["# A thousand small problems", "", *_quick(result), HOW, "", "![Time of each method](batch.png)", ""]
     titles = {"E": "All of them easy", "F": "Easy ones and hard ones"}
     texts = {
         "E": "Everyone takes the same number of gradient steps and CG steps, enough for all.",
@@ -82,6 +85,8 @@ def few_shot(result: dict[str, Any]) -> str:
         "process had after a warm-up with two images. [Another page](meta_gradient.md) has more of this library's options.",
         "",
         HOW,
+        "",
+        "![Time of each method](few_shot.png)",
         "",
     ]
     for found in result["works"].values():
@@ -179,6 +184,47 @@ def verdict(rows: Rows, best: str, target: float) -> str:
         f"The fastest right PyTorch peer was *{best}*. Target: at least {target:g} times as fast; {reached}: {row['faster']:.2f} times "
         f"(*{name}*)."
     )
+
+
+def draw(tables: dict[str, Rows], path: Path, key: str = "cpu_milliseconds") -> None:
+    """A panel for each work: the time of each method, this library's in another colour."""
+    from matplotlib import pyplot as plt
+
+    from applications.meta_learning.report import PALETTE, STYLE
+
+    timed = {title: [(name, row[key]) for name, row in rows.items() if key in row] for title, rows in tables.items()}
+    with plt.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        height = 0.8 + 0.32 * max(map(len, timed.values()))
+        figure, panels = plt.subplots(
+            1, len(timed), figsize=(6.5 * len(timed), height), squeeze=False, layout="constrained"
+        )
+        for axes, (title, rows) in zip(panels[0], timed.items(), strict=True):
+            names, times = zip(*reversed(rows), strict=True)
+            colours = [PALETTE[0] if name.startswith("bilevel") else "#777777" for name in names]
+            axes.scatter(times, names, color=colours)  # points: on a logarithmic axis a bar has no length
+            for name, time in rows:
+                axes.annotate(_number(time), (time, name), (6, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.set(xscale="log", title=title)
+            axes.margins(y=0.12)
+            axes.set_xlabel("milliseconds" + (" of the processor" if key.startswith("cpu") else ""))
+            axes.set_xlim(0.7 * min(times), 3 * max(times))
+        figure.savefig(path)
+        plt.close(figure)
+
+
+TITLES = {
+    "A": "A: 16 tasks 5-way 1-shot",
+    "B": "B: 2 tasks 20-way 5-shot",
+    "E": "E: 1,000 easy problems",
+    "F": "F: 1,000 unequal problems",
+}
+
+
+def tables(result: dict[str, Any]) -> dict[str, Rows]:
+    """Of the works of a result, by their titles."""
+    if "works" not in result:
+        return {"": result["rows"]}
+    return {TITLES[work]: found["rows"] for work, found in result["works"].items()}
 
 
 def _masks(rows: Rows) -> str:

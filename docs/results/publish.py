@@ -5,7 +5,7 @@
     python docs/results/publish.py benchmark NAME
 
 RUN is the folder of ``imaml train``; each EVALUATION is what ``imaml evaluate RUN --json`` printed. Writes NAME.json, NAME.png and
-NAME.md beside this file; ``page`` makes the page again. ``benchmark`` makes NAME.md (of ``choices`` also the figure) from the NAME.json
+NAME.md beside this file; ``page`` makes the page again. ``benchmark`` makes NAME.md, and the figure where there is one, from the NAME.json
 that benchmarks/NAME.py wrote. What is to be said in words comes from NAME.note.txt, without numbers: these come from the JSON.
 """
 
@@ -189,6 +189,8 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
     lines = [
         "# The hypergradient of a logistic regression",
         "",
+        "![Time of each method](logistic.png)",
+        "",
         "1,000 examples, 200 features with one log-penalty each, 5 classes, float64, from a start at zero; every method with the fastest "
         "tolerances at which the relative error of its gradient is at most 1e-6. The methods run in turn.",
         "",
@@ -201,7 +203,17 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
             f"| {method} | {row['milliseconds']:.1f} | {row['fastest']:.1f} | {row['ratio']:.2f} ({low:.2f} .. {high:.2f}) | "
             f"{row['error']:.0e} | {row['tol']:.0e}, {row['rtol']:.0e} |"
         )
+    ours = min(row["milliseconds"] for method, row in rows.items() if method.startswith("bilevel"))
+    peers = {method: row["milliseconds"] for method, row in rows.items() if not method.startswith("bilevel")}
+    torch_peers = [time for method, time in peers.items() if method != "jaxopt"]
     lines += [
+        "",
+        *(
+            f"The fastest row of this library takes {ours / time:.2f} times the time of *{method}*."
+            for method, time in peers.items()
+        ),
+        f"Target: at most 15 ms, {_reached(ours <= 15)}; and a third of the time of the fastest right PyTorch peer, "
+        f"{_reached(bool(torch_peers) and 3 * ours <= min(torch_peers))}.",
         "",
         f"{options['repeats']} repetitions, {options['threads']} threads. Command: `{public(environment['command'])}`. "
         f"{provenance(environment)}.",
@@ -210,15 +222,91 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
     return "\n".join(lines) + note(name)
 
 
+def judged_together(name: str, result: dict[str, Any]) -> str:
+    """The page of benchmarks/judged_together.py, in Markdown; docs/own_images.md takes the table from between the marks."""
+    options, config, environment = result["options"], result["config"], result["environment"]
+    lines = [
+        "# How much an answer depends on the images beside it",
+        "",
+        "Batch norm takes its mean and variance from the images at hand (transductive). Accuracy in percent, with the 95 % interval "
+        f"over the tasks: {options['trials']} tasks of {config['ways']} classes that were held out, {config['shots']} support image of "
+        f"each, the others to be classified; meta-trained in {config['outer_steps']} steps of {config['meta_batch']} tasks on "
+        "generated characters.",
+        "",
+        "<!-- table -->",
+        "",
+        "| images given at once | alone | with the support images beside them |",
+        "|---|---|---|",
+        *(
+            f"| {kind} | " + " | ".join(f"{each['mean']:.1f} ± {each['half']:.1f}" for each in row) + " |"
+            for kind, row in result["rows"].items()
+        ),
+        "",
+        "<!-- end of table -->",
+        "",
+        f"Split: random, {options['train']} characters for meta-training, {options['test']} held out. Command: "
+        f"`{public(environment['command'])}`, seed {options['seed']}. {provenance(environment)}.",
+        "",
+    ]
+    return "\n".join(lines) + note(name)
+
+
+def floor(name: str, result: dict[str, Any]) -> str:
+    """The page of benchmarks/floor.py, in Markdown."""
+    options, environment = result["options"], result["environment"]
+    titles = {
+        "A": "A: 16 tasks 5-way 1-shot, this processor",
+        "B": "B: 2 tasks 20-way 5-shot, this processor",
+        "5w1s": f"a meta-step of {options['tasks']} tasks 5-way 1-shot, H200",
+        "20w5s": f"a meta-step of {options['tasks']} tasks 20-way 5-shot, H200",
+    }
+    lines = [
+        "# What a meta-gradient takes at least",
+        "",
+        "The operations of products and convolutions at the rate of a large product, and what all operators read and write, one after "
+        "the other, at the rate of a large copy. One does not exclude the other, so the floor of this composition is the larger of both; "
+        "fusing operators would lower the second.",
+        "",
+        "| work | operations | bytes | operators | operations take | bytes take | measured here |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for work, row in result["rows"].items():
+        least = max(row["compute_ms"], row["memory_ms"])
+        if "measured_ms" in row:
+            reached = f"{row['measured_ms']:,.0f} ms, {row['measured_ms'] / least:.1f} times the larger"
+        else:
+            reached = f"not measured on a GPU yet; target {row['target_ms']:g} ms, {row['target_ms'] / least:.1f} times the larger"
+        lines.append(
+            f"| {titles[work]} | {row['operations'] / 1e9:,.0f} GFLOP | {row['bytes'] / 1e9:,.1f} GB | {row['operators']:,} | "
+            f"{row['compute_ms']:,.1f} ms | {row['memory_ms']:,.1f} ms | {reached} |"
+        )
+    here, there = result["rows"]["A"], result["rows"]["5w1s"]
+    lines += [
+        "",
+        f"Rates: this processor, one thread, measured, {here['operations_per_ms'] / 1e6:,.0f} GFLOP/s and "
+        f"{here['bytes_per_ms'] / 1e6:,.1f} GB/s; an H200, from its data sheet, {there['operations_per_ms'] / 1e9:,.0f} TFLOP/s in "
+        f"float32 and {there['bytes_per_ms'] / 1e9:.1f} TB/s. The GPU's works are counted "
+        f"with {options['counted']} tasks and multiplied. The times "
+        "measured here are those of [one meta-gradient beside its peers](few_shot.md).",
+        "",
+        f"Command: `{public(environment['command'])}`. {provenance(environment)}.",
+        "",
+    ]
+    return "\n".join(lines) + note(name)
+
+
 def choices(name: str, result: dict[str, Any]) -> str:
-    """The page of benchmarks/choices.py, in Markdown, and its figure."""
-    choices_page.draw(result, HERE / f"{name}.png")
+    """The page of benchmarks/choices.py, in Markdown."""
     return choices_page.page(result) + note(name)
 
 
 def beside_peers(name: str, result: dict[str, Any]) -> str:
     """The page of a benchmark that runs the peers too, in Markdown."""
     return str(getattr(peers_page, name)(result)) + note(name)
+
+
+def _reached(yes: bool) -> str:
+    return "reached" if yes else "**not reached**"
 
 
 def _code(label: str) -> str:
@@ -231,6 +319,8 @@ BENCHMARKS = {
     "batch": beside_peers,
     "choices": choices,
     "few_shot": beside_peers,
+    "floor": floor,
+    "judged_together": judged_together,
     "logistic": logistic_page,
     "meta_gradient": benchmark_page,
     "preconditioning": preconditioning_page,
@@ -239,11 +329,19 @@ BENCHMARKS = {
 }
 
 
-def into_readme(name: str, result: dict[str, Any]) -> None:
-    """The table of the README, between its two marks."""
-    readme = HERE.parents[1] / "README.md"
-    before, rest = readme.read_text().split("<!-- results -->\n", 1)
-    after = rest.split("<!-- end of results -->", 1)[1]
+def draw(name: str, result: dict[str, Any]) -> None:
+    """The figure of a benchmark that does not draw its own."""
+    path = HERE / f"{name}.png"
+    if name == "choices":
+        choices_page.draw(result, path)
+    elif name == "logistic":
+        peers_page.draw({"": result["rows"]}, path, "milliseconds")
+    elif name in ("batch", "few_shot", "quadratic"):
+        peers_page.draw(peers_page.tables(result), path)
+
+
+def readme_table(name: str, result: dict[str, Any]) -> str:
+    """What the README says of a result, between its two marks."""
     environment, minutes = result["environment"], result["training"][-1]["seconds"] / 60
     rows = [
         f"| {protocol} | {100 * row['mean']:.2f} ± {100 * row['interval']:.2f} % | {row['tasks']} | {row['query_shots']} |"
@@ -259,15 +357,25 @@ def into_readme(name: str, result: dict[str, Any]) -> None:
         "",
         "Not measured on a GPU yet.",
     ]
-    readme.write_text(before + "<!-- results -->\n" + "\n".join(table) + "\n<!-- end of results -->" + after)
+    return "<!-- results -->\n" + "\n".join(table) + "\n<!-- end of results -->"
+
+
+def into_readme(name: str, result: dict[str, Any]) -> None:
+    """Put it there."""
+    readme = HERE.parents[1] / "README.md"
+    before, rest = readme.read_text().split("<!-- results -->\n", 1)
+    readme.write_text(before + readme_table(name, result) + rest.split("<!-- end of results -->", 1)[1])
 
 
 def main() -> None:
     """The command line."""
     if sys.argv[1] in ("benchmark", "page"):
         name = sys.argv[2]
+        result = json.loads((HERE / f"{name}.json").read_text())
+        if sys.argv[1] == "benchmark":
+            draw(name, result)
         make = BENCHMARKS[name] if sys.argv[1] == "benchmark" else page
-        (HERE / f"{name}.md").write_text(make(name, json.loads((HERE / f"{name}.json").read_text())))
+        (HERE / f"{name}.md").write_text(make(name, result))
         return
     run, name, evaluations = Path(sys.argv[2]), sys.argv[3], [Path(arg) for arg in sys.argv[4:]]
     result = read_run(run, evaluations)

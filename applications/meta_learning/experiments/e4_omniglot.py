@@ -176,6 +176,7 @@ class Table2(Experiment):
                     *_accuracies(group, column),
                     "",
                     *_comparison(group),
+                    *_beside_the_paper(group, column),
                 ]
         lines += ["## What the runs met", "", *_met(runs), "", *_failures(runs)]
         missing = result["expected"] - len(runs)
@@ -301,6 +302,43 @@ def _comparison(group: list[Numbers]) -> list[str]:
         *table(["difference", "at equal outer steps", "at equal time"], lines),
         "",
     ]  # fmt: skip
+
+
+def _beside_the_paper(group: list[Numbers], column: str) -> list[str]:
+    """What agrees with the table, what does not, and why, as far as the runs tell."""
+    protocol = next(iter(group[0]["tests"]))
+    rows = {row: [run for run in group if run["row"] == row] for row in ROWS}
+    mean = {
+        row: statistics.mean(100 * run["tests"][protocol]["mean"] for run in runs) for row, runs in rows.items() if runs
+    }
+    quoted = {row: float(text.split()[0]) for row, text in QUOTED[column].items()}
+    both = [row for row in mean if row in quoted]
+    if not both:
+        return []
+    lines = ["Beside the paper:", ""]
+    for row in both:
+        seen = max(1, sum(run["tasks"] for run in rows[row]))
+        negative, left_out = (sum(run[key] for run in rows[row]) / seen for key in ("negative_tasks", "failed_tasks"))
+        why = (
+            f" In {100 * negative:.0f} % of its tasks CG met negative curvature: where the inner steps end, the matrix of the implicit "
+            f"gradient is not positive definite, and there is no such gradient ([measured](e7_assumptions.md)). {100 * left_out:.0f} % were left "
+            "out; codes that go on use a vector that means nothing."
+            if negative > 0.1
+            else ""
+        )
+        lines.append(f"- {ROWS[row]}: {mean[row] - quoted[row]:+.1f} points.{why}")
+    tasks = statistics.mean(run["tasks"] for runs in rows.values() for run in runs)
+    lines.append(
+        f"- All rows saw {tasks:,.0f} tasks; the paper's runs saw at least 200,000, and not fewer than 20,000 outer steps. That these are "
+        "lower is to be expected, and says nothing of where they would end."
+    )
+    order = sorted(both, key=lambda row: -quoted[row])
+    here = sorted(both, key=lambda row: -mean[row])
+    if len(both) > 1:
+        same = "that of" if order == here else "not that of"
+        names = ", ".join(ROWS[row] for row in here)
+        lines.append(f"- The order here, {names}, is {same} the paper ({', '.join(ROWS[row] for row in order)}).")
+    return [*lines, ""]
 
 
 def _difference(values: list[float]) -> str:

@@ -42,6 +42,7 @@ from bilevel.solvers import LBFGS
 
 STAGES = (0, 50, 100, 150)  # meta-steps
 TASKS, LANCZOS, FURTHER, MANY = 8, 30, 100, 50
+TEST_TASKS, TEST_QUERIES = 100, 5
 CHANNELS, META_BATCH = 32, 8
 AUDIT_SEED = 7_001  # tasks of the training classes, other than those of the training
 POINTS = ("adapted", "further")
@@ -204,7 +205,7 @@ def _audit(trainer: Trainer, tasks: int) -> Numbers:
     for key, steps in (("cg", config.linear_steps), ("cg_many", MANY)):
         found[f"adapted_{key}"] = _meets_negative_curvature(problem, start, theta, data, steps)
         found[f"further_{key}"] = _meets_negative_curvature(problem, further.value, theta, data, steps)
-    accuracy = trainer.test(tasks=100, query_shots=5, seed=config.seed)
+    accuracy = trainer.test(tasks=TEST_TASKS, query_shots=TEST_QUERIES, seed=config.seed)
     return {
         "tasks": tasks,
         "failed": tasks - int(kept.sum()),
@@ -325,7 +326,8 @@ def _setup(result: Numbers) -> list[str]:
         f"{result['cg_steps']} CG steps, Adam), but with {result['meta_batch']} tasks in a meta-step: once for each lambda with the "
         "Gauss-Newton matrix in the linear systems, and once with the Hessian, to the letter. The audit is in float64, of "
         f"{tasks} tasks that the training has not drawn: at the adapted parameters, and further on, where up to {result['further']} steps "
-        f"of L-BFGS lead from there. Eigenvalues by {result['lanczos']} Lanczos steps.",
+        f"of L-BFGS lead from there. Eigenvalues by {result['lanczos']} Lanczos steps. Test accuracies are of {TEST_TASKS} tasks of "
+        f"held-out classes with {TEST_QUERIES} queries each ({preset('omniglot-5w1s-gd').split} split, one seed).",
     ]
 
 

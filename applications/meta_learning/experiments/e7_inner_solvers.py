@@ -303,7 +303,8 @@ def _setup(result: Numbers) -> list[str]:
         f"Batch norm: {told['batch norm']}.",
         "",
         f"Meta-training: {result['meta_steps']} meta-steps of {result['meta_batch']} tasks, inner steps of gradient descent of "
-        f"{result['inner_step_size']:g}, Gauss-Newton matrix, one seed. Tests: {tests['tasks']} tasks of held-out classes, 5 queries each.",
+        f"{result['inner_step_size']:g}, Gauss-Newton matrix, one seed, {preset('omniglot-5w1s-gd').split} split of the "
+        f"characters. Tests: {tests['tasks']} tasks of held-out classes, 5 queries each.",
     ]
 
 
