@@ -81,7 +81,10 @@ def test_differences_are_taken_seed_by_seed_with_students_interval() -> None:
 
 def test_one_cell_by_name_and_a_page_of_what_is_there(tmp_path: Path) -> None:
     wrong = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "nothing", "--out", str(tmp_path)])
-    assert wrong.exit_code == 2 and "--only: expected a cell of e4_omniglot_cpu (5w1s-ours-random-0" in wrong.output
+    words = "--only: got 'nothing'; expected one of the 28 cells of e4_omniglot_cpu, such as 5w1s-ours-random-0, "
+    assert wrong.exit_code == 2 and words in wrong.output
+    near = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "5w1s-hf-random", "--out", str(tmp_path)])
+    assert near.exit_code == 2 and "such as 5w1s-hf-random-" in near.output
     whole = RUNNER.invoke(app, ["experiment", "e1", "--only", "nothing", "--out", str(tmp_path)])
     assert whole.exit_code == 2 and "measured as a whole" in whole.output
     done = RUNNER.invoke(

@@ -321,8 +321,8 @@ def _beside_the_paper(group: list[Numbers], column: str) -> list[str]:
         negative, left_out = (sum(run[key] for run in rows[row]) / seen for key in ("negative_tasks", "failed_tasks"))
         why = (
             f" In {100 * negative:.0f} % of its tasks CG met negative curvature: where the inner steps end, the matrix of the implicit "
-            f"gradient is not positive definite, and there is no such gradient ([measured](e7_assumptions.md)). {100 * left_out:.0f} % were left "
-            "out; codes that go on use a vector that means nothing."
+            "gradient is not positive definite, and there is no such gradient ([measured](e7_assumptions.md)). "
+            f"{100 * left_out:.0f} % were left out; codes that go on use a vector that means nothing."
             if negative > 0.1
             else ""
         )
