@@ -151,6 +151,25 @@ def test_notes_have_no_numbers(path: Path) -> None:
     assert not re.search(r"\d", words), words
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("floor", ["--quick"]), ("judged_together", ["--trials", "2", "--outer-steps", "2"])]
+)
+def test_a_small_run_makes_a_page(publish: ModuleType, name: str, options: list[str], tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.json"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), *options, "--json", str(path)],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    page = publish.BENCHMARKS[name](name, json.loads(path.read_text()))
+    assert not re.search(r"\b(nan|inf|None)\b", page), page
+    assert not list(tmp_path.glob("*/")), "it leaves nothing behind but its numbers"
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict:
     path = tmp_path_factory.mktemp("choices") / "choices.json"

@@ -198,10 +198,21 @@ def test_beside_the_paper() -> None:
 
     def one(row: str, final: float, negative: int, failed: int) -> dict[str, Any]:
         counts = {"tasks": 200, "negative_tasks": negative, "failed_tasks": failed}
-        return {**run(row, 0, [0.2, final], 1.0, final), **counts, "tests": {"paper": {"mean": final, "interval": 0.01}}}
+        return {
+            **run(row, 0, [0.2, final], 1.0, final),
+            **counts,
+            "tests": {"paper": {"mean": final, "interval": 0.01}},
+        }
 
     text = "\n".join(e4._beside_the_paper([one("gd", 0.40, 180, 150), one("fo", 0.90, 0, 0)], "5w1s"))
     assert "- iMAML, gradient descent: -59.2 points. In 90 % of its tasks CG met negative curvature" in text
-    assert "75 % were left out" in text and "- first-order MAML: -8.3 points.\n" in text and "All rows saw 200 tasks" in text
-    assert "first-order MAML, iMAML, gradient descent, is not that of the paper (iMAML, gradient descent, first-order MAML)" in text
+    assert (
+        "75 % were left out" in text
+        and "- first-order MAML: -8.3 points.\n" in text
+        and "All rows saw 200 tasks" in text
+    )
+    assert (
+        "first-order MAML, iMAML, gradient descent, is not that of the paper (iMAML, gradient descent, first-order MAML)"
+        in text
+    )
     assert e4._beside_the_paper([one(e4.OURS, 0.9, 0, 0)], "5w1s") == []
