@@ -23,7 +23,7 @@ from few_shot import LAM, WORKS
 from gpu_parts import TARGETS_MS, Setting, Traffic, milliseconds
 from meta_gradient import tasks
 from torch.utils.flop_counter import FlopCounterMode
-from turns import HERE, environment
+from turns import environment
 
 import bilevel
 from applications.meta_learning.models import ConvNet, initial_theta

@@ -270,10 +270,13 @@ def floor(name: str, result: dict[str, Any]) -> str:
         "| work | operations | bytes | operators | operations take | bytes take | measured here |",
         "|---|---|---|---|---|---|---|",
     ]
+    measured = json.loads((HERE / "few_shot.json").read_text())["works"]
     for work, row in result["rows"].items():
         least = max(row["compute_ms"], row["memory_ms"])
-        if "measured_ms" in row:
-            reached = f"{row['measured_ms']:,.0f} ms, {row['measured_ms'] / least:.1f} times the larger"
+        if work in measured:
+            ours = [row for name, row in measured[work]["rows"].items() if name.startswith("bilevel")]
+            took = min(row["cpu_milliseconds"] for row in ours)
+            reached = f"{took:,.0f} ms, {took / least:.1f} times the larger"
         else:
             reached = f"not measured on a GPU yet; target {row['target_ms']:g} ms, {row['target_ms'] / least:.1f} times the larger"
         lines.append(
