@@ -83,12 +83,8 @@ def main() -> None:
     if args.quick:
         WORKS.update(A={"count": 2, "ways": 3, "shots": 1}, B={"count": 2, "ways": 3, "shots": 1})
     here, rows = rates(128 if args.quick else 2048), {}
-    measured = json.loads((HERE.parent / "docs" / "results" / "few_shot.json").read_text())["works"]
     for work in WORKS:
-        took = min(
-            row["cpu_milliseconds"] for name, row in measured[work]["rows"].items() if name.startswith("bilevel")
-        )
-        rows[work] = {**counts(meta_gradient(work)), **here, "measured_ms": took}
+        rows[work] = {**counts(meta_gradient(work)), **here}
     for work, target in TARGETS_MS.items():
         setting = Setting(work, CPU, args.quick, 0)
         config = setting.config(meta_batch=COUNTED)
