@@ -509,7 +509,9 @@ def experiment(
             if only is not None and only not in one.cells:
                 near = difflib.get_close_matches(only, one.cells, n=3) or one.cells[:3]
                 names = f"such as {', '.join(near)}" if near else "but there is none, because it is measured as a whole"
-                raise ConfigError(f"--only: got {only!r}; expected one of the {len(one.cells)} cells of {one.name}, {names}")
+                raise ConfigError(
+                    f"--only: got {only!r}; expected one of the {len(one.cells)} cells of {one.name}, {names}"
+                )
             out.print(one.title, highlight=False)
             path = one.record(
                 folder, quick=quick, seed=seed, data_dir=data_dir_for("omniglot", data_dir), only=only, console=out
