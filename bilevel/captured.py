@@ -352,9 +352,7 @@ def _close(pool: Any) -> None:
     fails with an internal error.
     """
     device = torch.cuda.current_device()
-    with suppress(
-        AttributeError, RuntimeError
-    ):  # where PyTorch has done it, there is nothing to end, which is an error
+    with suppress(AttributeError, RuntimeError):  # of a PyTorch that has ended it already
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)
 

@@ -183,7 +183,8 @@ def hypergradient(
 
     Returns:
         A :class:`~bilevel.Hypergradient`: ``grad``, a tree like theta (with ``reduction="none"`` it has a task axis), ``outer``, ``phi``,
-        and what both solves say of themselves. Tasks that failed are left out of the reduction; ``unwrap()`` raises if one did.
+        and what both solves say of themselves. Tasks that failed are left out of the reduction (``ok_per_task``); ``unwrap()`` raises where
+        none is left, and with ``reduction="none"`` where one failed.
 
     Raises:
         TypeError, ValueError: as :func:`implicit_gradient`; and ValueError for both of ``init`` and ``warm_start``.

@@ -437,15 +437,15 @@ def info(
         if what is None:
             print_presets()
             print_environment()
-        elif what not in PRESETS and not Path(what).exists():
+        elif what in PRESETS:
+            out.print(two_columns(what, list(preset(what).to_dict().items())))
+        elif Path(what).exists():
+            print_checkpoint(Path(what))
+        else:
             near = difflib.get_close_matches(what, PRESETS, n=3)
             raise ConfigError(
                 f"{what} is no preset and no file{', did you mean ' + ' or '.join(near) if near else ''}; imaml info lists the presets"
             )
-        elif what in PRESETS:
-            out.print(two_columns(what, list(preset(what).to_dict().items())))
-        else:
-            print_checkpoint(Path(what))
 
 
 @app.command("demo")

@@ -16,7 +16,7 @@ from applications.meta_learning.problem import Theta, batched_outputs
 from bilevel import BilevelProblem
 
 BATCH = (
-    25  # tasks drawn at a time: the tasks of a seed depend on it, so it is no option; `chunk_size` bounds the memory
+    25  # tasks drawn at a time. The tasks of a seed depend on it, so it is no option; `chunk_size` bounds the memory
 )
 CURVE_STEPS = (1, 2, 3, 5, 10, 20, 50, 100)
 

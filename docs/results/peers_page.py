@@ -189,6 +189,7 @@ def verdict(rows: Rows, best: str, target: float) -> str:
 def draw(tables: dict[str, Rows], path: Path, key: str = "cpu_milliseconds") -> None:
     """A panel for each work: the time of each method, this library's in another colour."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     from applications.meta_learning.report import PALETTE, STYLE
 
@@ -206,6 +207,7 @@ def draw(tables: dict[str, Rows], path: Path, key: str = "cpu_milliseconds") -> 
                 axes.annotate(_number(time), (time, name), (6, 0), textcoords="offset points", va="center", fontsize=8)
             axes.set(xscale="log", title=title)
             axes.margins(y=0.12)
+            axes.xaxis.set_minor_formatter(NullFormatter())  # each point has its number
             axes.set_xlabel("milliseconds" + (" of the processor" if key.startswith("cpu") else ""))
             axes.set_xlim(0.7 * min(times), 3 * max(times))
         figure.savefig(path)
