@@ -59,11 +59,15 @@ class Algorithm:
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitMAML(Algorithm):
-    """iMAML (Algorithm 1 and 2 of the paper). With the linear solver `Identity` it is first-order MAML (appendix A)."""
+    """iMAML (Algorithm 1 and 2 of the paper). With the linear solver `Identity` it is first-order MAML (appendix A).
+
+    compile: as in :func:`bilevel.hypergradient`.
+    """
 
     linsys: LinearSolver
     curvature: Hessian | GaussNewton = Hessian()
     damping: float = 0.0
+    compile: bool = False
 
     def meta_gradient(self, problem: BilevelProblem, theta: Theta, data: Any) -> MetaGradient:
         found = bilevel.hypergradient(
@@ -77,6 +81,7 @@ class ImplicitMAML(Algorithm):
             batched=True,
             chunk_size=self.chunk_size,
             outer_chunk_size=self.outer_chunk_size,
+            compile=self.compile,
         )
         return _from_library(found)
 

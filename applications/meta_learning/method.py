@@ -116,6 +116,7 @@ def _algorithm(config: Config) -> Algorithm:
             linsys=_linear_solver(config),
             curvature=_curvature(config.curvature),
             damping=config.damping,
+            compile=config.compile,
         )
     kind = FirstOrderMAML if config.algorithm == "first-order" else Reptile
     return kind(solver=solver, chunk_size=chunk_size, outer_chunk_size=outer_chunk_size)

@@ -22,6 +22,7 @@ from applications.meta_learning.run import Ending, Run, StopRequest, stop_on_sig
 from applications.meta_learning.train import Trainer, TrainingFailed
 from bilevel.curvature import GaussNewton
 from bilevel.linsys import CG
+from bilevel.tracing import Programs
 from tests.meta_learning.tiny import SINUSOID, TINY, tiny_source
 
 ALGORITHMS: dict[str, dict[str, Any]] = {
@@ -35,6 +36,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "two lambdas": {"lam_head": 0.1},
     "float64": {"dtype": "float64"},
     "chunks": {"chunk_size": 2},
+    "recorded": {"compile": True},
     "maml": {"algorithm": "maml", "lam": 0.0},
     "maml, proximal": {"algorithm": "maml", "inner": "agd"},
     "truncated": {"algorithm": "maml", "truncate": 1},
@@ -76,6 +78,20 @@ def test_a_step_is_adam_along_the_mean_meta_gradient() -> None:
         trainer.meta_step()
     for name, leaf in theta.items():
         torch.testing.assert_close(trainer.theta[name], leaf.detach(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"inner": "newton-cg", "inner_curvature": "gauss-newton", "inner_step_size": 0.0}], ids=str
+)
+def test_a_recorded_run_is_the_run(settings: dict[str, Any]) -> None:
+    config = replace(SINUSOID, dtype="float64", **settings)
+    plain, recorded = Trainer(config, tiny_source(config)), Trainer(replace(config, compile=True), tiny_source(config))
+    for _ in range(4):
+        expected, found = plain.meta_step(), recorded.meta_step()
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-9)
+    assert len(Programs.of(recorded.method.problem)) > 0 and len(Programs.of(plain.method.problem)) == 0
+    for name, leaf in plain.theta.items():
+        torch.testing.assert_close(recorded.theta[name], leaf, rtol=1e-8, atol=1e-9)
 
 
 def test_training_learns() -> None:
