@@ -78,6 +78,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     ours = str(PEERS / "logistic_bilevel.py")
     commands = {"bilevel": [sys.executable, ours], "bilevel, compile=True": [sys.executable, ours]}
+    commands["PyTorch by hand"] = [sys.executable, str(PEERS / "logistic_torch.py")]
     for name in ("torchopt", "jaxopt"):
         if getattr(args, name):
             has_peers(getattr(args, name), [name], "peers" if name == "torchopt" else "peers-jax")

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Linearisation, Objective
 from bilevel.problem import BilevelProblem
+from bilevel.simplify import FORMULAS, simplify
 
 Function = Callable[..., Any]
 P = TypeVar("P")
@@ -263,58 +264,16 @@ class TracedLinearisation:
 
 def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
     """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd needs."""
-    module = make_fx(function)(*arguments)
+    module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
     if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
-        module = make_fx(torch.func.functionalize(module, remove="mutations"))(*arguments)
+        functional = torch.func.functionalize(module, remove="mutations")
+        module = make_fx(functional, decomposition_table=FORMULAS)(*arguments)
     for node in module.graph.nodes:
-        if node.target in (_aten.detach.default, _aten.alias.default):
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is _aten.t.default and node.args[0].target is _aten.t.default:
-            node.replace_all_uses_with(node.args[0].args[0])
-        elif node.target is _aten.view.default:  # of vectors whose strides may be others next time
+        if node.target is _aten.view.default:  # of vectors whose strides may be others next time
             node.target = _aten.reshape.default
-    _without_ones(module.graph)
-    module.graph.eliminate_dead_code()
+    simplify(module.graph)
     module.recompile()
     return module
-
-
-_SHAPES_ONLY = (
-    _aten.expand.default,
-    _aten.reshape.default,
-    _aten.squeeze.dim,
-    _aten.unsqueeze.default,
-    _aten.t.default,
-)
-
-
-def _without_ones(graph: fx.Graph) -> None:
-    """Backward passes begin with a gradient of one: what is multiplied by it, or by minus one, needs no product."""
-    ones: set[fx.Node] = set()
-    minus: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target is _aten.ones_like.default:
-            ones.add(node)
-        elif node.target in _SHAPES_ONLY and node.args[0] in ones | minus:
-            (ones if node.args[0] in ones else minus).add(node)
-        elif node.target is _aten.neg.default and node.args[0] in ones:
-            minus.add(node)
-        elif node.target is _aten.sum.default and _like(node) == _like(node.args[0]) and _like(node)[0] == ():
-            node.replace_all_uses_with(node.args[0])
-        elif node.target is _aten.mul.Tensor and all(isinstance(argument, fx.Node) for argument in node.args):
-            for factor, other in (node.args, node.args[::-1]):
-                if factor in ones | minus and _like(other) == _like(node):
-                    if factor in minus:
-                        with graph.inserting_before(node):
-                            other = graph.call_function(_aten.neg.default, (other,))
-                            other.meta = node.meta
-                    node.replace_all_uses_with(other)
-                    break
-
-
-def _like(node: fx.Node) -> tuple[Any, ...]:
-    found = node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"]
-    return tuple(found.shape), found.dtype
 
 
 def _is_mutable(target: Any) -> bool:

@@ -172,6 +172,26 @@ def test_peers_on_the_quadratic(scripts: Any, monkeypatch: pytest.MonkeyPatch, t
     assert (found < quadratic.LIMIT) == (peer != "betty")  # its CG is wrong
 
 
+@pytest.mark.parametrize("method", ["bilevel", "torch", "torchopt", "jaxopt"])
+def test_methods_of_the_logistic_regression(
+    scripts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    if method != "bilevel":
+        pytest.importorskip(method)
+    logistic, errors = scripts("logistic"), []
+    for name, size in (("EXAMPLES", 60), ("FEATURES", 7), ("CLASSES", 3)):
+        monkeypatch.setattr(logistic, name, size)
+    np.savez(tmp_path / "problem.npz", **logistic.instance(1))
+
+    def serve(hypergradient: Any, error: Any) -> None:
+        errors.append(error(hypergradient(1e-9, 1e-9)))
+
+    monkeypatch.setattr(scripts("worker"), "serve", serve)
+    monkeypatch.setattr(sys, "argv", [method, str(tmp_path / "problem.npz"), "1", "compile"])
+    runpy.run_path(str(BENCHMARKS / "peers" / f"logistic_{method}.py"))
+    assert errors[0] < 1e-7
+
+
 @pytest.mark.parametrize(
     ("name", "work", "mode"),
     [
