@@ -12,6 +12,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -218,6 +219,60 @@ def test_this_library_on_few_shot_learning(scripts: Any, monkeypatch: pytest.Mon
 
 
 # protocol and pages
+
+
+@pytest.mark.parametrize(
+    ("operator", "expected"),
+    [
+        ("aten::mm", 0),
+        ("aten::_convolution", 0),
+        ("aten::mkldnn_convolution", 0),
+        ("aten::convolution_backward", 0),
+        ("aten::addmv_", 0),
+        ("aten::copy_", 1),
+        ("aten::_to_copy", 1),
+        ("aten::im2col", 1),
+        ("aten::mul", 2),
+        ("aten::sum", 2),
+        ("aten::mean", 2),
+    ],
+)
+def test_kinds_of_operators(scripts: Any, operator: str, expected: int) -> None:
+    shares = scripts("shares")
+    assert shares.kind(operator) == [*shares.KINDS, shares.REST][expected]
+
+
+def test_shares_of_a_product_and_a_pause(scripts: Any) -> None:
+    x = torch.randn(400, 400)
+
+    def work() -> None:
+        for _ in range(10):
+            x @ x
+        time.sleep(0.02)
+
+    found = scripts("shares").spent(work, 0.2)
+    assert found["milliseconds"] > 20 and found["operators"] >= 10
+    assert found["shares"]["between operators"] > 0.1 and sum(found["shares"].values()) == pytest.approx(1)
+    assert found["shares"]["products and convolutions"] > 10 * found["shares"]["copies and layout"]
+
+
+def test_the_script_of_the_shares(scripts: Any, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        BENCHMARKS / "shares.py",
+        "--works",
+        "C",
+        "--seconds",
+        "0.01",
+        "--json",
+        tmp_path / "found.json",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]["C"]
+    assert rows["bilevel"]["operators"] < rows["by hand"]["operators"]  # what quadratic=True is for
 
 
 def test_turns_on_the_command_line(tmp_path: Path, scripts: Any) -> None:

@@ -318,6 +318,41 @@ def _code(label: str) -> str:
     return f"`{expression[0]}`{label[len(expression[0]) :]}" if expression else label
 
 
+def shares(name: str, result: dict[str, Any]) -> str:
+    """The page of benchmarks/shares.py, in Markdown."""
+    options, environment = result["options"], result["environment"]
+    titles = {
+        "A": "A: [16 tasks 5-way 1-shot](few_shot.md)",
+        "B": "B: [2 tasks 20-way 5-shot](few_shot.md)",
+        "C": "C: [one small quadratic](quadratic.md), `quadratic=True, compile=True`",
+        "D": "D: [a logistic regression](logistic.md), `compile=True`",
+    }
+    kinds = list(next(iter(result["rows"].values()))["bilevel"]["shares"])
+    lines = [
+        "# What the time is spent on",
+        "",
+        "Works that miss an aim in speed, beside the same work by hand in PyTorch: the shares of a call's time within kinds of operators and "
+        "between them (Python, autograd's bookkeeping), from the profiler of PyTorch, which costs about a microsecond for each operator. The "
+        "milliseconds are without it, each method by itself in a warm process; the pages of the works have them in turn with the peers.",
+        "",
+        f"| work | | milliseconds | operators | threads | {' | '.join(kinds)} |",
+        "|---|---|---|---|---|" + "---|" * len(kinds),
+    ]
+    for work, methods in result["rows"].items():
+        for method, row in methods.items():
+            cells = " | ".join(f"{100 * row['shares'][each]:.0f} %" for each in kinds)
+            lines.append(
+                f"| {titles[work]} | {method} | {row['milliseconds']:,.1f} | {row['operators']:,} | {row['threads']} | {cells} |"
+            )
+    lines += [
+        "",
+        f"Each time: the median of at least {options['seconds']:g} s of calls. Command: `{public(environment['command'])}`. "
+        f"{provenance(environment)}.",
+        "",
+    ]
+    return "\n".join(lines) + note(name)
+
+
 BENCHMARKS = {
     "batch": beside_peers,
     "choices": choices,
@@ -329,6 +364,7 @@ BENCHMARKS = {
     "preconditioning": preconditioning_page,
     "quadratic": beside_peers,
     "scaling": beside_peers,
+    "shares": shares,
 }
 
 
