@@ -29,7 +29,7 @@ def publish() -> ModuleType:
         sys.path.remove(str(RESULTS))
 
 
-@pytest.mark.parametrize("name", ["floor", "judged_together", "logistic", "meta_gradient", "preconditioning"])
+@pytest.mark.parametrize("name", ["floor", "judged_together", "logistic", "meta_gradient", "preconditioning", "shares"])
 def test_page_of_a_benchmark_is_that_of_its_numbers(publish: ModuleType, name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == publish.BENCHMARKS[name](name, result)

@@ -331,9 +331,10 @@ def shares(name: str, result: dict[str, Any]) -> str:
     lines = [
         "# What the time is spent on",
         "",
-        "Works that miss an aim in speed, beside the same work by hand in PyTorch: the shares of a call's time within kinds of operators and "
-        "between them (Python, autograd's bookkeeping), from the profiler of PyTorch, which costs about a microsecond for each operator. The "
-        "milliseconds are without it, each method by itself in a warm process; the pages of the works have them in turn with the peers.",
+        "Works that miss an aim in speed, beside the same work by hand in PyTorch: the shares of a call's time within kinds of "
+        "operators and between them (Python, autograd's bookkeeping), from the profiler of PyTorch, which costs about a microsecond for "
+        "each operator. The milliseconds are without it, each method by itself in a warm process; the pages of the works have them in "
+        "turn with the peers.",
         "",
         f"| work | | milliseconds | operators | threads | {' | '.join(kinds)} |",
         "|---|---|---|---|---|" + "---|" * len(kinds),
