@@ -41,7 +41,8 @@ class Hessian:
 
     Args:
         product: how a product with it is taken. Where an operator of the problem lacks what that needs (attention and recurrent
-            layers do), the next of ReverseOverReverse, ForwardOverReverse, FiniteDifference is taken, and the log says so.
+            layers do), the next of ReverseOverReverse, ForwardOverReverse, FiniteDifference is taken, and the log says so. With
+            ``quadratic=True`` it is that of the check at the solution; the matrix in between is made with the first that works.
     """
 
     product: HessianProduct = ReverseOverReverse()

@@ -76,18 +76,27 @@ def test_curve_is_that_of_gradient_descent_in_numpy(lam: float) -> None:
     assert [point["step"] for point in found["training"]] == [1, 2]
 
 
-def with_search(folder: Path, row: str, errors: list[float | None]) -> None:
-    for candidate, error in zip(e6.GRID[row], errors, strict=True):
-        write_json(folder / f"{e6.part_name(row, candidate)}.json", {"error": error, "failed_tasks": 0})
+def with_search(folder: Path, row: str, errors: list[float | None], finals: dict[int, float | None]) -> None:
+    """Results on disk: of the short runs, and of the long ones of the candidates with these numbers."""
+    short = [(candidate, error, e6.SEARCH_STEPS) for candidate, error in zip(e6.GRID[row], errors, strict=True)]
+    long = [(e6.GRID[row][i], error, e6.OUTER_STEPS) for i, error in finals.items()]
+    for candidate, error, steps in short + long:
+        write_json(folder / f"{e6.part_name(row, candidate, steps)}.json", {"error": error, "failed_tasks": 0})
 
 
-def test_search_takes_the_smallest_error_and_no_failure(tmp_path: Path) -> None:
+def test_search_takes_the_best_of_each_rate_to_full_length(tmp_path: Path) -> None:
     grid = e6.GRID["gd"]
-    errors: list[float | None] = [float(5 + i) for i in range(len(grid))]
-    errors[0], errors[3] = None, 0.25
-    with_search(tmp_path, "gd", errors)
-    assert e6.E6()._search(request(tmp_path, quick=False), "gd")["chosen"] == grid[3]
-    with_search(tmp_path, "maml", [None] * len(e6.GRID["maml"]))
+    rates = [candidate["outer_rate"] for candidate in grid]
+    assert rates[0] == rates[2] != rates[1] == rates[3]
+    # number 3 is the best of the short runs, and not of the long ones; 0 failed
+    with_search(tmp_path, "gd", [None, 0.5, 0.3, 0.2, 0.9, 0.9], {2: 0.1, 3: 0.4})
+    found = e6.E6()._search(request(tmp_path, quick=False), "gd")
+    assert found["chosen"] == grid[2] and [one["error"] for one in found["finals"]] == [0.1, 0.4]
+    assert [one["error"] for one in found["tried"]] == [None, 0.5, 0.3, 0.2, 0.9, 0.9]
+
+
+def test_search_in_which_nothing_can_be_trained(tmp_path: Path) -> None:
+    with_search(tmp_path, "maml", [None] * len(e6.GRID["maml"]), {0: None, 1: None})
     with pytest.raises(RuntimeError, match=r"^MAML: no candidate of the search could be trained$"):
         e6.E6()._search(request(tmp_path, quick=False), "maml")
 
@@ -111,6 +120,9 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
         monkeypatch.setattr(e6, name, record)
     result = e6.E6().run(request(tmp_path, quick=False))
     searched, reported = ({c.seed for c in configs[name]} for name in ("searched", "trained"))
+    lengths = [c.outer_steps for c in configs["searched"]]
+    assert lengths.count(e6.SEARCH_STEPS) == sum(map(len, e6.GRID.values()))
+    assert lengths.count(e6.OUTER_STEPS) == len(e6.ROWS) * len(e6.RATES)
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
     assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(2) == len(e6.ROWS)
