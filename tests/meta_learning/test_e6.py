@@ -174,3 +174,15 @@ def test_convergence_says_what_a_run_of_twice_the_length_gained() -> None:
     assert "between 50 and 50 % of the error: more steps would still change these numbers." in lines[0]
     assert "| MAML | 5 | 2 | 1 | 0.5 | 1 | 1 |" in lines
     assert e6._convergence({"runs": runs[::2], "settings": settings}) == []
+
+
+def test_inner_solves_are_told_by_their_gradient_and_by_what_more_steps_gain() -> None:
+    settings = {row: {"inner_steps": 1 if row == "gd" else 10} for row in e6.ROWS}
+    runs = [made_up(row, seed, (3.0 + seed, 1.0)) for row in e6.ROWS for seed in range(3)]
+    for run in runs:
+        for point in run["curve"]:
+            point["residual"] = 7.0 / point["steps"] + run["seed"]
+    lines = e6._inner_solves({"runs": runs, "settings": settings})
+    told = "- K = 5, iMAML, gradient descent, 1 steps: |dG/dphi| = 8; error 4, after 100 steps 1. Meta-training has improved phi*"
+    assert any(line.startswith(told) for line in lines)
+    assert "- K = 5, iMAML, Hessian-free, 10 steps: |dG/dphi| = 1.7; error 1, after 100 steps 1." in lines

@@ -158,6 +158,7 @@ class E6(Experiment):
             *_errors(result),
             *_astray(result),
             *_comparison(result),
+            *_inner_solves(result),
             *_convergence(result),
             *_settings(result),
         ]
@@ -309,6 +310,34 @@ def _comparison(result: Numbers) -> list[str]:
             f"above 0 at {against}."
         )
     return [*lines, ""]
+
+
+def _inner_solves(result: Numbers) -> list[str]:
+    """How far the steps of training are from the point at which iMAML takes its gradient."""
+    lines = [
+        "The gradient of iMAML is that of the inner solution phi*, and it is as good as the inner solve. After the steps of training "
+        "(median over the tasks of a run, then over the runs; error of the same points, and after 100 steps):",
+        "",
+    ]
+    for k, row in itertools.product(_shots(result), IMAML):
+        runs, steps = select(result, row, k), result["settings"][row]["inner_steps"]
+        points = [next(p for p in run["curve"] if p["steps"] == steps) for run in runs]
+        residual = statistics.median(p["residual"] for p in points)
+        here, there = (statistics.median(values) for values in zip(*_ends(runs, steps), strict=True))
+        lines.append(
+            f"- K = {k}, {ROWS[row]}, {steps} steps: |dG/dphi| = {residual:.2g}; error {here:.3g}, after 100 steps {there:.3g}."
+            + (
+                " Meta-training has improved phi*, which so few steps do not reach: solve the inner problem further, or better."
+                if here > 2 * there
+                else ""
+            )
+        )
+    return [*lines, ""]
+
+
+def _ends(runs: list[Numbers], steps: int) -> list[tuple[float, float]]:
+    """The errors of each run after so many inner steps and after the most."""
+    return [(next(p["mean"] for p in run["curve"] if p["steps"] == steps), run["curve"][-1]["mean"]) for run in runs]
 
 
 def _listed(steps: list[int]) -> str:
