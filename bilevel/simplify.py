@@ -1,7 +1,8 @@
 """A recorded program without the work that only the general rules of autograd need.
 
 Backward passes begin with a gradient of one, add the zeros of branches that nothing depends on, take powers of one and zero, and compute
-again what another pass has computed. Leaving that out changes nothing but the sign of a zero: NaN and infinity go where they went.
+again what another pass has computed. Leaving that out changes nothing but the sign of a zero: NaN and infinity go where they went. Strides
+are kept: an operator may have been recorded for those that its argument had.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
@@ -96,9 +98,15 @@ def _key(node: fx.Node) -> Any:
     if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
         return node
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
-    return node.target, structure, tuple((type(leaf), leaf) for leaf in leaves)  # 1, 1.0 and True are equal
+    # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+    return (
+        node.target,
+        structure,
+        tuple(leaf if isinstance(leaf, fx.Node) else (type(leaf), repr(leaf)) for leaf in leaves),
+    )
 
 
 def _like(node: fx.Node) -> tuple[Any, ...]:
     found = node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"]
-    return tuple(found.shape), found.dtype
+    stride = found.stride if isinstance(found, TensorMetadata) else found.stride()
+    return tuple(found.shape), tuple(stride), found.dtype

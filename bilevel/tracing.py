@@ -7,7 +7,7 @@ as one program, which is then cut into what depends on the point alone and is do
 
 A program holds for the shapes, strides, dtypes and static leaves of data that it was recorded for, and for the Python values
 that the user's functions captured. Whether those are still the same is checked at the end of every solve, by one gradient that
-autograd takes.
+autograd takes. The products are compared with those of autograd when they are recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -113,15 +113,33 @@ class _Nothing:
 
 
 def with_programs(call: C, run: Callable[[C], R]) -> R:
-    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date.
+    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date, and without any where
+    they cannot be replayed.
 
     Raises:
         ValueError: the objective is no function of its arguments.
     """
+    if call.programs is None:
+        return run(call)
     try:
         return run(call)
     except Stale:
-        call.programs.clear()
+        failure: Exception | None = None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a program, or the user's own: the same call without programs tells
+        failure = error
+    call.programs.clear()
+    if failure is not None:
+        found = run(replace(call, programs=None))  # type: ignore[type-var]
+        reason = str(failure).strip().splitlines() or [""]
+        _logger.warning(
+            "compile=True: what was recorded could not be replayed (%s: %s); the call was made without. Does a shape depend on the "
+            "numbers in data?",
+            type(failure).__name__,
+            reason[0],
+        )
+        return found
     try:
         return run(call)
     except Stale as error:
@@ -161,18 +179,21 @@ class TracedObjective(Objective):
         return value, grad
 
     def verify(self, phi: Tensor) -> None:
-        """Raise :class:`Stale` where the recorded gradient is not the one that autograd takes now: near phi and not at it, so that a
-        term whose gradient is zero there is seen by its curvature.
+        """Raise :class:`Stale` where the recorded gradient is not the one that autograd takes now: near phi and theta and not at them, so
+        that a term whose gradient is zero there is seen by its derivatives.
         """
-        program = self._gradient_program(phi)
-        if program is None:
+        parts = self._parts("gradient", _value_and_grad, phi.detach())
+        if parts is None:
             return
-        size = 1e-3 * (1 + phi.detach().abs())
-        near = phi.detach() + size * torch.arange(phi.shape[-1], device=phi.device).to(phi).cos()
-        grad, recorded = self._over(self.tensors).value_and_grad(near)[1], program(near)[1]
-        scale = 1 + grad.abs().nan_to_num(0, 0, 0).amax()
-        same = (grad - recorded).abs() <= torch.finfo(grad.dtype).eps ** 0.5 * scale
-        if not bool((same | ~grad.isfinite()).all()):
+        near = _near(phi, 0)
+        n = self.flat.num_theta
+        elsewhere = [*(_near(leaf, 1 + i) for i, leaf in enumerate(self.tensors[:n])), *self.tensors[n:]]
+        grad = self._over(elsewhere).value_and_grad(near)[1]
+        if not bool(grad.isfinite().all()):  # theta may lie at the edge of what G is defined for
+            elsewhere = list(self.tensors)
+            grad = self._over(elsewhere).value_and_grad(near)[1]
+        before, rest = parts
+        if not _same(grad, rest(near, *before(*elsewhere))[1]):
             raise Stale
 
     def only(self, rows: Tensor) -> Objective | None:
@@ -197,23 +218,30 @@ class TracedObjective(Objective):
 
     def _gradient_program(self, phi: Tensor) -> Function | None:
         """The one that `verify` looks at: none of the others is older."""
-        return self._whole("gradient", lambda objective, phi: objective.value_and_grad(phi), phi.detach())
+        return self._whole("gradient", _value_and_grad, phi.detach())
 
     def _whole(self, name: str, function: Function, phi: Tensor) -> Function | None:
         """``function(objective, phi)`` as a program of phi; what does not depend on phi is computed once."""
         if name not in self._of_phi:
-
-            def record() -> tuple[Function, Function]:
-                whole = recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors)
-                return _without_constants(whole)
-
-            program = self._programs.get((name, *self._key), record)
-            if program is None:
+            parts = self._parts(name, function, phi)
+            if parts is None:
                 self._of_phi[name] = None
             else:
-                constants, rest = program[0](*self.tensors), program[1]
+                constants, rest = parts[0](*self.tensors), parts[1]
                 self._of_phi[name] = lambda phi: rest(phi, *constants)
         return self._of_phi[name]
+
+    def _parts(self, name: str, function: Function, phi: Tensor) -> tuple[Function, Function] | None:
+        """The program in two parts: ``(*tensors) -> constants`` and ``(phi, *constants) -> function(objective, phi)``."""
+
+        def record() -> tuple[Function, Function]:
+            whole = recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors)
+            before, rest = _without_constants(whole)
+            if name == "value":  # the gradient is verified in every call
+                _check(function(self._over(self.tensors), phi), rest(phi, *before(*self.tensors)))
+            return before, rest
+
+        return self._programs.get((name, *self._key), record)
 
     def _linearised(self, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool) -> Linearised:
         exact: list[bool] = []
@@ -226,7 +254,17 @@ class TracedObjective(Objective):
             return [local.value, local.grad, product, cross]
 
         # u and v are not phi, so that the program knows them apart
-        return Linearised(*_cut(recorded(everything, phi.clone(), phi.clone(), phi, *self.tensors)), exact[0])
+        found = Linearised(*_cut(recorded(everything, phi.clone(), phi.clone(), phi, *self.tensors)), exact[0])
+        if exact[0]:
+            v = _near(phi, 0) - phi
+            local = Linearisation(self._over(self.tensors), phi, curvature, damping, with_theta)
+            _, _, for_product, for_cross = found.prepare(phi, *self.tensors)
+            _check(local.matvec(v), found.product(v, *for_product))
+            if with_theta:
+                for expected, leaf in zip(local.cross(v), found.cross(v, *for_cross), strict=True):
+                    if expected is not None and leaf is not None:
+                        _check(expected, leaf)
+        return found
 
     def _over(self, tensors: Sequence[Tensor]) -> Objective:
         """The same objective of other tensors, not recorded."""
@@ -260,6 +298,32 @@ class TracedLinearisation:
     def cross(self, u: Tensor, *, keep: bool = False) -> list[Tensor | None]:
         """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf."""
         return list(self._program.cross(u, *self._for_cross))
+
+
+def _value_and_grad(objective: Objective, phi: Tensor) -> tuple[Tensor, Tensor]:
+    return objective.value_and_grad(phi)
+
+
+def _near(x: Tensor, number: int) -> Tensor:
+    """A point near x, with the same strides, in another direction for each number; x itself where entries share their memory."""
+    x = x.detach()
+    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        return x
+    wave = (torch.arange(x.numel(), device=x.device).to(x) + number).cos().reshape(x.shape)
+    found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+    return found.copy_(x + 1e-3 * (1 + x.abs()) * wave)
+
+
+def _same(expected: Tensor, found: Tensor) -> bool:
+    """Whether they are equal but for rounding where the expected one is finite."""
+    scale = 1 + expected.abs().nan_to_num(0, 0, 0).amax()
+    same = (expected - found).abs() <= torch.finfo(expected.dtype).eps ** 0.5 * scale
+    return bool((same | ~expected.isfinite()).all())
+
+
+def _check(expected: Tensor, found: Tensor) -> None:
+    if not _same(expected, found):
+        raise RuntimeError("what was recorded does not give the same numbers")
 
 
 def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:

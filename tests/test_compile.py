@@ -291,6 +291,90 @@ def test_a_captured_value_that_shows_in_the_curvature_alone() -> None:
         assert found.unwrap()[0].item() == pytest.approx(weight / (weight + 1))
 
 
+def test_a_captured_value_that_shows_in_the_cross_derivative_alone() -> None:
+    """At theta = 0 neither the gradient of G nor its Hessian knows the scale; dphi/dtheta = -scale does."""
+    scale = [1.0]
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * phi.square().sum() + scale[0] * (theta * phi).sum() - phi.sum(),
+        lambda phi, theta, data: 0.5 * (phi - 3).square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    for scale[0] in (1.0, 2.0):
+        found = bilevel.hypergradient(problem, torch.zeros(3, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=True)
+        torch.testing.assert_close(found.unwrap(), torch.full((3,), 2 * scale[0], dtype=F64))
+
+
+def test_theta_at_the_edge_of_where_the_objective_is_defined() -> None:
+    """sqrt(theta) at theta = 0: the check cannot look at both sides of it, and still sees that the weight has changed."""
+    weight = [1.0]
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            0.5 * weight[0] * (phi - 1).square().sum() + 0.5 * ((1 + theta.sqrt()) * phi.square()).sum()
+        ),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.tensor([0.0, 0.0, 4.0], dtype=F64)
+    for weight[0] in (1.0, 3.0):
+        found = bilevel.solve(problem, theta, solver=NEWTON, compile=True).unwrap()
+        torch.testing.assert_close(found, weight[0] / (weight[0] + 1 + theta.sqrt()))
+
+
+def test_operators_get_the_layout_that_they_were_recorded_with() -> None:
+    """The backward pass of a group norm wants a contiguous gradient, which the power of one gives it here."""
+    torch.manual_seed(0)
+
+    def normed(theta: Tensor) -> Tensor:
+        shift, scale = torch.ones(4).to(theta), torch.arange(4.0).to(theta)
+        return torch.nn.functional.group_norm(theta.reshape(2, 4, 3), 2, scale, shift)
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            0.5 * (phi - 0.3).square().sum() + 0.02 * phi.square().mean() * normed(theta).pow(1).sum()
+        ),
+        lambda phi, theta, data: (phi - 1).square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.randn(24, dtype=F64)
+    plain, compiled = (
+        bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED, compile=compile).unwrap()
+        for compile in (False, True)
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_shapes_that_depend_on_the_numbers_of_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + 0.5 * phi[data].square().mean(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.ones(6, dtype=F64)
+    for count in (3, 5, 5, 1):
+        mask = torch.arange(6) < count
+        found = bilevel.hypergradient(problem, theta, mask, solver=NEWTON, linsys=SOLVED, compile=True).unwrap()
+        torch.testing.assert_close(found, torch.where(mask, 1 / (1 + 1 / count), 1.0).to(F64))
+    told = [message for message in caplog.messages if "could not be replayed" in message]
+    assert len(told) == 2 and all("Does a shape depend on the numbers in data?" in message for message in told)
+
+
+@pytest.mark.parametrize("which", ["product", "cross"])
+def test_a_program_that_gives_other_numbers_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str
+) -> None:
+    """The products are compared with autograd's when they are recorded."""
+
+    def wrong(whole: torch.fx.GraphModule) -> Any:
+        prepare, product, cross = _cut(whole)
+        if which == "product":
+            return prepare, lambda v, *saved: 1.01 * product(v, *saved), cross
+        return prepare, product, lambda u, *saved: [-leaf for leaf in cross(u, *saved)]
+
+    monkeypatch.setattr("bilevel.tracing._cut", wrong)
+    assert weighted_grad(Weighted(1.0)) == pytest.approx(0.5)
+    assert any("does not give the same numbers" in message for message in caplog.messages)
+
+
 def test_a_call_that_failed_leaves_nothing_out_of_date() -> None:
     problem = Weighted(1.0)
 

@@ -57,6 +57,9 @@ KEPT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "a sum with a factor": (lambda x: torch.add(torch.ones_like(x), x, alpha=3), (X,)),
     "zero plus, with a factor": (lambda x: torch.add(torch.zeros_like(x), x, alpha=3), (X,)),
     "a sum of a vector": (lambda x: x.sum(), (X[0],)),
+    "a product whose factor repeats one row": (lambda x: x[:1].expand(4, 3) * torch.ones(4, 3, dtype=F64), (X,)),
+    "a product that is stored in rows": (lambda x: x.t() * torch.ones_like(x.t().contiguous()), (X,)),
+    "a power that is stored without gaps": (lambda x: x[:, :2].pow(1), (X,)),
     "not one": (lambda x: x * (2 * torch.ones_like(x)), (X,)),
     "one plus": (lambda x: x + torch.ones_like(x), (X,)),
     "a power of two": (lambda x: x.pow(2), (X,)),
@@ -66,7 +69,7 @@ KEPT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize(("function", "arguments"), KEPT.values(), ids=KEPT)
 def test_what_changes_something_stays(function: Callable[..., Tensor], arguments: tuple[Tensor, ...]) -> None:
     found, expected = simplified(function, *arguments)(*arguments), function(*arguments)
-    assert found.dtype == expected.dtype
+    assert found.dtype == expected.dtype and found.stride() == expected.stride()
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -90,6 +93,11 @@ def test_numbers_that_are_equal_and_not_the_same_are_told_apart() -> None:
     n = torch.arange(3)
     found = simplified(function, n)(n)
     assert [part.dtype for part in found] == [part.dtype for part in function(n)]
+
+
+def test_zeros_of_both_signs_are_told_apart() -> None:
+    module = simplified(lambda x: torch.copysign(x, 0.0) - torch.copysign(x, -0.0), X[0])
+    assert module(X[0]).tolist() == (2 * X[0].abs()).tolist()
 
 
 def test_chance_is_asked_anew() -> None:
