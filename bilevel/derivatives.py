@@ -16,23 +16,28 @@ axis. An argument without the axis is shared by the problems along it, and is ne
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from bilevel.curvature import Curvature, FiniteDifference, GaussNewton, Hessian, ReverseOverReverse
+from bilevel.curvature import (
+    Curvature,
+    FiniteDifference,
+    ForwardOverReverse,
+    GaussNewton,
+    Hessian,
+    HessianProduct,
+    ReverseOverReverse,
+)
 from bilevel.problem import BilevelProblem
-from bilevel.products import finite_difference, next_after
+from bilevel.products import FALL_BACK, OF_A_MODEL, finite_difference, next_after
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
 Levels = tuple[tuple[bool, ...], ...]
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Flat:
     theta: Structure
     data: Structure
     data_static: tuple[Any, ...]  # the leaves of data, TENSOR in the place of each tensor
+    fallen: dict[Any, HessianProduct] = field(default_factory=dict, compare=False, repr=False)
+    """In this call, what stands for products that an operator of the problem does not allow."""
 
     symmetric: ClassVar[bool] = True  # the derivative of the condition in phi
     source: ClassVar[str] = "inner_objective"  # what the user calls the function behind the condition
@@ -61,6 +68,11 @@ class Flat:
     def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
         """Numbers at base level, over a batch."""
         return Objective(self, levels, tensors, sizes)
+
+    @property
+    def said(self) -> set[str]:
+        """What the log has been told of this problem."""
+        return self.problem.__dict__.setdefault("_said", set())
 
     @property
     def num_theta(self) -> int:
@@ -369,12 +381,15 @@ class Linearisation:
             )
         self.value, self.grad = objective._with_split(phi.detach(), value.detach(), self._grad.detach())
         self._tensors, self._levels = [tensor.detach() for tensor in tensors], levels
-        self._product = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
+        self._asked = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
+        self._product = flat.fallen.get(self._asked, self._asked)
 
     @property
     def exact(self) -> bool:
         """Whether all products so far were exact but for rounding."""
-        return not isinstance(self._product, FiniteDifference)
+        return not (
+            isinstance(self._product, FiniteDifference) or (self._gauss_newton and not self._gauss_newton.exact)
+        )
 
     def matvec(self, v: Tensor) -> Tensor:
         """(curvature + damping I) v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
@@ -398,10 +413,11 @@ class Linearisation:
             try:
                 return product(v)
             except (NotImplementedError, RuntimeError) as error:
-                following = next_after(self._product, error)
+                flat = self._objective.flat
+                following = next_after(self._product, error, FALL_BACK, "Hessian product", flat.said)
                 if following is None:
                     raise
-                self._product = following
+                self._product = flat.fallen[self._asked] = following
 
     def _hessian_product(self, v: Tensor) -> Tensor:
         if isinstance(self._product, ReverseOverReverse):
@@ -465,7 +481,7 @@ class _GaussNewtonProduct:
             )
         levels = with_axis(objective.levels)
         predict = over_levels(flat.predict, levels)
-        self._phi, self._forward_mode = phi, True
+        self._phi, self._flat = phi, flat
         self._predict = lambda point: predict(point, *objective.tensors)
         self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
@@ -480,18 +496,36 @@ class _GaussNewtonProduct:
         )
         return product + self._known(v)
 
+    @property
+    def exact(self) -> bool:
+        """Whether all products so far were exact but for rounding."""
+        return not isinstance(self._way, FiniteDifference)
+
+    @property
+    def _way(self) -> HessianProduct:
+        return self._flat.fallen.get(_GaussNewtonProduct, OF_A_MODEL[0])
+
     def _jacobian_product(self, v: Tensor) -> Tensor:
-        """J v: by forward mode, which is cheaper, unless an operator of the model lacks it or there are several v
-        for each problem.
-        """
-        if self._forward_mode and v.ndim == self._phi.ndim:
+        """J v, in another way where an operator of the model lacks the derivative that this one needs."""
+        while True:
             try:
-                return torch.func.jvp(self._predict, (self._phi.detach(),), (v,))[1]
-            except NotImplementedError as error:
-                _logger.info(
-                    "GaussNewton: no forward mode for this model, going on with two reverse passes (%s)", error
-                )
-                self._forward_mode = False
+                return self._along(v)
+            except (NotImplementedError, RuntimeError) as error:
+                following = next_after(self._way, error, OF_A_MODEL, "GaussNewton", self._flat.said)
+                if following is None:
+                    raise
+                self._flat.fallen[_GaussNewtonProduct] = following
+
+    def _along(self, v: Tensor) -> Tensor:
+        if isinstance(self._way, FiniteDifference):
+            phi = self._phi.detach()
+            rows = [
+                finite_difference(lambda x: [self._predict(x)], phi, row, None)[0] for row in v.reshape(-1, *phi.shape)
+            ]
+            found = torch.stack([row for row in rows if row is not None])
+            return found.reshape(*v.shape[: v.ndim - phi.ndim], *found.shape[1:])
+        if isinstance(self._way, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
+            return torch.func.jvp(self._predict, (self._phi.detach(),), (v,))[1]
         if self._transposed is None:
             # J v is the derivative of w -> J^T w
             with torch.enable_grad():

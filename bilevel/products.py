@@ -6,7 +6,7 @@ With g(phi) = (dG/dphi, dG/dtheta), both products along a direction v are the de
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ Gradient = Callable[[Tensor], list[Tensor | None]]
 
 FALL_BACK: tuple[HessianProduct, ...] = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
 
+OF_A_MODEL: tuple[HessianProduct, ...] = (ForwardOverReverse(), ReverseOverReverse(), FiniteDifference())
+"""The same for the Jacobian of a model: one forward pass with tangents, two reverse passes, a difference of two outputs."""
+
 HINT = " For attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the model allows exact products."
 
 
@@ -29,19 +32,23 @@ def is_missing(error: Exception) -> bool:
     return isinstance(error, NotImplementedError) or "not implemented" in words or "not support" in words
 
 
-def next_after(product: HessianProduct, error: Exception) -> HessianProduct | None:
-    """What to try where an operator lacks what ``product`` needs; logged. None: there is nothing left."""
-    kinds = [type(other) for other in FALL_BACK]
-    following = FALL_BACK[kinds.index(type(product)) + 1 :]
+def next_after(
+    product: HessianProduct, error: Exception, order: Sequence[HessianProduct], what: str, said: set[str]
+) -> HessianProduct | None:
+    """What to try where an operator lacks what ``product`` needs; None: there is nothing left. The log says it once: what it has said
+    is in ``said``.
+    """
+    kinds = [type(other) for other in order]
+    following = order[kinds.index(type(product)) + 1 :]
     if not following or not is_missing(error):
         return None
-    _logger.warning(
-        "%s cannot be used here, going on with %s (%s).%s",
-        product,
-        following[0],
-        str(error).splitlines()[0][:200],
-        HINT,
-    )
+    words = f"{what}: {product} cannot be used here, going on with {following[0]}"
+    if words not in said:
+        said.add(words)
+        level = (
+            logging.INFO if isinstance(following[0], ReverseOverReverse) else logging.WARNING
+        )  # as exact, and little slower
+        _logger.log(level, "%s (%s).%s", words, str(error).splitlines()[0][:200], HINT)
     return following[0]
 
 

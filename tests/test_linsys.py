@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import Status, linsys
-from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann
+from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
 from tests.cases import LINSYS_NAMES, linear_solvers
 from tests.systems import BATCHES, DTYPES, Counter, System, build, spectrum, status_of
 
@@ -310,6 +310,18 @@ def test_neumann_reports_divergence(rtol: float) -> None:
     assert status_of(result.codes) == [first, Status.DIVERGED, Status.DIVERGED]
     assert result.failed.tolist() == [False, True, True]
     np.testing.assert_allclose(result.value[0].numpy(), good.solution(), rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "solver", [Neumann(num_terms=5), Neumann(num_terms=5, rtol=1e-6), Nystrom(rank=2, shift=0.5)], ids=repr
+)
+def test_a_matrix_of_zeros_is_not_answered(solver: LinearSolver) -> None:
+    """Whatever the answer, nothing of b is met; (1, 2) is a batch beside it that is solved or on its way, and b = 0 is solved."""
+    matrices = torch.diag_embed(torch.tensor([[0.0, 0.0], [1.0, 2.0], [0.0, 0.0]], dtype=torch.float64))
+    b = torch.tensor([[1.0, -1.0], [1.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+    result = solver.solve(lambda v: (matrices @ v.unsqueeze(-1)).squeeze(-1), b)
+    assert Status(int(result.codes[0])) is Status.DIVERGED and result.failed.tolist() == [True, False, False]
+    assert Status(int(result.codes[2])) is Status.CONVERGED
 
 
 def test_neumann_that_overflows_has_diverged() -> None:

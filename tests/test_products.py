@@ -10,8 +10,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel
-from bilevel.curvature import FiniteDifference, ForwardOverReverse, Hessian, HessianProduct, ReverseOverReverse
-from bilevel.linsys import CG, Exact
+from bilevel.curvature import (
+    FiniteDifference,
+    ForwardOverReverse,
+    GaussNewton,
+    Hessian,
+    HessianProduct,
+    ReverseOverReverse,
+)
+from bilevel.linsys import CG, Exact, Jacobi
 from bilevel.solvers import NewtonCG
 from bilevel.trees import flatten
 from tests.cases import PROBLEMS, Case
@@ -143,6 +150,54 @@ def test_transformer_block_falls_back_and_says_so(
         assert (
             "going on with FiniteDifference" in words and "scaled_dot_product" in words and "SDPBackend.MATH" in words
         )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-6), (torch.float32, 2e-2)], ids=["float64", "float32"])
+def test_gauss_newton_of_a_transformer_block(dtype: torch.dtype, rtol: float, caplog: pytest.LogCaptureFixture) -> None:
+    """Fused attention has neither a forward mode nor a second reverse pass; several right-hand sides at once, too."""
+    torch.manual_seed(0)
+    module = Attention()
+    _, theta, data = few_shot(module, dtype)
+
+    def predict(phi: Any, data: Any) -> Tensor:
+        return functional_call(module, phi, (data[0][0],))
+
+    def found(theta: Any, data: Any, linsys: Any) -> bilevel.Hypergradient:
+        problem = bilevel.ProximalProblem.from_model(
+            predict,
+            lambda z, data: nn.functional.cross_entropy(z, data[0][1]),
+            lambda phi, data: nn.functional.cross_entropy(functional_call(module, phi, (data[1][0],)), data[1][1]),
+            0.5,
+        )
+        return bilevel.implicit_gradient(problem, theta, theta, data, linsys=linsys, curvature=GaussNewton())
+
+    cg, jacobi = (
+        CG(max_steps=60, rtol=rtol / 100),
+        CG(max_steps=60, rtol=rtol / 100, preconditioner=Jacobi(num_probes=3)),
+    )
+    with sdpa_kernel(SDPBackend.MATH):
+        wide = {name: leaf.double() for name, leaf in theta.items()}
+        data64 = tuple((x.double(), y) for x, y in data)
+        expected = vector(found(wide, data64, cg).unwrap())
+    for linsys in (cg, jacobi):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="bilevel"):
+            result = found(theta, data, linsys)
+        assert float((vector(result.unwrap()) - expected.to(dtype)).norm() / expected.norm()) < rtol
+        assert result.error_bound is None  # differences are not exact
+        told = [words for words in caplog.messages if "GaussNewton" in words]
+        assert len(told) == 1 and "going on with FiniteDifference" in told[0] and "SDPBackend.MATH" in told[0]
+
+
+def test_the_log_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    module = Attention()
+    problem, theta, data = few_shot(module, torch.float64)
+    with caplog.at_level(logging.WARNING, logger="bilevel"):
+        for _ in range(2):
+            bilevel.hypergradient(
+                problem, theta, data, solver=NewtonCG(max_steps=4, cg_steps=3), linsys=CG(max_steps=5)
+            )
+    assert len(caplog.messages) == len(set(caplog.messages)) == 2
 
 
 @pytest.mark.parametrize("product", [product for product, _ in PRODUCTS], ids=lambda x: type(x).__name__)

@@ -19,7 +19,7 @@ class Neumann(LinearSolver):
 
     It converges if and only if every eigenvalue of A lies in (0, 2 / step_size). For symmetric A the residual norms of
     the series are log-convex in the number of terms, so a residual that grows once grows for ever: this is how
-    ``Status.DIVERGED`` is found.
+    ``Status.DIVERGED`` is found. A residual that has not fallen at all (A b = 0) is no better.
 
     Args:
         num_terms: terms of the series after the first, one product each, >= 1.
@@ -53,6 +53,7 @@ class Neumann(LinearSolver):
             a = torch.full_like(b[..., 0], self.step_size)
         threshold = self.rtol * norm(b)
         residual = norm(r)
+        start = torch.maximum(residual, norm(b))
         healthy = residual.isfinite()  # b and the first product are finite
         active = residual > threshold
         growing = torch.zeros_like(active)
@@ -77,6 +78,7 @@ class Neumann(LinearSolver):
             residual = norm(b - matvec(x))
             num_matvecs += 1
         codes = torch.full_like(steps, int(Status.MAX_STEPS))
+        codes = mark(codes, residual >= (1 - 10 * torch.finfo(b.dtype).eps) * start, Status.DIVERGED)
         codes = mark(codes, residual <= threshold, Status.CONVERGED)
         codes = mark(codes, growing, Status.DIVERGED)
         finite = residual.isfinite() & x.isfinite().all(-1)

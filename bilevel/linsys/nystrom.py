@@ -29,7 +29,7 @@ class Nystrom(LinearSolver):
         shift: > 0; not above the smallest eigenvalue of A.
         seed: of the random directions, which are the same in every call and for every problem of a batch.
         rtol, atol: the status is CONVERGED where ``|b - A u| <= max(rtol |b|, atol)``, else MAX_STEPS: a larger rank is needed; DIVERGED, a
-            failure, where ``|b - A u| > |b|``.
+            failure, where ``|b - A u|`` is no smaller than ``|b|``.
     """
 
     rank: int
@@ -56,7 +56,8 @@ class Nystrom(LinearSolver):
         u = torch.where(a.finite.unsqueeze(-1), u, torch.nan)
         residual = norm(b - operator(u))
         codes = torch.full(b.shape[:-1], int(Status.MAX_STEPS), dtype=torch.int64, device=b.device)
-        codes = mark(codes, residual > norm(b), Status.DIVERGED)  # zero would be closer
+        # zero would be as close, or closer
+        codes = mark(codes, residual >= (1 - 10 * torch.finfo(b.dtype).eps) * norm(b), Status.DIVERGED)
         codes = mark(codes, a.indefinite, Status.NEGATIVE_CURVATURE)
         codes = mark(codes, residual <= (self.rtol * norm(b)).clamp_min(self.atol), Status.CONVERGED)
         codes = mark(codes, ~(residual.isfinite() & u.isfinite().all(-1)), Status.NON_FINITE)
