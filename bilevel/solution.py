@@ -65,9 +65,9 @@ def argmin(
     Args:
         problem, theta, data, solver, init: as in :func:`solve`.
         linsys: linear solver for every derivative.
-        check: raise on failure (eager mode; transforms cannot raise on values). A solve that has used up its steps is no failure:
-            ``check="converged"`` raises there too.
-        report: called with the :class:`Result` of every solve, inner and linear, in eager mode; its ``what`` says which one it is.
+        check: raise on failure. A solve that has used up its steps is no failure: ``check="converged"`` raises there too. Acts under
+            transforms of ``torch.func`` as well, as far as these let it see plain numbers: vmap, grad, jacrev, jacfwd, hessian do.
+        report: called with the :class:`Result` of every solve, inner and linear, likewise; its ``what`` says which one it is.
 
     Raises:
         SolverError: with ``check``, a solve failed (or, with "converged", did not reach its tolerance).

@@ -958,6 +958,36 @@ def test_check_raises_in_eager_mode() -> None:
     assert_same(fine, case.phi_star(case.theta, case.data), 1e-9)
 
 
+UNDER: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "vmap": lambda f, theta: vmap(f)(torch.stack([theta, theta])),
+    "grad": lambda f, theta: grad(lambda t: f(t).sum())(theta),
+    "jacrev": lambda f, theta: jacrev(f)(theta),
+    "jacfwd": lambda f, theta: jacfwd(f)(theta),
+    "hessian": lambda f, theta: hessian(lambda t: f(t).sum())(theta),
+    "vmap of grad": lambda f, theta: vmap(grad(lambda t: f(t).sum()))(torch.stack([theta, theta])),
+    "vmap of jacfwd": lambda f, theta: vmap(jacfwd(f))(torch.stack([theta, theta])),
+}
+
+
+@pytest.mark.parametrize("under", UNDER.values(), ids=UNDER)
+def test_check_raises_under_transforms(under: Any) -> None:
+    bowl = BilevelProblem.from_functions(
+        lambda phi, theta, data: 5 * (phi - theta).square().sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0 * theta,
+    )
+
+    def solution(theta: Tensor, problem: BilevelProblem, solver: Any) -> Tensor:
+        return argmin(problem, theta, solver=solver, linsys=CG(max_steps=5), check=True)
+
+    theta = normal(7, 3)
+    with pytest.raises(SolverError, match="argmin, inner solve"):
+        under(lambda t: solution(t, bowl, GradientDescent(step_size=1.0, max_steps=100)), theta)
+    if under is not UNDER["vmap"]:  # which takes no derivative
+        with pytest.raises(SolverError, match="argmin, linear solve"):
+            under(lambda t: solution(t, hill(), TOP), theta)
+
+
 def test_check_reports_before_it_raises() -> None:
     reports: list[Result] = []
     with pytest.raises(SolverError):
