@@ -219,11 +219,13 @@ class Config:
             )
         if self.algorithm == "maml" and self.outer_chunk_size:
             raise ConfigError("outer_chunk_size: maml has no outer loss of its own to cut; use chunk_size")
-        if self.compile and self.algorithm != "imaml":
-            raise ConfigError(f"compile: expected algorithm='imaml', whose option it is, got {self.algorithm!r}")
         if self.compile and self.capture:
             raise ConfigError(
                 "compile: expected one of --compile and --capture; a graph holds what is recorded already"
+            )
+        if self.algorithm == "maml" and self.inner == "newton-cg" and self.inner_curvature == "gauss-newton":
+            raise ConfigError(
+                "inner_curvature: expected 'hessian' for maml, which cannot differentiate through steps with gauss-newton; or --inner gd"
             )
         if self.inner_momentum >= 1:
             raise ConfigError(f"inner_momentum: expected a number below 1, got {self.inner_momentum}")

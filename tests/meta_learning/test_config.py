@@ -196,7 +196,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         ({"lam": 0.0, "lam_head": 1.0, "algorithm": "maml"}, "lam_head: expected 0, because lam is 0"),
         ({"truncate": 2}, "truncate: expected algorithm='maml'"),
         ({"truncate": 2, "algorithm": "maml", "lam": 0.0}, "truncate: expected lam above 0"),
-        ({"compile": True, "algorithm": "first-order"}, "compile: expected algorithm='imaml'"),
+        (
+            {"algorithm": "maml", "inner": "newton-cg", "inner_curvature": "gauss-newton"},
+            "inner_curvature: expected 'hessian' for maml, .*; or --inner gd",
+        ),
         ({"compile": True, "capture": True}, "compile: expected one of --compile and --capture"),
         ({"algorithm": "maml", "outer_chunk_size": 2}, "outer_chunk_size: maml has no outer loss of its own"),
     ],

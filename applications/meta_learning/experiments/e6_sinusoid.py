@@ -59,13 +59,14 @@ GRID: dict[str, list[Numbers]] = {
 
 def base(row: str) -> Config:
     """What the search leaves as it is. Meta-training adapts with so many steps; meta-test with 1 to 100."""
-    common = replace(preset("sinusoid"), schedule="cosine", device="cpu", threads=1)
-    if row == "gd":
-        return replace(common, inner_steps=10, compile=True)
+    common = replace(preset("sinusoid"), device="cpu", threads=1)
     if row == "hf":
-        return replace(common, inner="newton-cg", inner_steps=3, compile=True)
+        return common
+    common = replace(common, inner="gd", inner_curvature="hessian")
+    if row == "gd":
+        return replace(common, inner_steps=10)
     algorithm = {"maml": "maml", "fo": "first-order", "reptile": "reptile"}[row]
-    return replace(common, lam=0.0, algorithm=algorithm, inner_steps=10 if row == "reptile" else 5)  # type: ignore[arg-type]
+    return replace(common, lam=0.0, algorithm=algorithm, compile=False, inner_steps=10 if row == "reptile" else 5)  # type: ignore[arg-type]
 
 
 class E6(Experiment):
