@@ -48,7 +48,7 @@ def next_after(
         level = (
             logging.INFO if isinstance(following[0], ReverseOverReverse) else logging.WARNING
         )  # as exact, and little slower
-        _logger.log(level, "%s (%s).%s", words, str(error).splitlines()[0][:200], HINT)
+        _logger.log(level, "%s (%s).%s", words, "".join(str(error).splitlines()[:1])[:200], HINT)
     return following[0]
 
 

@@ -282,13 +282,68 @@ def test_a_captured_value_that_changes_leads_to_a_new_recording() -> None:
     assert bilevel.solve(problem, torch.ones(2, dtype=F64), solver=NEWTON, compile=True).value[0] == pytest.approx(0.5)
 
 
-def test_a_captured_value_that_shows_in_the_curvature_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_captured_value_that_shows_in_the_curvature_alone(dtype: torch.dtype) -> None:
     """At phi = theta = 0 the gradient of G is zero whatever the weight; dphi/dtheta = weight / (weight + 1) is not."""
-    problem, zero = Weighted(1.0), torch.zeros(2, dtype=F64)
+    problem, zero = Weighted(1.0), torch.zeros(2, dtype=dtype)
     for weight in (1.0, 3.0):
         problem.weight = weight
-        found = bilevel.implicit_gradient(problem, zero, zero, linsys=SOLVED, compile=True)
+        found = bilevel.implicit_gradient(problem, zero, zero, linsys=CG(max_steps=5), compile=True)
         assert found.unwrap()[0].item() == pytest.approx(weight / (weight + 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_captured_value_in_an_objective_that_is_small(dtype: torch.dtype) -> None:
+    """A mean over many variables: a change by 15 % is one of 1e-4 in a gradient."""
+    scale = [1.0]
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi - scale[0] * theta).square().mean(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.ones(1000, dtype=dtype)
+    for scale[0] in (1.0, 1.01, 1.15):
+        found = bilevel.hypergradient(
+            problem, theta, solver=NewtonCG(max_steps=5, tol=1e-8), linsys=CG(max_steps=10), compile=True
+        )
+        torch.testing.assert_close(found.unwrap(), scale[0] * theta)
+
+
+def test_theta_outside_of_where_the_objective_is_defined() -> None:
+    """A factorisation of a matrix that is hardly positive definite, and a distribution that looks at its arguments."""
+
+    def factored(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        return (
+            0.5 * (torch.linalg.cholesky(theta.reshape(2, 2)).T @ phi).square().sum() + 0.5 * (phi - 1).square().sum()
+        )
+
+    def normal(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        distribution = torch.distributions.Normal(phi, theta, validate_args=True)
+        return 0.5 * phi.square().sum() - 1e-4 * distribution.log_prob(torch.ones_like(phi)).sum()
+
+    for inner, theta in ((factored, [1.0, 0.0, 0.0, 1e-4]), (normal, [1e-4, 1.0])):
+        problem = bilevel.BilevelProblem.from_functions(
+            inner, lambda phi, theta, data: phi.sum(), lambda theta, data: theta.new_zeros(2)
+        )
+        plain, compiled = (
+            bilevel.hypergradient(
+                problem, torch.tensor(theta, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=compile
+            )
+            for compile in (False, True)
+        )
+        assert_same(compiled, plain)
+        assert count(problem) > 0  # what was recorded was used
+
+
+def test_a_leaf_without_entries() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta["a"]).square().sum() + theta["b"].sum() * phi.sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta["a"]),
+    )
+    theta = {"a": torch.ones(3, dtype=F64), "b": torch.ones(0, dtype=F64)}
+    found = bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED, compile=True).unwrap()
+    assert found["a"].tolist() == [1, 1, 1] and found["b"].shape == (0,) and count(problem) > 0
 
 
 def test_a_captured_value_that_shows_in_the_cross_derivative_alone() -> None:
@@ -358,9 +413,10 @@ def test_shapes_that_depend_on_the_numbers_of_the_data(caplog: pytest.LogCapture
     assert len(told) == 2 and all("Does a shape depend on the numbers in data?" in message for message in told)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("which", ["product", "cross"])
 def test_a_program_that_gives_other_numbers_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str, dtype: torch.dtype
 ) -> None:
     """The products are compared with autograd's when they are recorded."""
 
@@ -371,7 +427,9 @@ def test_a_program_that_gives_other_numbers_is_not_used(
         return prepare, product, lambda u, *saved: [-leaf for leaf in cross(u, *saved)]
 
     monkeypatch.setattr("bilevel.tracing._cut", wrong)
-    assert weighted_grad(Weighted(1.0)) == pytest.approx(0.5)
+    theta = torch.ones(2, dtype=dtype)
+    found = bilevel.implicit_gradient(Weighted(1.0), 0.5 * theta, theta, linsys=CG(max_steps=5), compile=True)
+    assert found.unwrap()[0].item() == pytest.approx(0.5)
     assert any("does not give the same numbers" in message for message in caplog.messages)
 
 
