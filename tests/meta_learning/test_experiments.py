@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from applications.meta_learning.cli import app
 from applications.meta_learning.experiments import EXPERIMENTS, Experiment
 from applications.meta_learning.experiments import e1_meta_gradient as e1
 from applications.meta_learning.experiments.base import Request
+from applications.meta_learning.run import RunError
 
 RUNNER = CliRunner()
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
@@ -81,6 +83,39 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         request.part("two", lambda: {"x": 1 // 0})
     assert request.part("two", lambda: {"x": 2}) == {"x": 2}  # a part that failed is measured again
+
+
+class Interrupted(Experiment):
+    name, title, paper = "interrupted", "Interrupted", "not in it"
+    divisor = 0
+
+    def run(self, request: Request) -> Any:
+        return request.part("one", lambda: {"x": 1}) | request.part("two", lambda: {"y": 1 // self.divisor})
+
+    def draw(self, result: Any, path: Path) -> None:
+        path.write_bytes(b"")
+
+    def findings(self, result: Any) -> list[str]:
+        return [str(result)]
+
+
+def test_parts_are_those_of_the_same_data_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = Interrupted()
+    with pytest.raises(ZeroDivisionError):
+        experiment.record(tmp_path, quick=False, seed=0)
+    experiment.divisor = 1
+    with pytest.raises(
+        RunError, match=r"seed-0 holds parts of an interrupted run with other data, which .* another --out"
+    ):
+        experiment.record(tmp_path, quick=False, seed=0, data_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("inspect.getsource", lambda module: "an edited module")
+        with pytest.raises(RunError, match="with other code"):
+            experiment.record(tmp_path, quick=False, seed=0)
+    part = tmp_path / "interrupted.parts" / "seed-0" / "one.json"
+    part.write_text('{"x": 7}')
+    stored = json.loads(experiment.record(tmp_path, quick=False, seed=0).read_text())
+    assert stored["result"] == {"x": 7, "y": 1}  # it went on
 
 
 def test_list_and_unknown_name() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -15,8 +17,11 @@ import torch
 from rich.console import Console
 
 from applications.meta_learning.logs import environment, provenance, write_atomically, write_json
+from applications.meta_learning.run import RunError
 
 Numbers = dict[str, Any]
+
+CLAIM = "measured-with.json"  # beside the parts: what they are of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,8 @@ class Experiment(ABC):
         parts = folder / f"{self.name}.parts" / f"{'quick-' if quick else ''}seed-{seed}"
         console = console or Console(quiet=True)
         request = Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts, only=only, console=console)
+        if not self.cells:  # the runs of cells know their own settings
+            self._claim(parts, data_dir)
         result = self.run(request)
         device = torch.device("cuda" if self.uses_gpu and torch.cuda.is_available() else "cpu")
         facts = {**environment(device), "command": self.command(quick, seed, result)}
@@ -101,6 +108,28 @@ class Experiment(ABC):
         if quick or not self.cells:  # the runs of cells are kept: they have the checkpoints
             shutil.rmtree(parts.parent, ignore_errors=True)
         return path
+
+    def _claim(self, parts: Path, data_dir: Path | None) -> None:
+        """Parts on disk are not measured again, so they have to be of the same data and of the same code.
+
+        Raises:
+            RunError: they are not.
+        """
+        source = inspect.getsource(inspect.getmodule(type(self)))  # type: ignore[arg-type]  # it has one
+        mine = {
+            "data": "generated" if data_dir is None else "real",
+            "code": hashlib.sha256(source.encode()).hexdigest()[:16],
+        }
+        path = parts / CLAIM
+        if not any(parts.glob("*")):
+            parts.mkdir(parents=True, exist_ok=True)
+            write_json(path, mine)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if changed := [name for name in mine if found.get(name) != mine[name]]:
+            raise RunError(
+                f"{parts} holds parts of an interrupted run with other {' and '.join(changed)}, which cannot go on with these. Move "
+                "it away to measure again, or name another --out"
+            )
 
     def publish(self, path: Path) -> None:
         """Figure and page of numbers that were measured before."""

@@ -419,7 +419,7 @@ def _settings(result: Numbers) -> list[str]:
 def _matrices(result: Numbers) -> list[str]:
     """What the search says of the two matrices of Hessian-free steps."""
     best = {
-        name: min(e for one in found if (e := one["error"]) is not None)
+        name: min(map(_error, found))
         for name, found in itertools.groupby(
             result["settings"]["hf"]["tried"], lambda one: one.get("inner_curvature", "hessian")
         )
