@@ -35,6 +35,14 @@ def test_page_of_a_benchmark_is_that_of_its_numbers(publish: ModuleType, name: s
     assert (RESULTS / f"{name}.md").read_text() == publish.BENCHMARKS[name](name, result)
 
 
+def test_page_of_the_warm_starts_is_that_of_its_numbers(publish: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    warm_start = importlib.import_module("warm_start")
+    assert (RESULTS / "warm_start.md").read_text() == warm_start.page(
+        json.loads((RESULTS / "warm_start.json").read_text())
+    )
+
+
 def test_page_of_a_run_is_that_of_its_numbers(publish: ModuleType) -> None:
     name = "omniglot_5w1s_cpu"
     result = json.loads((RESULTS / f"{name}.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,21 @@ HOW = (
     "right PyTorch peer by that of the method, with quartiles; above 1 is faster than it. On one thread it is that of the processor times, "
     "which other programs on the machine disturb less than the wall clock. A method whose gradient is wrong is not timed."
 )
+
+
+def versions() -> str:
+    """Of the peers, as pyproject.toml pins them for these environments."""
+    extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    pinned = [name for extra in ("peers", "peers-jax") for name in extras[extra] if "==" in name]
+    return (
+        f"Peers: {', '.join(sorted(pinned)).replace('==', ' ')}, and betty-ml 0.1.1, whose conjugate gradients take the next "
+        "direction from the old residual and are wrong after one step."
+    )
+
+
+WHERE = "[What the time is spent on](shares.md), [what a meta-gradient takes at least](floor.md)."
 
 
 def quadratic(result: dict[str, Any]) -> str:
@@ -37,6 +53,10 @@ def quadratic(result: dict[str, Any]) -> str:
         verdict(rows, options["best"], options["target"]),
         "",
         *_wrong(rows),
+        WHERE,
+        "",
+        versions(),
+        "",
         _from(result, f"{options['repeats']} repetitions"),
         "",
     ]
@@ -70,7 +90,7 @@ def batch(result: dict[str, Any]) -> str:
             _from(result, f"{found['repeats']} repetitions", found.get("environment")),
             "",
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, versions(), ""])
 
 
 def few_shot(result: dict[str, Any]) -> str:
@@ -108,6 +128,10 @@ def few_shot(result: dict[str, Any]) -> str:
         "higher unrolls: it computes MAML's gradient, another one, and is compared with a loop for that. It takes no part in the ratio's "
         "base. Lambda is so large that CG meets no negative curvature: there a system has no meaning, this library says so, and the loops "
         "go on.",
+        "",
+        WHERE,
+        "",
+        versions(),
         "",
     ]
     return "\n".join(lines)

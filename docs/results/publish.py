@@ -213,7 +213,10 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
             for method, time in peers.items()
         ),
         f"Target: at most 15 ms, {_reached(ours <= 15)}; and a third of the time of the fastest right PyTorch peer, "
-        f"{_reached(bool(torch_peers) and 3 * ours <= min(torch_peers))}.",
+        f"{_reached(bool(torch_peers) and 3 * ours <= min(torch_peers))}; and level with jitted JAXopt, "
+        f"{_reached('jaxopt' in peers and ours <= peers['jaxopt'])}. [What the time is spent on](shares.md).",
+        "",
+        peers_page.versions(),
         "",
         f"{options['repeats']} repetitions, {options['threads']} threads. Command: `{public(environment['command'])}`. "
         f"{provenance(environment)}.",
@@ -334,7 +337,8 @@ def shares(name: str, result: dict[str, Any]) -> str:
         "Works that miss an aim in speed, beside the same work by hand in PyTorch: the shares of a call's time within kinds of "
         "operators and between them (Python, autograd's bookkeeping), from the profiler of PyTorch, which costs about a microsecond for "
         "each operator. The milliseconds are without it, each method by itself in a warm process; the pages of the works have them in "
-        "turn with the peers.",
+        "turn with the peers, and differ, because the speed of this machine does from hour to hour. Operators are counted with views and "
+        "with those that they call; [the floor](floor.md) counts those that do work.",
         "",
         f"| work | | milliseconds | operators | threads | {' | '.join(kinds)} |",
         "|---|---|---|---|---|" + "---|" * len(kinds),

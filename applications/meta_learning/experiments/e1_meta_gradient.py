@@ -79,21 +79,33 @@ class E1(Experiment):
 
     def findings(self, result: Numbers) -> list[str]:
         names = list(dict.fromkeys(row["method"] for row in result["curves"]))
-        ends = [
-            [name, *(_cell(_select(result, spectrum=s, dtype="float64", method=name)) for s in SPECTRA)]
-            for name in names
-        ]
+        ends = {
+            dtype: [
+                [name, *(_cell(_select(result, spectrum=s, dtype=dtype, method=name)) for s in SPECTRA)]
+                for name in names
+            ]
+            for dtype in ("float64", "float32")
+        }
         steps = _select(result, method=MAML)[0]["steps"]
         floors = [
             min(min(row["error"]) for row in _select(result, dtype=t, method=MAML)) for t in ("float64", "float32")
         ]
         violated = max(n for row in result["curves"] for n in row["violations"] if n is not None)
         return [
+            f"Proximal linear regression: {result['d']} parameters, {result['n']} examples, lambda = {result['lam']:g}, and a condition "
+            f"number of the inner problem of {result['kappa']:g}. The first four spectra are given to the data; the last is that of "
+            "random Fourier features.",
+            "",
             f"Relative error of the meta-gradient after {steps[-1]} inner steps (Newton-CG: 3), median of {result['tasks']} problems, "
             "float64:",
             "",
-            *table(["method", *SPECTRA], ends),
+            *table(["method", *SPECTRA], ends["float64"]),
             "",
+            "The same in float32:",
+            "",
+            *table(["method", *SPECTRA], ends["float32"]),
+            "",
+            *_certificates(result, names),
             *_after(result, 20),
             "What agrees with the paper: MAML and every variant that solves the linear system tend to the exact meta-gradient. What its "
             "figure cannot show: where a fixed number of CG steps ends depends on the spectrum.",
@@ -126,6 +138,22 @@ def _curves(spectrum: str, dtype: torch.dtype, steps: tuple[int, ...], tasks: in
             }
         )
     return {"curves": curves}
+
+
+def _certificates(result: Numbers, names: list[str]) -> list[str]:
+    """What the library itself says of the error, at the end of the curves."""
+    body = []
+    for name in names:
+        curves = [_select(result, spectrum=s, dtype="float64", method=name)[0] for s in SPECTRA]
+        if all(curve["bound"][-1] is not None for curve in curves):
+            body.append([name, *(f"{c['estimate'][-1]:.1e}, {c['bound'][-1]:.1e}" for c in curves)])
+    return [
+        "The certificate at the same points, from what the solver knows: the estimate and the rigorous bound of the relative error, "
+        "float64, medians:",
+        "",
+        *table(["method", *SPECTRA], body),
+        "",
+    ]
 
 
 def _after(result: Numbers, steps: int) -> list[str]:

@@ -266,7 +266,7 @@ def _errors(result: Numbers) -> list[str]:
         lines += [
             f"K = {k}: mean squared error after so many inner steps, mean over the seeds ± 95 % interval over the seeds (Student). The "
             f"95 % interval over the tasks of one seed is {100 * relative:.0f} % of the mean (median of all entries). Test tasks whose "
-            f"adaptation failed, which are in no mean: {failed}.",
+            f"adaptation failed, which are in no mean: {failed}. The bands of the figure go from the least to the largest seed.",
             "",
             *table(["algorithm", *(f"{s}" for s in steps)], rows),
             "",
@@ -426,8 +426,10 @@ def _matrices(result: Numbers) -> list[str]:
     }
     if len(best) == 1:
         return []
+    lams = sorted({one["lam"] for one in result["settings"]["hf"]["tried"] if one["inner_curvature"] == "hessian"})
     return [
         "Hessian-free steps take the Gauss-Newton matrix (Martens 2010, whom the paper cites for them) or the Hessian itself, which is "
-        f"indefinite for a network with kinks. The smallest error of the search: {best['gauss-newton']:.3g} against {best['hessian']:.3g}.",
+        f"indefinite for a network with kinks. The smallest error of the short runs: {best['gauss-newton']:.3g} against "
+        f"{best['hessian']:.3g}, which were run with lambda = {' and '.join(f'{lam:g}' for lam in lams)}.",
         "",
     ]

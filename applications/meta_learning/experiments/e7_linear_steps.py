@@ -223,8 +223,8 @@ def _setup(result: Numbers) -> list[str]:
         "`omniglot-5w1s-cpu` in everything else, as in the rows of our own settings of [E4](e4_omniglot_cpu.md), which compares 0 steps "
         f"with {preset('omniglot-5w1s-cpu').linear_steps} in longer runs with more filters: "
         f"lambda {c['lam']:g}, and {c['lam_head']:g} for the last layer; {c['inner_steps']} accelerated inner steps; CG with the "
-        f"Gauss-Newton matrix; Adam, rate {c['outer_rate']:g} falling to 0. Test: {test['tasks']} tasks of held-out classes with "
-        f"{test['query_shots']} queries a class; curves: {curve['tasks']} such tasks with {curve['query_shots']}. Split, network and "
+        f"Gauss-Newton matrix; Adam, rate {c['outer_rate']:g} falling to 0. Test: {test['tasks']} tasks of held-out classes (random split) "
+        f"with {test['query_shots']} queries a class; curves: {curve['tasks']} such tasks with {curve['query_shots']}. Split, network and "
         "tasks differ from seed to seed, and are the same for all rows of a seed. Nothing is selected by an accuracy. Time is that of "
         f"the processor in meta-steps, one thread, while other programs ran. Tasks left out: {left_out} of {tasks}.",
     ]

@@ -257,7 +257,8 @@ def _setup(result: Numbers) -> list[str]:
         f"{result['steps']} meta-steps of {result['meta_batch']} tasks with {result['queries']} queries a class. Inner solver: "
         f"{result['inner_steps']} steps of L-BFGS; linear system: {result['cg_steps']} CG steps with the Gauss-Newton matrix; Adam, rate "
         f"{result['rates'][0]:g} for the centre and {result['rates'][1]:g} for the logarithm of lambda, which starts at "
-        f"{result['variants'][-1]['start']:g} where it is learned. Tests: {result['test_tasks']} tasks of held-out classes with "
+        f"{result['variants'][-1]['start']:g} where it is learned. Tests: {result['test_tasks']} tasks of held-out classes (random split) "
+        "with "
         f"{result['queries']} queries a class; split, network and tasks differ from seed to seed, and are the same for all variants.",
     ]
 
