@@ -10,6 +10,7 @@ in both; so the time of a call is measured without it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import runpy
@@ -93,12 +94,10 @@ def spent(work: Callable[[], Any], seconds: float) -> dict[str, Any]:
 def one(script: str, seconds: float) -> dict[str, Any]:
     """The work that a script hands over to be timed."""
     sys.path.insert(0, str(PEERS))
-    import fixed  # type: ignore[import-not-found]
-    import worker  # type: ignore[import-not-found]
-
+    fixed, worker = map(importlib.import_module, ("fixed", "worker"))
     works: list[Callable[[], Any]] = []
-    fixed.serve = lambda work, *_, **__: works.append(work)
-    worker.serve = lambda work, _: works.append(lambda: work(*TOLERANCES))
+    fixed.serve = lambda work, *_, **__: works.append(work)  # type: ignore[attr-defined]
+    worker.serve = lambda work, _: works.append(lambda: work(*TOLERANCES))  # type: ignore[attr-defined]
     runpy.run_path(str(PEERS / f"{script}.py"))
     return spent(works[0], seconds)
 
