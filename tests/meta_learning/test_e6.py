@@ -186,3 +186,11 @@ def test_inner_solves_are_told_by_their_gradient_and_by_what_more_steps_gain() -
     told = "- K = 5, iMAML, gradient descent, 1 steps: |dG/dphi| = 8; error 4, after 100 steps 1. Meta-training has improved phi*"
     assert any(line.startswith(told) for line in lines)
     assert "- K = 5, iMAML, Hessian-free, 10 steps: |dG/dphi| = 1.7; error 1, after 100 steps 1." in lines
+
+
+def test_seeds_that_are_far_apart_are_named() -> None:
+    ends = {"maml": (1.0, 1.9, 1.2), "gd": (1.0, 2.2, 1.2)}
+    runs = [made_up(row, seed, (3.0, ends.get(row, (1.0,) * 3)[seed])) for row in e6.ROWS for seed in range(3)]
+    (line, _) = e6._astray({"runs": runs})
+    assert "iMAML, gradient descent at K = 5 (1, 2.2, 1.2)" in line and "MAML at K = 5 (1, 1.9" not in line
+    assert e6._astray({"runs": [run for run in runs if run["row"] != "gd"] + [made_up("gd", 0, (3.0, 1.0))]}) == []
