@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bilevel.curvature import (
     Curvature,
@@ -525,7 +526,7 @@ class _GaussNewtonProduct:
             found = torch.stack([row for row in rows if row is not None])
             return found.reshape(*v.shape[: v.ndim - phi.ndim], *found.shape[1:])
         if isinstance(self._way, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
-            return torch.func.jvp(self._predict, (self._phi.detach(),), (v,))[1]
+            return _tangent(self._predict, self._phi.detach(), v)
         if self._transposed is None:
             # J v is the derivative of w -> J^T w
             with torch.enable_grad():
@@ -533,6 +534,13 @@ class _GaussNewtonProduct:
                 (jt_w,) = torch.autograd.grad(self._outputs, self._phi, w, create_graph=True)
             self._transposed = (jt_w, w)
         return backward_product(*self._transposed, v)
+
+
+def _tangent(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """The derivative of ``fn`` at x along v. Not a transform of ``torch.func``: what a model does in eager mode, it does here too."""
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(x, v))).tangent
+    return torch.zeros_like(fn(x)) if tangent is None else tangent
 
 
 def _total(value: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from applications.meta_learning.products import is_large, joined, product
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The layers of ConvNet for many tasks at once, each task with weights of its own.
 #
@@ -57,21 +59,7 @@ class _Overlap(torch.autograd.Function):
 
     @staticmethod
     def forward(windows: Tensor, images: torch.Size, stride: int) -> Tensor:
-        n, height, width, channels = images
-        rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
-        windows = windows.reshape(-1, rows, columns, 3, 3, channels)
-        if stride == 1:  # windows[.., y, x, i, j, :] belongs to the pixel (y + i - 1, x + j - 1)
-            padded = windows.new_zeros(len(windows), rows + 2, columns + 2, channels)
-            for i, j in itertools.product(range(3), range(3)):
-                padded[:, i : i + rows, j : j + columns] += windows[:, :, :, i, j]
-            return padded[:, 1:-1, 1:-1].unflatten(0, (-1, n)).contiguous()
-        # windows[.., y, i, x, j, :] belongs to the pixel (2 y + i - 1, 2 x + j - 1): those with i, j > 0 have every pixel once
-        windows = windows.transpose(2, 3)
-        pixels = windows[:, :, 1:, :, 1:].contiguous()
-        pixels[:, :-1, 1] += windows[:, 1:, 0, :, 1:]
-        pixels[:, :, :, :-1, 1] += windows[:, :, 1:, 1:, 0]
-        pixels[:, :-1, 1, :-1, 1] += windows[:, 1:, 0, 1:, 0]
-        return pixels.reshape(-1, n, 2 * rows, 2 * columns, channels)[:, :, :height, :width]
+        return _overlapped(windows, images, stride)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, torch.Size, int], output: Tensor) -> None:
@@ -91,6 +79,25 @@ class _Overlap(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         pixels = _Overlap.apply(windows.movedim(in_dims[0], 0).flatten(0, 1), images, stride)
         return pixels.unflatten(0, (info.batch_size, -1)), 0
+
+
+def _overlapped(windows: Tensor, images: torch.Size, stride: int) -> Tensor:
+    """See :class:`_Overlap`."""
+    n, height, width, channels = images
+    rows, columns = (height + stride - 1) // stride, (width + stride - 1) // stride
+    windows = windows.reshape(-1, rows, columns, 3, 3, channels)
+    if stride == 1:  # windows[.., y, x, i, j, :] belongs to the pixel (y + i - 1, x + j - 1)
+        padded = windows.new_zeros(len(windows), rows + 2, columns + 2, channels)
+        for i, j in itertools.product(range(3), range(3)):
+            padded[:, i : i + rows, j : j + columns] += windows[:, :, :, i, j]
+        return padded[:, 1:-1, 1:-1].unflatten(0, (-1, n)).contiguous()
+    # windows[.., y, i, x, j, :] belongs to the pixel (2 y + i - 1, 2 x + j - 1): those with i, j > 0 have every pixel once
+    windows = windows.transpose(2, 3)
+    pixels = windows[:, :, 1:, :, 1:].contiguous()
+    pixels[:, :-1, 1] += windows[:, 1:, 0, :, 1:]
+    pixels[:, :, :, :-1, 1] += windows[:, :, 1:, 1:, 0]
+    pixels[:, :-1, 1, :-1, 1] += windows[:, 1:, 0, 1:, 0]
+    return pixels.reshape(-1, n, 2 * rows, 2 * columns, channels)[:, :, :height, :width]
 
 
 def _first_layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> Tensor:
@@ -128,29 +135,34 @@ def _layer(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int)
 
 
 class _Layer(torch.autograd.Function):
-    """:func:`_layer` for eager autograd, with both derivatives in closed form. With the windows c,
+    """:func:`_layer` for eager mode, with its derivatives in closed form. With c the windows of x,
 
         y = c kernel - mean,    r = (mean y^2 + eps)^(-1/2),    z = max(0, scale r y + shift)
 
-    over the rows of each task. c, y and r are outputs beside z: the first derivative is a function of them, and so the second
-    derivative comes back here with their cotangents, and goes through the product and the windows once.
+    over the rows of each task. y and r are outputs beside z: the first derivative is a function of them, and so the second
+    derivative comes back here with their cotangents, and goes through the product once.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, ...]:
         c = _Windows.forward(x, stride)
-        y = c @ kernel.flatten(1, 3)
+        y = product(c, kernel.flatten(1, 3))
         y -= y.mean(1, keepdim=True)
         r = (y * y).mean(1, keepdim=True).add_(EPS).rsqrt_()
         z = torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1) * r).relu_()
-        ctx.set_materialize_grads(False)
-        ctx.images, ctx.stride = x.shape[1:], stride
-        ctx.save_for_backward(kernel, scale, z, c, y, r)
-        return z, c, y, r
+        return z, y, r, c
 
     @staticmethod
-    def backward(ctx: Any, gz: Tensor | None, gc: Tensor | None, gy: Tensor | None, gr: Tensor | None) -> Any:
-        kernel, scale, z, c, y, r = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, kernel, scale, _, ctx.stride = inputs
+        ctx.mark_non_differentiable(output[3])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, kernel, scale, *output)
+        ctx.save_for_forward(x, kernel, scale, *output)
+
+    @staticmethod
+    def backward(ctx: Any, gz: Tensor | None, gy: Tensor | None, gr: Tensor | None, _: None) -> Any:
+        x, kernel, scale, z, y, r, c = ctx.saved_tensors
         g = torch.zeros_like(z) if gz is None else torch.ops.aten.threshold_backward(gz, z, 0)
         owed = None
         if gy is not None and gr is not None:  # they come together
@@ -158,54 +170,94 @@ class _Layer(torch.autograd.Function):
             owed = owed - owed.mean(1, keepdim=True)
         again = torch.is_grad_enabled() and not _transforms_active()
         gradient = _LayerGradient.apply if again else _layer_gradient
-        dc, dkernel, dscale, dshift = gradient(g, owed, gc, kernel.flatten(1, 3), scale, c, y, r)
-        return _Overlap.apply(dc, ctx.images, ctx.stride), dkernel.reshape(kernel.shape), dscale, dshift, None
+        dx, dkernel, dscale, dshift = gradient(g, owed, x, kernel.flatten(1, 3), scale, c, y, r, ctx.stride)
+        return dx, dkernel.reshape(kernel.shape), dscale, dshift, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        x, kernel, scale, z, y, r, c = ctx.saved_tensors
+        if torch.is_grad_enabled() and x.requires_grad:  # c carries no derivative
+            c = _Windows.apply(x, ctx.stride)
+        likes = (x, kernel, scale, scale)
+        tx, tkernel, tscale, tshift = (
+            torch.zeros_like(x) if t is None else t for t, x in zip(tangents[:4], likes, strict=True)
+        )
+        kernel, tkernel, scale, tscale, tshift = (
+            kernel.flatten(1, 3),
+            tkernel.flatten(1, 3),
+            *(t.unsqueeze(1) for t in (scale, tscale, tshift)),
+        )
+        ty = product(c, tkernel, product(_Windows.apply(tx, ctx.stride), kernel))
+        ty = ty - ty.mean(1, keepdim=True)
+        tr = -(r**3) * (y * ty).mean(1, keepdim=True)
+        tz = torch.addcmul(torch.addcmul(tshift, y, tscale * r + scale * tr), ty, scale * r)
+        return torch.ops.aten.threshold_backward(tz, z, 0), ty, tr, None
 
 
 def _layer_gradient(
-    g: Tensor, owed: Tensor | None, gc: Tensor | None, kernel: Tensor, scale: Tensor, c: Tensor, y: Tensor, r: Tensor
+    g: Tensor,
+    owed: Tensor | None,
+    x: Tensor,
+    kernel: Tensor,
+    scale: Tensor,
+    c: Tensor,
+    y: Tensor,
+    r: Tensor,
+    stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The cotangents of c, kernel, scale and shift: with means over the rows,
+    """The cotangents of x, kernel, scale and shift: with means over the rows,
 
         dscale = r sum(g y),    dshift = sum(g),    dy = scale r (g - mean g - r^2 y mean(g y)) + owed
 
-    g: cotangent of scale r y + shift. owed, gc: what is added to those of y and c.
+    g: cotangent of scale r y + shift. owed: what is added to that of y.
     """
     m, scale = y.shape[1], scale.unsqueeze(1)
     dshift, dscale = g.sum(1, keepdim=True), (g * y).sum(1, keepdim=True) * r
     dy = torch.addcmul(scale * r * dshift / -m, g, scale * r).addcmul_(y, scale * r * r * dscale / -m)
     dy = dy if owed is None else dy + owed
-    dkernel = c.mT @ dy
-    dc = dy @ kernel.mT if gc is None else torch.baddbmm(gc, dy, kernel.mT)  # last, while it is used next
-    return dc, dkernel, dscale.squeeze(1), dshift.squeeze(1)
+    return _to_pixels(dy, kernel, x.shape[1:], stride), product(c.mT, dy), dscale.squeeze(1), dshift.squeeze(1)
+
+
+def _to_pixels(dy: Tensor, kernel: Tensor, images: torch.Size, stride: int) -> Tensor:
+    """The cotangent of x from that of y: (tasks, n, h, w, c)."""
+    kernel = kernel.mT
+    if not is_large(dy, kernel):
+        return _Overlap.apply(dy @ kernel, images, stride)
+    # one task after the other: the windows of one are still in the cache when they are added up
+    tasks = (_overlapped(product(dy[i : i + 1], kernel[i : i + 1]), images, stride) for i in range(len(dy)))
+    return joined(tasks, len(dy))
 
 
 class _LayerGradient(torch.autograd.Function):
-    """:func:`_layer_gradient` with its derivative."""
+    """:func:`_layer_gradient` with its derivative. That c are the windows of x is in the derivative for x."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *tensors, ctx.stride = inputs
         outputs = _layer_gradient(*inputs)
-        ctx.save_for_backward(*inputs, *outputs[2:])
+        ctx.save_for_backward(*tensors, *outputs[2:])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, vc: Tensor, vkernel: Tensor, vscale: Tensor, vshift: Tensor) -> Any:
-        g, owed, gc, kernel, scale, c, y, r, *sums = ctx.saved_tensors
+    def backward(ctx: Any, vx: Tensor, vkernel: Tensor, vscale: Tensor, vshift: Tensor) -> Any:
+        g, owed, x, kernel, scale, c, y, r, *sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a third derivative may follow, and c carries none
+            c = _Windows.apply(x, ctx.stride)
         m = y.shape[1]
         scale, vscale, vshift, dscale, dshift = (t.unsqueeze(1) for t in (scale, vscale, vshift, *sums))
         s = scale * r
         dy = torch.addcmul(s * dshift / -m, g, s).addcmul_(y, s * r * dscale / -m)
         dy = dy if owed is None else dy + owed
-        v = torch.baddbmm(vc @ kernel, c, vkernel)  # the cotangent of dy
+        vc = _Windows.apply(vx, ctx.stride)
+        v = product(c, vkernel, product(vc, kernel))  # the cotangent of dy
         mean, along = v.mean(1, keepdim=True), (v * y).mean(1, keepdim=True)
         k = vscale * r - s * along * r * r
         vg = torch.addcmul(vshift - s * mean, v, s).addcmul_(y, k)
         vy = (g * k).addcmul_(v, s * r * dscale / -m)
         t = (v * g).sum(1, keepdim=True) - mean * dshift - r * dscale * along  # (v, dy) / s
         vr = scale * t - 2 * s * along * dscale + vscale * dscale / r
-        to_owed, to_gc = None if owed is None else v, None if gc is None else vc
-        return vg, to_owed, to_gc, vc.mT @ dy, (r * t).squeeze(1), dy @ vkernel.mT, vy, vr
+        to_x, to_kernel = _to_pixels(dy, vkernel, x.shape[1:], ctx.stride), product(vc.mT, dy)
+        return vg, None if owed is None else v, to_x, to_kernel, (r * t).squeeze(1), None, vy, vr, None
 
 
 def _max_pool(x: Tensor) -> Tensor:
