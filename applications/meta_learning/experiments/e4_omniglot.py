@@ -160,7 +160,9 @@ class Table2(Experiment):
                         axes[1].plot(minutes, mean, **style)
                 axes[0].set(xlabel="outer steps", ylabel="accuracy on held-out characters, %", title=_words(column))
                 axes[1].set(xlabel="minutes in meta-steps", title="the same over time")
-                axes[0].legend(fontsize=8)
+                axes[1].legend(
+                    *axes[0].get_legend_handles_labels(), fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.82)
+                )
             figure.savefig(path)
             plt.close(figure)
 
