@@ -16,6 +16,7 @@ import logging
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Linearisation, Objective
 from bilevel.problem import BilevelProblem
-from bilevel.simplify import FORMULAS, simplify
+from bilevel.simplify import FORMULAS, direct, simplify
 
 Function = Callable[..., Any]
 P = TypeVar("P")
@@ -45,6 +46,7 @@ FEWEST = 64
 _logger = logging.getLogger(__name__)
 _aten = torch.ops.aten
 
+SMALL = 2**14  # numbers in what is kept to save the time of making it again
 STEP = 1e-2  # relative: to points nearby, where a derivative shows in the gradient and rounding does not
 
 
@@ -326,9 +328,16 @@ def _near(x: Tensor, number: int) -> Tensor:
     x = x.detach()
     if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
         return x
-    wave = (torch.arange(x.numel(), device=x.device).to(x) + number).cos().reshape(x.shape)
     found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    return found.copy_(x + STEP * (1 + x.abs()) * wave)
+    wave = _kept_wave if x.numel() <= SMALL else _wave
+    return torch.addcmul(x, wave(x.shape, number, x.dtype, x.device), 1 + x.abs(), value=STEP, out=found)
+
+
+def _wave(shape: torch.Size, number: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (torch.arange(shape.numel(), device=device).to(dtype) + number).cos().reshape(shape)
+
+
+_kept_wave = lru_cache(maxsize=64)(_wave)
 
 
 def _same(expected: Tensor, found: Tensor, least: float) -> bool:
@@ -380,7 +389,7 @@ def _cut(whole: fx.GraphModule) -> tuple[Function, Function, Function]:
     graphs = (prepare, product_graph, cross_graph)
     for graph in graphs:
         graph.eliminate_dead_code()
-    one, two, three = (fx.GraphModule(whole, graph).forward for graph in graphs)
+    one, two, three = (fx.GraphModule(whole, direct(graph)).forward for graph in graphs)
     return one, two, three
 
 
@@ -396,7 +405,7 @@ def _without_constants(whole: fx.GraphModule) -> tuple[Function, Function]:
             copies[node] = before.node_copy(node, copies.__getitem__)
     before.output(tuple(copies[node] for node in constants))
     before.eliminate_dead_code()
-    return fx.GraphModule(whole, before).forward, fx.GraphModule(whole, rest).forward
+    return fx.GraphModule(whole, direct(before)).forward, fx.GraphModule(whole, direct(rest)).forward
 
 
 def _depending(nodes: list[fx.Node], source: fx.Node) -> set[fx.Node]:
