@@ -32,8 +32,8 @@ WORKS = {"A": {"count": 16, "ways": 5, "shots": 1}, "B": {"count": 2, "ways": 20
 # Among the noise of B the network's Hessian + 2 I has negative eigenvalues, where a system has no meaning and this library stops
 LAM = {"A": 2.0, "B": 10.0}
 OURS = {
-    "A": {"bilevel": "8,1", "bilevel, 2 tasks at once": "2,1"},
-    "B": {"bilevel": "1,1", "bilevel, 2 tasks at once": "2,1"},
+    "A": {"bilevel": "16,1", "bilevel, 8 tasks at once": "8,1", "bilevel, 2 tasks at once": "2,1"},
+    "B": {"bilevel": "2,1", "bilevel, 1 task at once": "1,1"},
 }
 PEER_SCRIPTS = {"TorchOpt": "torchopt", "higher (MAML's gradient)": "higher"}
 RIGHT_PEERS = ["PyTorch by hand, loop", "TorchOpt"]  # those that compute the same gradient

@@ -3,7 +3,8 @@
 
     python benchmarks/logistic.py [--torchopt PYTHON] [--jaxopt PYTHON] [--threads 2] [--repeats 30] [--json docs/results/logistic.json]
 
-Every method runs in a process of its own that stays alive; they run in turn, so that whatever else the machine does slows all alike.
+Every method runs in a process of its own that stays alive; they take turns, so that whatever else the machine does slows all alike. A turn
+is a block of calls, as in an outer loop, of which the median counts.
 Before any time counts, each finds the fastest pair of tolerances (inner, linear) with which the gradient's relative error is at most
 1e-6. The exact gradient comes from a dense Newton method in this script. The penalties are scattered around the one that is best on the
 validation data.

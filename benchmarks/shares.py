@@ -36,12 +36,12 @@ WORKS: dict[str, tuple[Instance, int, dict[str, list[str]]]] = {  # the problem,
     "A": (
         lambda: few_shot.instance("A", 0),
         1,
-        {"bilevel": ["few_shot_bilevel", "8,1"], "by hand": ["few_shot_torch"]},
+        {"bilevel": ["few_shot_bilevel", "16,1"], "by hand": ["few_shot_torch"]},
     ),
     "B": (
         lambda: few_shot.instance("B", 0),
         1,
-        {"bilevel": ["few_shot_bilevel", "1,1"], "by hand": ["few_shot_torch"]},
+        {"bilevel": ["few_shot_bilevel", "2,1"], "by hand": ["few_shot_torch"]},
     ),
     "C": (
         lambda: quadratic.instance(0),

@@ -240,6 +240,10 @@ class Objective:
         self.num_grads += 1
         return self._with_split(phi.detach(), value.detach(), grad)
 
+    def gradient(self, phi: Tensor) -> Tensor:
+        """dG/dphi ``(*batch, d)`` alone, for methods that do not look at G."""
+        return self.value_and_grad(phi)[1]
+
     def linearise(
         self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
     ) -> Linearisation:

@@ -52,36 +52,6 @@ def simplify(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def direct(graph: fx.Graph) -> fx.Graph:
-    """The same operators as the functions of ``torch``, which Python calls in two thirds of the time. They know nothing of each other's
-    place in the graph any more: this is the last that is done to it.
-    """
-    for node in graph.nodes:
-        if node.op == "call_function" and node.target in _FUNCTIONS:
-            node.target = _FUNCTIONS[node.target]
-    return graph
-
-
-_OVERLOADS = {
-    "abs addcmul addmm addmv baddbmm bmm cat cos dot exp log mm mv neg permute reciprocal relu": ("default",),
-    "reshape rsqrt sigmoid sin sqrt t tanh unsqueeze vdot": ("default",),
-    "add bitwise_and bitwise_or div eq ge gt le lt mul ne sub": ("Tensor", "Scalar"),
-    "bitwise_not sum": ("default", "dim_IntList"),
-    "pow": ("Tensor_Scalar", "Tensor_Tensor"),
-    "mean squeeze": ("dim",),
-    "transpose": ("int",),
-    "where": ("self",),
-}
-_FUNCTIONS = {
-    getattr(getattr(_aten, name), overload): getattr(torch, name)
-    for names, overloads in _OVERLOADS.items()
-    for name in names.split()
-    for overload in overloads
-    if overload in getattr(_aten, name).overloads()
-}
-"""Functions of ``torch`` that take the arguments of these operators as they are."""
-
-
 def _value(node: fx.Node, constants: dict[fx.Node, float]) -> float | None:
     """The number that all entries of the node are, if that is known."""
     if node.target in _CONSTANT:
@@ -102,16 +72,16 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
         return first.args[0]
-    if node.target is _aten.sum.default and _like(node) == _like(first) and _like(node)[0] == ():
+    if node.target is _aten.sum.default and like(node) == like(first) and like(node)[0] == ():
         return first
-    if node.target in (_aten.pow.Tensor_Scalar, _aten.mul.Scalar) and second == 1 and _like(first) == _like(node):
+    if node.target in (_aten.pow.Tensor_Scalar, _aten.mul.Scalar) and second == 1 and like(first) == like(node):
         return first
     if node.target not in (_aten.mul.Tensor, _aten.add.Tensor) or node.kwargs:
         return None
     for own, other in ((first, second), (second, first)):
         value = constants.get(own)
         if (
-            value is None or not isinstance(other, fx.Node) or _like(other) != _like(node)
+            value is None or not isinstance(other, fx.Node) or like(other) != like(node)
         ):  # a number, or of another shape
             continue
         if value == (1 if node.target is _aten.mul.Tensor else 0):
@@ -137,7 +107,8 @@ def _key(node: fx.Node) -> Any:
     )
 
 
-def _like(node: fx.Node) -> tuple[Any, ...]:
+def like(node: fx.Node) -> tuple[Any, ...]:
+    """Shape, strides and dtype of what a recorded node computes."""
     found = node.meta["val"] if "val" in node.meta else node.meta["tensor_meta"]
     stride = found.stride if isinstance(found, TensorMetadata) else found.stride()
     return tuple(found.shape), tuple(stride), found.dtype

@@ -25,8 +25,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Linearisation, Objective
+from bilevel.lowering import direct, put_skinny_factors_in_front
 from bilevel.problem import BilevelProblem
-from bilevel.simplify import FORMULAS, direct, simplify
+from bilevel.simplify import FORMULAS, simplify
 
 Function = Callable[..., Any]
 P = TypeVar("P")
@@ -186,6 +187,16 @@ class TracedObjective(Objective):
         value, grad = program(phi)
         return value, grad
 
+    def gradient(self, phi: Tensor) -> Tensor:
+        """See the base class. What only G needs is not computed."""
+        phi = phi.detach()
+        self._gradient_program(phi)
+        program = self._whole("gradient alone", lambda objective, phi: objective.value_and_grad(phi)[1], phi)
+        if program is None:
+            return super().gradient(phi)
+        self.num_grads += 1
+        return program(phi)
+
     def verify(self, phi: Tensor) -> None:
         """Raise :class:`Stale` where the recorded gradient is not the one that autograd takes now: near phi and theta and not at them, so
         that a term whose gradient is zero there is seen by its derivatives.
@@ -256,7 +267,7 @@ class TracedObjective(Objective):
         def record() -> tuple[Function, Function]:
             whole = recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors)
             before, rest = _without_constants(whole)
-            if name == "value":  # the gradient is verified in every call
+            if name != "gradient":  # which is verified in every call
                 _check(function(self._over(self.tensors), phi), rest(phi, *before(*self.tensors)))
             return before, rest
 
@@ -364,6 +375,8 @@ def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
         if node.target is _aten.view.default:  # of vectors whose strides may be others next time
             node.target = _aten.reshape.default
     simplify(module.graph)
+    if arguments[0].device.type == "cpu":
+        put_skinny_factors_in_front(module.graph)
     module.recompile()
     return module
 

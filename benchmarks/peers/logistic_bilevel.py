@@ -15,17 +15,21 @@ from bilevel.solvers import NewtonCG
 X, y, X_val, y_val, theta, reference = (torch.from_numpy(array) for array in problem(sys.argv[1]))
 torch.set_num_threads(int(sys.argv[2]))
 CLASSES, FEATURES = int(y.max()) + 1, X.shape[1]
-cross_entropy, linear = torch.nn.functional.cross_entropy, torch.nn.functional.linear
+
+
+def cross_entropy(phi: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over the examples. With the classes in front, (1, classes, examples), PyTorch is a fifth faster than the other way."""
+    return torch.nn.functional.cross_entropy((phi @ x.T).unsqueeze(0), labels.unsqueeze(0))
 
 
 def objective(phi: torch.Tensor, theta: torch.Tensor, data: Any) -> torch.Tensor:
     """G."""
-    return cross_entropy(linear(data[0], phi), data[1]) + 0.5 * (theta.exp() * phi.square()).sum()
+    return cross_entropy(phi, data[0], data[1]) + 0.5 * (theta.exp() * phi.square()).sum()
 
 
 PROBLEM = bilevel.BilevelProblem.from_functions(
     objective,
-    lambda phi, theta, data: cross_entropy(linear(data[2], phi), data[3]),
+    lambda phi, theta, data: cross_entropy(phi, data[2], data[3]),
     lambda theta, data: theta.new_zeros(CLASSES, FEATURES),
 )
 

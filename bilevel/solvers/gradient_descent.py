@@ -22,6 +22,11 @@ class _State(State):
     grad: Tensor  # dG/dphi at phi
 
 
+@dataclass(frozen=True)
+class _Slope:
+    grad: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradientDescent(IterativeSolver):
     """phi <- phi - step_size dG/dphi; with a fixed step size the inner solver of iMAML-GD (paper, section 4).
@@ -69,6 +74,11 @@ class GradientDescent(IterativeSolver):
             return State.start(phi)
         infinite = torch.full_like(phi, torch.inf)
         return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
+
+    def evaluate(self, objective: Objective, point: Tensor) -> Local | _Slope:
+        if self.step_size is not None and self.tol == 0:  # a step that does not look at G
+            return _Slope(objective.gradient(point))
+        return super().evaluate(objective, point)
 
     def step(self, objective: Objective, state: State, local: Local) -> State:
         if isinstance(state, _State):
