@@ -76,7 +76,7 @@ def test_the_parts_are_there_in_order(gpu: ModuleType, tmp_path: Path, monkeypat
     assert list(dict.fromkeys(kinds)) == ["tests", "5w1s", "20w5s", "cell"]
     tests = {name.removeprefix("tests-") for name in commands if name.startswith("tests-")}
     assert tests >= {"test_cuda", "test_captured", "test_train", "test_step"}
-    assert kinds.count("cell") == 80 and commands["cell-20w5s-gd-random-0"][-2:] == [
+    assert kinds.count("cell") == 112 and commands["cell-20w5s-gd-random-0"][-2:] == [
         "--data-dir",
         str(Path("data").resolve()),
     ]

@@ -29,7 +29,7 @@ def test_the_cells_are_the_rows_of_the_table(tmp_path: Path) -> None:
     kinds = {"gd": ImplicitMAML, "hf": ImplicitMAML, "fo": FirstOrderMAML, "maml": MAML, "reptile": Reptile}
     kinds |= {e4.OURS: ImplicitMAML, e4.OURS_FIRST_ORDER: ImplicitMAML}
     for table in (e4.E4CPU(), e4.E4()):
-        assert len(set(table.cells)) == len(table.runs)
+        assert len(set(table.cells)) == len(table.runs) + table.timed
         for cell in table.runs:
             config = table.config(cell, request_for(tmp_path))
             assert (f"{config.ways}w{config.shots}s", config.split, config.seed) == (cell.column, cell.split, cell.seed)
@@ -65,13 +65,13 @@ def run(row: str, seed: int, means: list[float], seconds: float, final: float) -
 def test_accuracy_at_a_time_is_interpolated() -> None:
     one = run("gd", 0, [0.2, 0.6, 0.8], 10.0, 0.8)
     for seconds in (0.0, 1.0, 5.0, 7.5, 10.0, 20.0):
-        assert e4._at_time(one, seconds) == pytest.approx(np.interp(seconds, [0, 5, 10], [0.2, 0.6, 0.8]))
+        assert e4._at_time({}, one, seconds) == pytest.approx(np.interp(seconds, [0, 5, 10], [0.2, 0.6, 0.8]))
 
 
 def test_differences_are_taken_seed_by_seed_with_students_interval() -> None:
     ours = [run("gd", s, [0.2, 0.5, 0.8], 20.0, final) for s, final in enumerate((0.90, 0.92, 0.97))]
     others = [run("fo", s, [0.2, 0.6, 0.7], 10.0, final) for s, final in enumerate((0.88, 0.89, 0.90))]
-    (line,) = [text for text in e4._comparison([*others, *ours]) if text.startswith("| iMAML, gradient descent")]
+    (line,) = [text for text in e4._comparison([*others, *ours], {}) if text.startswith("| iMAML, gradient descent")]
     steps, times = line.split("|")[2:4]
     differences = np.array([2.0, 3.0, 7.0])
     half = scipy.stats.t.ppf(0.975, 2) * differences.std(ddof=1) / 3**0.5
@@ -80,8 +80,8 @@ def test_differences_are_taken_seed_by_seed_with_students_interval() -> None:
 
 
 def test_one_cell_by_name_and_a_page_of_what_is_there(tmp_path: Path) -> None:
-    wrong = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "nothing", "--out", str(tmp_path)])
-    words = "--only: got 'nothing'; expected one of the 28 cells of e4_omniglot_cpu, such as 5w1s-ours-random-0, "
+    wrong = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "quux", "--out", str(tmp_path)])
+    words = "--only: got 'quux'; expected one of the 29 cells of e4_omniglot_cpu, such as 5w1s-ours-random-0, "
     assert wrong.exit_code == 2 and words in wrong.output
     near = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "5w1s-hf-random", "--out", str(tmp_path)])
     assert near.exit_code == 2 and "such as 5w1s-hf-random-" in near.output
@@ -124,7 +124,7 @@ def test_what_is_published_would_be_kept(table: e4.Table2, tmp_path: Path) -> No
     if not published.exists():
         pytest.skip("not measured yet")
     cells = {cell.name: cell for cell in table.runs}
-    for name, run in e4._runs_of(published).items():
+    for name, run in e4._result_of(published)["runs"].items():
         assert Config.from_dict(run["config"]) == table.config(cells[name], request_for(tmp_path)), name
 
 
@@ -194,25 +194,59 @@ def test_every_run_says_where_it_comes_from() -> None:
 
 
 def test_beside_the_paper() -> None:
-    """Differences to the table, the share of tasks without a gradient, and the order."""
+    """Differences to the table, the share of tasks without a gradient, what does not rise, and the order."""
 
-    def one(row: str, final: float, negative: int, failed: int) -> dict[str, Any]:
-        counts = {"tasks": 200, "negative_tasks": negative, "failed_tasks": failed}
-        return {
-            **run(row, 0, [0.2, final], 1.0, final),
-            **counts,
-            "tests": {"paper": {"mean": final, "interval": 0.01}},
-        }
+    def one(row: str, means: list[float], failed: int, skipped: int) -> dict[str, Any]:
+        counts = {"tasks": 200, "negative_tasks": 190, "failed_tasks": failed, "steps": 4, "skipped_steps": skipped}
+        final = means[-1]
+        return {**run(row, 0, means, 1.0, final), **counts, "tests": {"paper": {"mean": final, "interval": 0.01}}}
 
-    text = "\n".join(e4._beside_the_paper([one("gd", 0.40, 180, 150), one("fo", 0.90, 0, 0)], "5w1s"))
-    assert "- iMAML, gradient descent: -59.2 points. In 90 % of its tasks CG met negative curvature" in text
-    assert (
-        "75 % were left out" in text
-        and "- first-order MAML: -8.3 points.\n" in text
-        and "All rows saw 200 tasks" in text
-    )
+    falls = one("gd", [0.2, 0.5, 0.6, 0.5, 0.4], 150, 1)
+    rises = one("fo", [0.2, 0.5, 0.7, 0.8, 0.9], 0, 0)
+    text = "\n".join(e4._beside_the_paper([falls, rises], "5w1s"))
+    assert "- iMAML, gradient descent: -59.2 points. 75 % of its tasks were left out" in text
+    assert "In 25 % of the outer steps no task was left" in text
+    assert "It does not rise: 55 % on average over the first half of the outer steps, 40 % at the end" in text
+    assert "- first-order MAML: -8.3 points.\n" in text and "All rows saw 200 tasks" in text
     assert (
         "first-order MAML, iMAML, gradient descent, is not that of the paper (iMAML, gradient descent, first-order MAML)"
         in text
     )
-    assert e4._beside_the_paper([one(e4.OURS, 0.9, 0, 0)], "5w1s") == []
+    assert e4._beside_the_paper([one(e4.OURS, [0.2, 0.9], 0, 0)], "5w1s") == []
+
+
+def test_times_are_those_of_all_rows_in_turn_where_these_were_measured() -> None:
+    one = {**run("gd", 0, [0.2, 0.6, 0.8], 10.0, 0.8), "steps": 2}
+    timed = {"timing": {"seconds": {"gd": 3.0, "fo": 1.0}}}
+    assert (e4._times({}, one), e4._end({}, one)) == ([0.0, 5.0, 10.0], 10.0)
+    assert (e4._times(timed, one), e4._end(timed, one)) == ([0.0, 3.0, 6.0], 6.0)
+    other = {**run("fo", 0, [0.2, 0.5, 0.6], 10.0, 0.6), "steps": 2}
+    (line,) = [text for text in e4._comparison([one, other], timed) if text.startswith("| iMAML, gradient descent")]
+    assert "-13.33" in line  # after 2 s: 0.2 + 2 / 3 of 0.4 against 0.6
+
+
+def test_the_time_of_a_step_is_measured_for_all_rows(tmp_path: Path) -> None:
+    table = e4.E4CPU()
+    table.record(tmp_path, quick=True, seed=0, only=e4.TIMING)
+    stored = json.loads((tmp_path / f"{table.name}.json").read_text())["result"]
+    assert set(stored["timing"]["seconds"]) == set(e4.ROWS) and stored["runs"] == {}
+    assert all(seconds > 0 for seconds in stored["timing"]["seconds"].values())
+
+
+def test_a_whole_table_is_published_cell_by_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def measured(request: Request, *_: Any, **__: Any) -> dict[str, Any]:
+        path = tmp_path / "e4_omniglot.json"
+        seen.append(len(json.loads(path.read_text())["result"]["runs"]) if path.exists() else 0)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"config": table.config(cells[request.only], request).to_dict()}
+
+    table = e4.E4()
+    cells = {cell.name: cell for cell in table.runs}
+    monkeypatch.setattr(e4, "trained", measured)
+    monkeypatch.setattr(e4.E4, "publish", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        table.record(tmp_path, quick=False, seed=0)
+    assert seen == [0, 1, 2]

@@ -87,11 +87,16 @@ class Experiment(ABC):
         only: str | None = None,
         console: Console | None = None,
     ) -> Path:
-        """Run, or go on with an interrupted run, and write NAME.json, NAME.png and NAME.md to the folder.
+        """Run, or go on with an interrupted run, and write NAME.json, NAME.png and NAME.md to the folder; where there are cells, after
+        each of them.
 
         Returns:
             The path of the JSON.
         """
+        if self.cells and only is None and not quick:
+            for name in self.cells:
+                path = self.record(folder, quick=quick, seed=seed, data_dir=data_dir, only=name, console=console)
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
         parts = folder / f"{self.name}.parts" / f"{'quick-' if quick else ''}seed-{seed}"

@@ -355,7 +355,8 @@ def _curvature_table(result: Numbers) -> list[str]:
                 ]
             )
     note = (
-        "Accuracy: 100 tasks of held-out classes with 5 queries each, one seed. Slope: |dG/dphi|; a median, like the Ritz value further on "
+        "Accuracy: 100 tasks of held-out classes with 5 queries each, one seed, ± a 95 % interval over the tasks. Slope: |dG/dphi|; "
+        "a median, like the Ritz value further on "
         "and its doubt, within which there is an eigenvalue, but not always the smallest. Negative curvature: seen by Lanczos or by "
         f"{result['many']} CG steps for the meta-gradient."
     )

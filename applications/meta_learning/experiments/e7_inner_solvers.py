@@ -103,8 +103,8 @@ class E7InnerSolvers(Experiment):
                 ylabel="|dG/dphi| reached, median",
                 title="inner solvers on the same tasks",
             )
-            for axes in (accuracy, residual):
-                axes.legend(fontsize=8)
+            accuracy.legend(fontsize=8)
+            residual.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
             figure.savefig(path)
             plt.close(figure)
 
@@ -304,7 +304,7 @@ def _setup(result: Numbers) -> list[str]:
         "",
         f"Meta-training: {result['meta_steps']} meta-steps of {result['meta_batch']} tasks, inner steps of gradient descent of "
         f"{result['inner_step_size']:g}, Gauss-Newton matrix, one seed, {preset('omniglot-5w1s-gd').split} split of the "
-        f"characters. Tests: {tests['tasks']} tasks of held-out classes, 5 queries each.",
+        f"characters. Tests: {tests['tasks']} tasks of held-out classes, 5 queries each, ± a 95 % interval over the tasks.",
     ]
 
 
