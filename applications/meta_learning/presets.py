@@ -77,6 +77,10 @@ _CPU = Config(
     eval_tasks=200,
 )
 
+# Steps of a fixed size end beyond the stability limit of the network that they train: after 9,000 outer steps the inner problem was
+# not solved any more, and the accuracy fell from 97 to 91 %. Step sizes from the changes of the gradient follow the network.
+_OMNIGLOT = replace(_CPU, inner_steps=8, inner_step_size=0.0, inner_momentum=0.0)
+
 PRESETS: dict[str, Config] = {
     "glyphs": replace(_CPU, dataset="glyphs", outer_steps=1_000),
     "sinusoid": Config(
@@ -98,7 +102,7 @@ PRESETS: dict[str, Config] = {
         eval_interval=500,
         compile=True,
     ),
-    "omniglot-5w1s-cpu": _CPU,
+    "omniglot-5w1s-cpu": _OMNIGLOT,
     # Fewer queries than _CPU, because folders of one's own have few images.
     "folder": replace(
         _CPU,
