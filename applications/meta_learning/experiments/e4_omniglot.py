@@ -252,8 +252,8 @@ class Table2(Experiment):
             "",
             "The settings of our own are the preset `omniglot-5w1s-cpu` with so many steps, once with and once without a linear system; "
             "those of all other rows are the paper's (`imaml info`: presets), the baselines with the steps of iMAML. "
-            "Our settings come from earlier trials that looked at held-out characters of the splits of seeds 0, 3 and 4; seeds 1 and 2 have "
-            "other splits. Here nothing is selected by an accuracy: the numbers are those of the last step. "
+            "Our settings come from earlier trials that looked at held-out characters of the splits of seeds 0, 3 and 4; seeds 1 and 2 "
+            "have other splits. Here nothing is selected by an accuracy: the numbers are those of the last step. "
             f"{_how_timed(result)} One cell: "
             f"`imaml experiment {self.name} --only {next(iter(result['runs']))}`; given again, it goes on from its checkpoint.",
         ]
