@@ -541,10 +541,13 @@ class _GaussNewtonProduct:
 
 
 def _tangent(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """The derivative of ``fn`` at x along v. Not a transform of ``torch.func``: what a model does in eager mode, it does here too."""
-    with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(x, v))).tangent
-    return torch.zeros_like(fn(x)) if tangent is None else tangent
+    """The derivative of ``fn`` at x along v, by dual numbers: with them a model does what it does in eager mode."""
+    if forward_ad._current_level >= 0:  # the user's; there is only one
+        return torch.func.jvp(fn, (x,), (v,))[1]
+    # a Function, that of argmin say, switches forward mode off
+    with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
+        primal, tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(x, v)))
+    return torch.zeros_like(primal) if tangent is None else tangent
 
 
 def _total(value: Tensor) -> Tensor:

@@ -525,3 +525,19 @@ def test_on_a_gpu() -> None:
         for c in (False, True)
     ]
     assert_same(found[1], found[0])
+
+
+def test_what_is_replayed_calls_operators_the_shorter_way() -> None:
+    """In every part of a program."""
+    problem, theta, data = logistic()
+    bilevel.hypergradient(problem, theta, one_task(data, 0), solver=NEWTON, linsys=SOLVED, compile=True)
+    programs = Programs.of(problem)._programs
+    parts = [part for key, program in programs.items() if key[0] != "linearisation" for part in program]
+    parts += [
+        getattr(program, name)
+        for key, program in programs.items()
+        if key[0] == "linearisation"
+        for name in ("prepare", "product", "cross")
+    ]
+    code = "".join(part.__self__.code for part in parts)
+    assert "torch.mul(" in code and "aten.mul" not in code and "aten.mm" not in code and "aten.exp." not in code

@@ -257,3 +257,48 @@ def test_wrong_options() -> None:
         Hessian(product="forward")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="step: expected a number > 0, got -1"):
         FiniteDifference(step=-1.0)
+
+
+def linear_model() -> tuple[bilevel.ProximalProblem, Tensor, Tensor, Tensor]:
+    """|X phi - y|^2 / 2 + |phi - theta|^2 / 2: the problem, X, y, and (X^T X + I)^{-1}."""
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(7, 4, generator=g, dtype=torch.float64), torch.randn(7, generator=g, dtype=torch.float64)
+    problem = bilevel.ProximalProblem.from_model(
+        lambda phi, data: X @ phi, lambda z, data: 0.5 * (z - y).square().sum(), lambda phi, data: phi.sin().sum(), 1.0
+    )
+    return problem, X, y, torch.linalg.inv(X.T @ X + torch.eye(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("way", ["solve", "argmin", "vmap of argmin", "in dual numbers"])
+def test_gauss_newton_steps_wherever_a_solver_runs(way: str) -> None:
+    """Within an autograd.Function, as in argmin, PyTorch switches forward mode off, and a product would be zero without a word."""
+    problem, X, y, inverse = linear_model()
+    solver = NewtonCG(max_steps=5, cg_steps=20, tol=1e-10, curvature=GaussNewton())
+    theta = torch.linspace(-1, 1, 4, dtype=torch.float64)
+
+    def solution(theta: Tensor) -> Tensor:
+        return bilevel.argmin(problem, theta, solver=solver, linsys=CG(max_steps=9))
+
+    if way == "solve":
+        found = bilevel.solve(problem, theta, solver=solver).unwrap()
+    elif way == "argmin":
+        leaf = theta.clone().requires_grad_()
+        found = solution(leaf)
+        (grad,) = torch.autograd.grad(found.sin().sum(), leaf)
+        torch.testing.assert_close(grad, inverse @ found.detach().cos(), rtol=1e-9, atol=1e-12)
+    elif way == "vmap of argmin":
+        found = torch.func.vmap(solution)(theta.expand(3, 4))[1]
+    else:
+        with torch.autograd.forward_ad.dual_level():
+            found = bilevel.solve(problem, theta, solver=solver).unwrap()
+    torch.testing.assert_close(found.detach(), inverse @ (X.T @ y + theta), rtol=1e-9, atol=1e-12)
+
+
+def test_gauss_newton_of_a_model_that_does_not_depend_on_its_variables() -> None:
+    """No tangent is a product of zero, and what is left is the regulariser."""
+    problem = bilevel.ProximalProblem.from_model(
+        lambda phi, data: 2 * data, lambda z, data: z.square().sum(), lambda phi, data: phi.square().sum(), 2.0
+    )
+    theta = torch.linspace(1, 2, 3, dtype=torch.float64)
+    found = bilevel.implicit_gradient(problem, theta, theta, theta, linsys=CG(max_steps=5), curvature=GaussNewton())
+    torch.testing.assert_close(found.unwrap(), 2 * theta)

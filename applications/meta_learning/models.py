@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from applications.meta_learning.products import is_large, joined, product
+from applications.meta_learning.products import has_tangents, is_large, product
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The layers of ConvNet for many tasks at once, each task with weights of its own.
@@ -144,24 +144,20 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, scale: Tensor, shift: Tensor, stride: int) -> tuple[Tensor, ...]:
         c = _Windows.forward(x, stride)
         y = product(c, kernel.flatten(1, 3))
         y -= y.mean(1, keepdim=True)
         r = (y * y).mean(1, keepdim=True).add_(EPS).rsqrt_()
         z = torch.addcmul(shift.unsqueeze(1), y, scale.unsqueeze(1) * r).relu_()
-        return z, y, r, c
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, kernel, scale, _, ctx.stride = inputs
-        ctx.mark_non_differentiable(output[3])
+        ctx.stride = stride
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, kernel, scale, *output)
-        ctx.save_for_forward(x, kernel, scale, *output)
+        ctx.save_for_backward(x, kernel, scale, z, y, r, c)
+        ctx.save_for_forward(x, kernel, scale, z, y, r, c)
+        return z, y, r
 
     @staticmethod
-    def backward(ctx: Any, gz: Tensor | None, gy: Tensor | None, gr: Tensor | None, _: None) -> Any:
+    def backward(ctx: Any, gz: Tensor | None, gy: Tensor | None, gr: Tensor | None) -> Any:
         x, kernel, scale, z, y, r, c = ctx.saved_tensors
         g = torch.zeros_like(z) if gz is None else torch.ops.aten.threshold_backward(gz, z, 0)
         owed = None
@@ -170,14 +166,14 @@ class _Layer(torch.autograd.Function):
             owed = owed - owed.mean(1, keepdim=True)
         again = torch.is_grad_enabled() and not _transforms_active()
         gradient = _LayerGradient.apply if again else _layer_gradient
+        c = c if again else _with_derivatives(c, x, ctx.stride)
         dx, dkernel, dscale, dshift = gradient(g, owed, x, kernel.flatten(1, 3), scale, c, y, r, ctx.stride)
         return dx, dkernel.reshape(kernel.shape), dscale, dshift, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
         x, kernel, scale, z, y, r, c = ctx.saved_tensors
-        if torch.is_grad_enabled() and x.requires_grad:  # c carries no derivative
-            c = _Windows.apply(x, ctx.stride)
+        c = _with_derivatives(c, x, ctx.stride)
         likes = (x, kernel, scale, scale)
         tx, tkernel, tscale, tshift = (
             torch.zeros_like(x) if t is None else t for t, x in zip(tangents[:4], likes, strict=True)
@@ -191,7 +187,13 @@ class _Layer(torch.autograd.Function):
         ty = ty - ty.mean(1, keepdim=True)
         tr = -(r**3) * (y * ty).mean(1, keepdim=True)
         tz = torch.addcmul(torch.addcmul(tshift, y, tscale * r + scale * tr), ty, scale * r)
-        return torch.ops.aten.threshold_backward(tz, z, 0), ty, tr, None
+        return torch.ops.aten.threshold_backward(tz, z, 0), ty, tr
+
+
+def _with_derivatives(c: Tensor, x: Tensor, stride: int) -> Tensor:
+    """c; the windows of x anew where somebody differentiates on, which c does not carry."""
+    backwards = torch.is_grad_enabled() and x.requires_grad
+    return _Windows.apply(x, stride) if backwards or has_tangents() else c
 
 
 def _layer_gradient(
@@ -223,9 +225,10 @@ def _to_pixels(dy: Tensor, kernel: Tensor, images: torch.Size, stride: int) -> T
     kernel = kernel.mT
     if not is_large(dy, kernel):
         return _Overlap.apply(dy @ kernel, images, stride)
-    # one task after the other: the windows of one are still in the cache when they are added up
-    tasks = (_overlapped(product(dy[i : i + 1], kernel[i : i + 1]), images, stride) for i in range(len(dy)))
-    return joined(tasks, len(dy))
+    out = dy.new_empty(len(dy), *images)
+    for own, one, its_kernel in zip(out, dy, kernel, strict=True):  # while the windows of a task are in the cache
+        own.copy_(_overlapped(product(one.unsqueeze(0), its_kernel.unsqueeze(0)), images, stride).squeeze(0))
+    return out
 
 
 class _LayerGradient(torch.autograd.Function):
@@ -241,8 +244,7 @@ class _LayerGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, vx: Tensor, vkernel: Tensor, vscale: Tensor, vshift: Tensor) -> Any:
         g, owed, x, kernel, scale, c, y, r, *sums = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a third derivative may follow, and c carries none
-            c = _Windows.apply(x, ctx.stride)
+        c = _with_derivatives(c, x, ctx.stride)
         m = y.shape[1]
         scale, vscale, vshift, dscale, dshift = (t.unsqueeze(1) for t in (scale, vscale, vshift, *sums))
         s = scale * r

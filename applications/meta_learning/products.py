@@ -8,12 +8,11 @@ is `torch.baddbmm`. benchmarks/NOTES.md has the numbers.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LEAST = 2_000_000
 """Multiplications in the product of one task from which on oneDNN is called."""
@@ -21,50 +20,47 @@ LEAST = 2_000_000
 
 def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     """a @ b, or a @ b + plus: (tasks, m, k), (tasks, k, n), (tasks, m, n)."""
-    if not is_large(a, b):
+    if not is_large(a, b, plus):
         return a @ b if plus is None else torch.baddbmm(plus, a, b)
     if plus is None and not a.is_contiguous() and a.numel() > b.numel():
-        return product(
-            b.mT, a.mT
-        ).mT  # oneDNN reads its second factor as it lies, and copies a first one that is transposed
-    others = itertools.repeat(None) if plus is None else plus.unbind()
-    tasks = zip(a.unbind(), b.unbind(), others, strict=False)
-    return joined((_one(x, y, z).unsqueeze(0) for x, y, z in tasks), len(a))
+        # oneDNN reads its second factor as it lies, and copies a first one that is transposed
+        return product(b.mT, a.mT).mT
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for i in range(len(a)):
+        out[i] = _one(a[i], b[i], None if plus is None else plus[i])
+    return out
 
 
-def is_large(a: Tensor, b: Tensor) -> bool:
+def is_large(a: Tensor, b: Tensor, plus: Tensor | None = None) -> bool:
     """Whether the product is best taken one task at a time."""
     return (
         a.shape[1] * a.shape[2] * b.shape[2] >= LEAST
-        and a.dtype == torch.float32
+        and a.dtype == b.dtype == torch.float32
         and a.device.type == "cpu"
         and _has_onednn()
-        # of these the operator knows nothing
+        # what follows the operator knows nothing of
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and not has_tangents()
+        and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b, plus)))
     )
 
 
-def joined(parts: Iterable[Tensor], count: int) -> Tensor:
-    """``torch.cat`` of so many equal parts, each written to its place as soon as it is there."""
-    parts = iter(parts)
-    first = next(parts)
-    if count == 1:
-        return first
-    size = len(first)
-    out = first.new_empty(count * size, *first.shape[1:])
-    for i, part in enumerate(itertools.chain([first], parts)):
-        out[i * size : (i + 1) * size] = part
-    return out
+def has_tangents() -> bool:
+    """Whether tensors may be dual numbers here."""
+    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
 
 
 @cache
 def _has_onednn() -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    """Whether there is the operator, and AVX-512 for it: without, MKL is as fast."""
+    if not torch.backends.mkldnn.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    one = torch.ones(1, 1)
+    try:
+        return bool(_one(one, one, None) == 1 and _one(one, one, one) == 2)
+    except (AttributeError, RuntimeError, TypeError):  # it is not meant for others, and may change
+        return False
 
 
 def _one(a: Tensor, b: Tensor, plus: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 import bilevel
-from applications.meta_learning import products
+from applications.meta_learning import models, products
 from applications.meta_learning.models import ConvNet
 from applications.meta_learning.problem import cross_entropy, few_shot_problem
 from bilevel.curvature import GaussNewton, Hessian
@@ -24,6 +24,7 @@ needs_onednn = pytest.mark.skipif(not products._has_onednn(), reason="needs oneD
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The operator is called for every product; a call is noted here."""
+    products._has_onednn()  # tries it
     found, one = [], products._one
     monkeypatch.setattr(products, "LEAST", 1)
     monkeypatch.setattr(products, "_one", lambda *args: found.append(1) or one(*args))
@@ -56,25 +57,58 @@ def test_product(
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_product_falls_back(calls: list[int]) -> None:
+def test_the_product_falls_back(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the operator does not know the numbers, would lose a derivative, or a call for each task does not pay."""
     a, b, c = matrices(SHAPES[0], torch.float64)
     torch.testing.assert_close(products.product(a, b, c), a @ b + c)
     a, b, c = matrices(SHAPES[0])
-    a.requires_grad_()
-    (grad,) = torch.autograd.grad(products.product(a, b).sum(), a)
-    torch.testing.assert_close(grad, b.sum(2).unsqueeze(1).expand_as(a))
-    found = torch.func.vmap(lambda x: products.product(x.unsqueeze(0), x.mT.unsqueeze(0)))(a.detach())
-    torch.testing.assert_close(found.squeeze(1), a.detach() @ a.detach().mT)
-    products.LEAST = 10**9
-    assert not products.is_large(a.detach(), b)
+    for i, expected in enumerate(
+        (b.sum(2).unsqueeze(1).expand_as(a), a.sum(1).unsqueeze(2).expand_as(b), torch.ones_like(c))
+    ):
+        factors = [x.clone().requires_grad_(j == i) for j, x in enumerate((a, b, c))]
+        (grad,) = torch.autograd.grad(products.product(*factors).sum(), factors[i])
+        torch.testing.assert_close(grad, expected)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(products.product(forward_ad.make_dual(a, a.cos()), b)).tangent
+    torch.testing.assert_close(tangent, a.cos() @ b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.product(a, b).dtype == torch.bfloat16
+    found = torch.func.vmap(lambda x: products.product(x.unsqueeze(0), x.mT.unsqueeze(0)))(a)
+    torch.testing.assert_close(found.squeeze(1), a @ a.mT)
     assert not calls
+    for least, large in ((3 * 40 * 50 * 60, False), (40 * 50 * 60 + 1, False), (40 * 50 * 60, True)):
+        monkeypatch.setattr(products, "LEAST", least)
+        assert products.is_large(a, b) is large
+
+
+@pytest.mark.parametrize("what", ["operator", "kind of call", "processor", "oneDNN"])
+def test_where_the_operator_is_not_to_be_had(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are then those of `torch.bmm`."""
+
+    def missing(*_: Any) -> Tensor:
+        raise AttributeError if what == "operator" else TypeError
+
+    if what in ("operator", "kind of call"):
+        monkeypatch.setattr(products, "_one", missing)
+    elif what == "processor":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    else:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    products._has_onednn.cache_clear()
+    try:
+        monkeypatch.setattr(products, "LEAST", 1)
+        a, b, c = matrices(SHAPES[0])
+        assert not products.is_large(a, b)
+        torch.testing.assert_close(products.product(a, b, c), torch.baddbmm(c, a, b))
+    finally:
+        monkeypatch.undo()
+        products._has_onednn.cache_clear()
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["strided", "pooled"])
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton()], ids=["hessian", "gauss-newton"])
 @needs_onednn
-def test_meta_gradient(calls: list[int], curvature: Any, pooled: bool) -> None:
+def test_meta_gradient(calls: list[int], curvature: Any, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 as in float64, where oneDNN has no part in it."""
     torch.manual_seed(0)
     net = ConvNet(3, channels=16, in_size=16, pooled=pooled)
@@ -96,8 +130,11 @@ def test_meta_gradient(calls: list[int], curvature: Any, pooled: bool) -> None:
             batched=True,
         ).unwrap()
 
+    tangents: list[int] = []
+    jvp = models._Layer.jvp
+    monkeypatch.setattr(models._Layer, "jvp", staticmethod(lambda *args: tangents.append(1) or jvp(*args)))
     exact = meta_gradient(torch.float64)
-    assert not calls
+    assert not calls and bool(tangents) is isinstance(curvature, GaussNewton)
     found = meta_gradient(torch.float32)
     assert calls
     for name, leaf in exact.items():
@@ -154,3 +191,89 @@ def test_third_derivatives() -> None:
     h = 1e-6  # no ReLU changes its side
     expected = (8 * (away(h) - away(-h)) - (away(2 * h) - away(-2 * h))) / (12 * h)
     assert found == pytest.approx(expected, rel=1e-5)  # the rounding of such differences
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One layer, in every order of differentiation, against two reverse passes.
+
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "rtol"),
+    [(torch.float64, 1e-9), pytest.param(torch.float32, 1e-3, marks=needs_onednn)],
+    ids=["f64", "f32"],
+)
+"""In float32 the products would be oneDNN's, where they may."""
+
+
+def a_layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], Tensor]]:
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 6, 6, 4, generator=g, dtype=torch.float64).to(dtype)
+    kernel = torch.randn(2, 3, 3, 4, 5, generator=g, dtype=torch.float64).to(dtype)
+    scale, shift = (torch.rand(2, 5, generator=g, dtype=torch.float64).to(dtype) for _ in range(2))
+    return x, kernel, lambda x, kernel: models._layer(x, kernel, scale, shift, 1).sin().sum()
+
+
+def mixed_product(dtype: torch.dtype, v: Tensor) -> Tensor:
+    """(d2f / dkernel dx) v by two reverse passes."""
+    x, kernel, f = a_layer(dtype)
+    x.requires_grad_(), kernel.requires_grad_()
+    (gx,) = torch.autograd.grad(f(x, kernel), x, create_graph=True)
+    return torch.autograd.grad(gx, kernel, v)[0]
+
+
+@DTYPES
+def test_forward_mode_over_reverse_mode(calls: list[int], dtype: torch.dtype, rtol: float) -> None:
+    x, kernel, f = a_layer(dtype)
+    x.requires_grad_(), kernel.requires_grad_()
+    v = torch.randn_like(x)
+    with forward_ad.dual_level():
+        (gradient,) = torch.autograd.grad(f(forward_ad.make_dual(x, v), kernel), kernel)
+        found = forward_ad.unpack_dual(gradient).tangent
+    torch.testing.assert_close(found, mixed_product(dtype, v), rtol=rtol, atol=rtol)
+
+
+@DTYPES
+def test_reverse_mode_over_forward_mode_of_what_is_no_leaf(calls: list[int], dtype: torch.dtype, rtol: float) -> None:
+    """x has a tangent, and needs no gradient."""
+    x, kernel, f = a_layer(dtype)
+    kernel.requires_grad_()
+    v = torch.randn_like(x)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(f(forward_ad.make_dual(x, v), kernel)).tangent
+        (found,) = torch.autograd.grad(slope, kernel)
+    torch.testing.assert_close(found, mixed_product(dtype, v), rtol=rtol, atol=rtol)
+
+
+@DTYPES
+def test_several_first_derivatives_at_once_and_their_derivative(
+    calls: list[int], dtype: torch.dtype, rtol: float
+) -> None:
+    x, kernel, _ = a_layer(dtype)
+    x.requires_grad_(), kernel.requires_grad_()
+    g = torch.Generator().manual_seed(6)
+    z = models._layer(x, kernel, torch.ones(2, 5, dtype=dtype), torch.zeros(2, 5, dtype=dtype), 1)
+    w = torch.randn(3, *z.shape, generator=g, dtype=torch.float64).to(dtype)
+
+    def one(w: Tensor) -> Tensor:
+        return torch.autograd.grad(z, kernel, w, create_graph=True)[0]
+
+    found = torch.autograd.grad(torch.func.vmap(one)(w).sin().sum(), x, retain_graph=True)[0]
+    expected = torch.autograd.grad(torch.stack([one(row) for row in w]).sin().sum(), x)[0]
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=10 * rtol)
+
+
+def test_autocast() -> None:
+    """Less precise, and no error."""
+    torch.manual_seed(0)
+    net = ConvNet(3, channels=64, in_size=28)
+    part = {"x": torch.rand(2, 15, 1, 28, 28), "y": torch.arange(3).repeat(2, 5)}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bilevel.hypergradient(
+            few_shot_problem(net, cross_entropy, 2.0),
+            {name: p.detach() for name, p in net.named_parameters()},
+            {"support": part, "query": part},
+            solver=GradientDescent(step_size=0.01, max_steps=2),
+            linsys=CG(max_steps=2, rtol=0.0),
+            curvature=GaussNewton(),
+            batched=True,
+        )
+    assert found.ok.all()
