@@ -417,7 +417,7 @@ class Linearisation:
         while True:
             try:
                 return product(v)
-            except (NotImplementedError, RuntimeError) as error:
+            except (NotImplementedError, RuntimeError, AssertionError) as error:
                 flat = self._objective.flat
                 following = next_after(self._product, error, FALL_BACK, "Hessian product", flat.said)
                 if following is None:
@@ -515,7 +515,7 @@ class _GaussNewtonProduct:
         while True:
             try:
                 return self._along(v)
-            except (NotImplementedError, RuntimeError) as error:
+            except (NotImplementedError, RuntimeError, AssertionError) as error:
                 following = next_after(self._way, error, OF_A_MODEL, "GaussNewton", self._flat.said)
                 if following is None:
                     raise

@@ -29,6 +29,10 @@ HINT = " For attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around t
 def is_missing(error: Exception) -> bool:
     """Whether PyTorch says that an operator lacks this derivative."""
     words = str(error)
+    if isinstance(
+        error, AssertionError
+    ):  # PyTorch's own, of an autograd.Function without jvp under vmap; else the user's
+        return "flat_bdims" in words
     return isinstance(error, NotImplementedError) or "not implemented" in words or "not support" in words
 
 

@@ -302,3 +302,46 @@ def test_gauss_newton_of_a_model_that_does_not_depend_on_its_variables() -> None
     theta = torch.linspace(1, 2, 3, dtype=torch.float64)
     found = bilevel.implicit_gradient(problem, theta, theta, theta, linsys=CG(max_steps=5), curvature=GaussNewton())
     torch.testing.assert_close(found.unwrap(), 2 * theta)
+
+
+class Tanh(torch.autograd.Function):
+    """As users write one: no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.tanh()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y**2)
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
+def test_gauss_newton_of_a_function_without_forward_mode(batched: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def gradient(tanh: Any) -> Tensor:
+        problem = bilevel.ProximalProblem.from_model(
+            lambda phi, data: tanh(data @ phi),
+            lambda z, data: (z - 0.3).square().sum(),
+            lambda phi, data: phi.sin().sum(),
+            1.0,
+        )
+        data = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 4, 3)
+        return bilevel.hypergradient(
+            problem,
+            torch.ones(3, dtype=torch.float64),
+            data if batched else data[0],
+            solver=NewtonCG(max_steps=2, curvature=GaussNewton()),
+            linsys=CG(max_steps=5),
+            curvature=GaussNewton(),
+            batched=batched,
+        ).unwrap()
+
+    torch.testing.assert_close(gradient(Tanh.apply), gradient(torch.tanh), rtol=1e-9, atol=1e-12)
+    assert sum("GaussNewton" in record.message for record in caplog.records) <= 1
