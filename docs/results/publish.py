@@ -192,8 +192,8 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
         "![Time of each method](logistic.png)",
         "",
         "1,000 examples, 200 features with one log-penalty each, 5 classes, float64, from a start at zero; every method with the fastest "
-        "tolerances at which the relative error of its gradient is at most 1e-6. The methods take turns, each a block of calls, of which the median "
-        "counts.",
+        "tolerances at which the relative error of its gradient is at most 1e-6. The methods take turns, each a block of calls, of which "
+        "the median counts.",
         "",
         "| method | milliseconds, median | fastest | of the first row (quartiles) | error reached | inner, linear tolerance |",
         "|---|---|---|---|---|---|",
@@ -387,14 +387,17 @@ def draw(name: str, result: dict[str, Any]) -> None:
 
 def readme_table(name: str, result: dict[str, Any]) -> str:
     """What the README says of a result, between its two marks."""
-    environment, minutes = result["environment"], result["training"][-1]["seconds"] / 60
+    environment, minutes, config = result["environment"], result["training"][-1]["seconds"] / 60, result["config"]
+    cores = "one core" if environment["threads"] == 1 else f"{environment['threads']} cores"
     rows = [
         f"| {protocol} | {100 * row['mean']:.2f} ± {100 * row['interval']:.2f} % | {row['tasks']} | {row['query_shots']} |"
         for protocol, row in result["evaluations"][0]["evaluations"].items()
     ]
     table = [
-        f"Real Omniglot, 5-way 1-shot, held-out characters, after {minutes:.0f} minutes of training on {environment['threads']} CPU cores "
-        f"(one seed; transductive batch norm; the curve, the command and the caveats are [on this page](docs/results/{name}.md)):",
+        f"Real Omniglot, 5-way 1-shot, characters that training never saw ({config['split']} split, {config['train_classes']:,} for "
+        f"training), after {minutes:.0f} minutes of training on {cores} of an {environment['processor']} processor (seed "
+        f"{config['seed']}; transductive batch norm; `{public(environment['command'])}`; curve and caveats are "
+        f"[on this page](docs/results/{name}.md)):",
         "",
         "| protocol | accuracy, 95 % interval | test tasks | queries per class |",
         "|---|---|---|---|",
