@@ -116,9 +116,11 @@ def to_accuracy(
         rounds.append(result)
         found = result.diagnose()
         allowed = accuracy * found.size
-        missed = result.ok_per_task & ~(found.linear + found.inner <= allowed)
-        late = missed & ~(found.inner <= 0.5 * allowed)  # the inner solve is to blame
-        rough = missed & ~(found.linear <= 0.5 * allowed)
+        rounding = 0.5 * torch.finfo(found.size.dtype).eps * found.size  # below which nothing can be estimated
+        inner, linear = torch.maximum(found.inner, rounding), torch.maximum(found.linear, rounding)
+        missed = result.ok_per_task & ~(linear + inner <= allowed)
+        late = missed & ~(inner <= 0.5 * allowed)  # the inner solve is to blame
+        rough = missed & ~(linear <= 0.5 * allowed)
         # a solve that could not keep its tolerance, or has none, will not keep a smaller one; nor is there one for no estimate
         stuck = late & ((result.inner.codes != int(Status.CONVERGED)) | found.inner.isinf())
         stuck = stuck | (rough & ((result.linear.codes != int(Status.CONVERGED)) | found.linear.isinf() | direct))

@@ -61,6 +61,7 @@ class Gathered:
             damping=damping,
             ok_per_task=part.ok,
             reduction=reduction,
+            grad_per_task=bool(call.sizes) and self.per_task,
         )
 
 

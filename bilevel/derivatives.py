@@ -658,9 +658,10 @@ def refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
-            raise ValueError(
-                _CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)")
-            )
+            words = _CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)")
+            if isinstance(variable, torch.nn.Parameter):
+                words += " With functional_call: phi has to have every parameter of the module; those that it lacks are the module's own."
+            raise ValueError(words)
         stack.extend(parent for parent, _ in node.next_functions)
 
 
@@ -716,7 +717,10 @@ def _strip(tensor: Tensor) -> Tensor:
     while is_transformed(tensor):
         inner = torch._C._functorch.get_unwrapped(tensor)
         if torch._C._functorch.is_batchedtensor(tensor):
-            inner = inner.select(torch._C._functorch.maybe_get_bdim(tensor), 0)
+            axis = torch._C._functorch.maybe_get_bdim(tensor)
+            if not inner.shape[axis]:
+                raise ValueError("vmap: expected at least one problem along the mapped axis, got an empty one.")
+            inner = inner.select(axis, 0)
         tensor = inner
     return tensor.detach()
 

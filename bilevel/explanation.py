@@ -194,7 +194,7 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     linear, inner = result.linear, result.inner
     at_phi = (linear.codes == int(Status.SOLVED_INDEFINITE)) | (linear.codes == int(Status.NEGATIVE_CURVATURE))
     if linear.negative_curvature is not None:
-        at_phi = at_phi | (linear.negative_curvature > 0)
+        at_phi = at_phi | ((linear.negative_curvature > 0) & (linear.codes != int(Status.SINGULAR)))
     on_the_way = torch.zeros_like(at_phi)
     if inner is not None and inner.negative_curvature is not None:
         on_the_way = inner.negative_curvature > 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -188,7 +189,9 @@ class ProximalProblem(BilevelProblem):
             for leaf in flatten(self.lam)[0]
         )
         if not self._positive and not (self._square and is_positive_definite(self.lam)):
-            raise ValueError(f"lam: expected positive numbers or a symmetric positive definite matrix, got {lam!r}.")
+            raise ValueError(
+                f"lam: expected positive numbers or a symmetric positive definite matrix, got {described(self.lam)}."
+            )
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
         """The training loss of one task, a 0-d tensor."""
@@ -271,7 +274,7 @@ class ProximalProblem(BilevelProblem):
             raise ValueError(f"lam: expected a ({d}, {d}) matrix for this theta, got {tuple(self.lam.shape)}.")
         if not self._checked_matrix:
             if not is_positive_definite(self.lam):
-                raise ValueError("lam: expected a symmetric positive definite matrix, got one that is not.")
+                raise ValueError(f"lam: expected a symmetric positive definite matrix, got {described(self.lam)}.")
             self._checked_matrix = True
         return layout.unravel(fn(layout.ravel(leaves)))
 
@@ -358,7 +361,25 @@ def _as_weight(lam: Any) -> float | Tensor:
 
 def is_positive_definite(matrix: Tensor) -> bool:
     """Whether the matrix ``(d, d)`` is symmetric positive definite."""
-    return torch.allclose(matrix, matrix.mT) and int(torch.linalg.cholesky_ex(matrix).info) == 0
+    return not _fault(matrix)
+
+
+def _fault(matrix: Tensor) -> str:
+    """What keeps a square matrix from being symmetric positive definite; nothing: "". In NumPy: what PyTorch records must not see it."""
+    numbers = matrix.detach().cpu().numpy()
+    if not np.isfinite(numbers).all():
+        return "has entries that are no numbers"
+    if not np.allclose(numbers, numbers.T):
+        return "is not symmetric"
+    smallest = np.linalg.eigvalsh(numbers)[0]
+    return "" if smallest > 0 else f"has the eigenvalue {smallest:.3g}"
+
+
+def described(lam: Any) -> str:
+    """For a message: no pages of numbers."""
+    if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[0] == lam.shape[1] and (fault := _fault(lam)):
+        return f"a {tuple(lam.shape)} matrix that {fault}"
+    return repr(lam)
 
 
 def _like(x: Tensor, lam: float | Tensor) -> Any:

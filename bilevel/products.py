@@ -23,7 +23,7 @@ FALL_BACK: tuple[HessianProduct, ...] = (ReverseOverReverse(), ForwardOverRevers
 OF_A_MODEL: tuple[HessianProduct, ...] = (ForwardOverReverse(), ReverseOverReverse(), FiniteDifference())
 """The same for the Jacobian of a model: one forward pass with tangents, two reverse passes, a difference of two outputs."""
 
-HINT = " For attention, torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the model allows exact products."
+HINT = " torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the model allows exact products."
 
 
 def is_missing(error: Exception) -> bool:
@@ -52,7 +52,8 @@ def next_after(
         level = (
             logging.INFO if isinstance(following[0], ReverseOverReverse) else logging.WARNING
         )  # as exact, and little slower
-        _logger.log(level, "%s (%s).%s", words, "".join(str(error).splitlines()[:1])[:200], HINT)
+        reason = "".join(str(error).splitlines()[:1])[:200]
+        _logger.log(level, "%s (%s).%s", words, reason, HINT if "attention" in reason else "")
     return following[0]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Loss, is_positive_definite, require_callables
+from bilevel.problem import BilevelProblem, Loss, described, is_positive_definite, require_callables
 from bilevel.trees import LEAF, Layout, Tree, flatten, layout_of, tree_map, unflatten
 
 
@@ -147,7 +147,7 @@ class Matrix(Kind):
             raise TypeError(f"lam: expected a real floating matrix, got {lam.dtype}.")
         matrix = lam.detach().to(like)
         if not is_positive_definite(matrix):
-            raise ValueError(f"lam: expected a symmetric positive definite matrix, got {lam!r}.")
+            raise ValueError(f"lam: expected a symmetric positive definite matrix, got {described(matrix)}.")
         factor = torch.linalg.cholesky(matrix)
         roots = factor.diagonal()
         _check_range("lam, pivots", roots.square(), lam)

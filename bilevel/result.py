@@ -56,8 +56,8 @@ class Status(IntEnum):
     DIVERGED = (
         5,
         True,
-        "diverged: the residual grew instead of falling, or did not fall at all. Reduce step_size (or leave it None), raise the "
-        "regularisation, use Anderson or Newton for a map that is no contraction, or a larger rank of Nystrom.",
+        "diverged: the residual grew instead of falling, did not fall at all, or stopped falling far from zero. Reduce step_size (or "
+        "leave it None), raise the regularisation, use Anderson or Newton for a map that is no contraction, or a larger rank of Nystrom.",
     )
     NON_FINITE = (
         6,
@@ -214,6 +214,8 @@ class Hypergradient:
         damping: what was added to its diagonal. Either one makes the gradient biased.
         ok: True where both solves succeeded and the gradient is finite: a bool, or a bool tensor ``(tasks,)``.
         num_ok: the number of tasks in ``grad`` and ``outer``.
+        reduction: as asked for.
+        grad_per_task: whether the leaves of ``grad`` have a task axis (``reduction="none"``, or ``theta_batched``).
         certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph; change none of these
             tensors in place before you ask.
     """
@@ -228,6 +230,7 @@ class Hypergradient:
     damping: float
     ok_per_task: Tensor
     reduction: str
+    grad_per_task: bool = False
     certificate: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -297,10 +300,10 @@ class Hypergradient:
         """``grad``.
 
         Raises:
-            SolverError: no task is ok; with ``reduction="none"``, any task is not ok.
+            SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok.
         """
         ok = self.ok_per_task
-        if not bool(ok.all() if self.reduction == "none" else ok.any()):
+        if not bool(ok.all() if self.grad_per_task else ok.any()):
             raise SolverError(self.describe())
         return self.grad
 

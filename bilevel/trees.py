@@ -115,8 +115,8 @@ class Layout:
     def ravel(self, leaves: Sequence[Tensor]) -> Tensor:
         """Leaves ``(*batch, *shape)`` with one batch shape -> one vector ``(*batch, d)``."""
         flat = [
-            leaf.reshape((*leaf.shape[: leaf.ndim - len(shape)], -1))
-            for leaf, shape in zip(leaves, self.shapes, strict=True)
+            leaf.reshape((*leaf.shape[: leaf.ndim - len(shape)], size))
+            for leaf, shape, size in zip(leaves, self.shapes, self.sizes, strict=True)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=-1)
 

@@ -251,6 +251,25 @@ def test_an_accuracy_that_is_not_reached_is_said_so():
     assert stubborn.linear.status is Status.MAX_STEPS and ridge.error(stubborn) > 1e-6
 
 
+def test_an_accuracy_below_rounding_is_not_said_to_be_reached():
+    """In float32 the estimate itself is often zero."""
+    theta = torch.ones(3)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, _: 0.5 * (w - theta).square().sum(),
+        lambda w, theta, _: 0.5 * (w - 2).square().sum(),
+        lambda theta, _: torch.zeros_like(theta),
+    )
+
+    def run(accuracy):
+        solver = NewtonCG(max_steps=20)
+        return bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=20), accuracy=accuracy)
+
+    found, impossible = run(1e-6), run(1e-9)
+    assert found.inner.status is found.linear.status is Status.CONVERGED
+    assert impossible.ok and impossible.error_estimate == 0
+    assert impossible.linear.status is Status.MAX_STEPS and impossible.inner.status is not Status.CONVERGED
+
+
 def test_a_task_that_cannot_reach_it_does_not_keep_the_others_from_it():
     """The first task is ill-conditioned, and its inner solve ends at max_steps; the others go on to their accuracy."""
     ridge = Ridge(tasks=3, spread=1.0)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
+import bilevel
 from bilevel import BilevelProblem, Result, SolverError, Status, argmin, hypergradient, solve
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
@@ -1121,3 +1122,37 @@ def test_argmin_agrees_with_solve_and_hypergradient() -> None:
         assert torch.equal(vector(phi), vector(run.value))
         assert flatten(phi)[1] == flatten(run.value)[1]
     gc.collect()
+
+
+def test_an_empty_axis_under_vmap_is_named() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda x, t, _: (x - t).square().sum(), lambda x, t, _: x.sum(), lambda t, _: torch.zeros_like(t)
+    )
+    solver = NewtonCG(max_steps=3)
+    with pytest.raises(ValueError, match="vmap: expected at least one problem along the mapped axis, got an empty one"):
+        torch.func.vmap(lambda t: argmin(problem, t, solver=solver, linsys=CG(max_steps=3)))(torch.zeros(0, 3))
+
+
+def test_convergence_cannot_be_checked_without_a_tolerance() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda x, t, _: (x - t).square().sum(), lambda x, t, _: x.sum(), lambda t, _: torch.zeros_like(t)
+    )
+    theta = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r'check="converged" needs an inner solver with tol > 0, got NewtonCG'):
+        argmin(problem, theta, solver=NewtonCG(), linsys=CG(max_steps=3), check="converged")
+    with pytest.raises(
+        ValueError, match=r'check="converged" needs a linear solver with rtol > 0 \(or atol\), got Neumann'
+    ):
+        argmin(problem, theta, solver=NewtonCG(tol=1e-9), linsys=Neumann(num_terms=3), check="converged")
+    argmin(problem, theta, solver=NewtonCG(tol=1e-9), linsys=Exact(), check="converged")
+
+
+def test_a_parameter_that_phi_lacks_is_thought_of() -> None:
+    net = nn.Linear(2, 1).double()
+    x = torch.ones(3, 2, dtype=torch.float64)
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, _: functional_call(net, phi, (x,)).square().sum(), lambda phi, _: phi["weight"].sum(), lam=1.0
+    )
+    theta = {"weight": net.weight.detach()}
+    with pytest.raises(ValueError, match="phi has to have every parameter of the module"):
+        argmin(problem, theta, solver=NewtonCG(), linsys=CG(max_steps=3))

@@ -541,3 +541,16 @@ def test_what_is_replayed_calls_operators_the_shorter_way() -> None:
     ]
     code = "".join(part.__self__.code for part in parts)
     assert "torch.mul(" in code and "aten.mul" not in code and "aten.mm" not in code and "aten.exp." not in code
+
+
+def test_a_full_matrix_as_lambda_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    """The check of the matrix looks at numbers, which what is recorded must not."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(5, 3, generator=g, dtype=F64)
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, _: (X @ phi["w"]).cosh().sum(), lambda phi, _: phi["w"].sum(), lam=torch.eye(3, dtype=F64) + 0.1
+    )
+    theta = {"w": torch.ones(3, dtype=F64)}
+    found = bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED, compile=True)
+    assert count(problem) > 0 and not caplog.records
+    assert_same(found, bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED))

@@ -30,7 +30,7 @@ from bilevel import (
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, layout_of, tree_map
-from tests.cases import LINSYS_NAMES, PAIRS, PROBLEMS, Case, inner_solvers, linear_solvers
+from tests.cases import LINSYS_NAMES, PAIRS, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
 
 F32, F64 = torch.float32, torch.float64
 NEWTON = NewtonCG(max_steps=30, cg_steps=20, tol=1e-11)
@@ -1125,3 +1125,57 @@ def test_gauss_newton_steps_from_a_start_that_all_tasks_share() -> None:
     found = bilevel.solve(problem, theta, x, solver=solver, batched=True).unwrap()
     expected = torch.linalg.solve(x.mT @ x + torch.eye(2, dtype=torch.float64), x.sum(1) + theta)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_gradient_with_a_row_for_each_task_is_not_handed_out_where_one_failed(reduction: Any) -> None:
+    """Its row is NaN, which an optimizer would take."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + 0 * data.sum(),
+        lambda phi, theta, data: phi.sin().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta, data = torch.ones(3, 2, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    data[1] = torch.nan
+    options: Any = {"solver": NewtonCG(max_steps=3), "linsys": CG(max_steps=3), "batched": True, "reduction": reduction}
+    found = bilevel.hypergradient(problem, theta, data, theta_batched=True, **options)
+    assert found.ok.tolist() == [True, False, True] and found.grad[1].isnan().all()
+    with pytest.raises(bilevel.SolverError, match="NON_FINITE"):
+        found.unwrap()
+    with pytest.raises(bilevel.SolverError):
+        found.assign_grad(theta)
+    assert theta.grad is None
+    shared = bilevel.hypergradient(problem, theta[0], data, **options)
+    if reduction == "none":
+        with pytest.raises(bilevel.SolverError):
+            shared.unwrap()
+    else:
+        assert shared.unwrap().isfinite().all()
+
+
+@pytest.mark.parametrize("solver", SOLVER_NAMES)
+@pytest.mark.parametrize("case", PROBLEMS, ids=lambda case: case.name)
+def test_the_default_dtype_does_not_matter(case: Case, solver: str) -> None:
+    """float32 stays float32 where PyTorch's default is float64."""
+    case = case.to(torch.float32)
+    method = inner_solvers(case, 1e-3)[solver]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = bilevel.hypergradient(case.problem, case.theta, case.data, solver=method, linsys=CG(max_steps=30))
+        assert found.inner is not None
+        tensors = flatten((found.grad, found.phi, found.outer, found.inner.residual, found.linear.residual))[0]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_gradient_whose_square_is_no_number_is_not_zero() -> None:
+    """In float32. No tolerance was asked for, so it is not met."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, _: 1e-25 * ((w - theta).square().sum()),
+        lambda w, theta, _: w.sum(),
+        lambda theta, _: 0 * theta,
+    )
+    found = bilevel.solve(problem, torch.ones(2), solver=GradientDescent(step_size=0.1, max_steps=3))
+    assert found.status is bilevel.Status.MAX_STEPS and found.residual == pytest.approx(2e-25, rel=1e-3)

@@ -585,3 +585,47 @@ def test_the_repr_is_the_log_line(solver: LinearSolver) -> None:
 
 def test_the_repr_reads_as_written() -> None:
     assert repr(CG(max_steps=5)) == "CG(max_steps=5, rtol=1e-06, atol=0.0, preconditioner=None, steihaug=False)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+def test_cg_of_a_singular_matrix_is_no_answer(dtype: torch.dtype) -> None:
+    """b is not in its range: after as many steps as variables a residual that is still there means that it stays."""
+    g = torch.Generator().manual_seed(0)
+    for d, rank in ((2, 1), (3, 2), (10, 9)) * 30:
+        x = torch.randn(rank, d, generator=g, dtype=torch.float64).to(dtype)
+        a, b = x.T @ x, torch.randn(d, generator=g, dtype=torch.float64).to(dtype)
+        found = CG(max_steps=20 * d).solve(lambda v, a=a: v @ a, b)
+        assert found.failed or found.residual <= 0.1 * b.norm(), found.describe()
+
+
+def test_cg_that_was_stopped_early_may_be_no_better_than_zero() -> None:
+    """Its residual is not what it reduces: with fewer steps than variables that is no failure."""
+    a = torch.diag(torch.logspace(0, 4, 30, dtype=torch.float64))
+    b = torch.cat([torch.ones(1), torch.full((29,), 1e-1)]).double()
+    found = CG(max_steps=3, rtol=0.0).solve(lambda v: v @ a, b)
+    assert found.residual > b.norm() and found.status is Status.MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    "method", [CG(max_steps=9), MINRES(max_steps=9), GMRES(max_steps=9), BiCGStab(max_steps=9)], ids=repr
+)
+@pytest.mark.parametrize("scale", [1e-22, 1e-23, 1e-30, 1e22, 1e30])
+def test_right_hand_sides_whose_squares_are_no_numbers(method: Any, scale: float) -> None:
+    """In float32: below the smallest number, or above the largest."""
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    b = torch.tensor([1.0, 1.0]) * scale
+    found = method.solve(lambda v: v @ a, b)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.unwrap() / scale, torch.linalg.solve(a, torch.ones(2)), rtol=1e-5, atol=0)
+    batch = method.solve(lambda v: v @ a, torch.stack([b, torch.ones(2)]))
+    torch.testing.assert_close(batch.unwrap()[0] / scale, torch.linalg.solve(a, torch.ones(2)), rtol=1e-5, atol=0)
+    assert torch.equal(batch.unwrap()[1], method.solve(lambda v: v @ a, torch.ones(2, 2)).unwrap()[1])
+
+
+def test_an_absolute_tolerance_is_in_the_units_of_the_system() -> None:
+    a, b = torch.diag(torch.logspace(0, 2, 8)), torch.ones(8) * 1e-25
+    assert CG(max_steps=50, rtol=0.0, atol=1e-24).solve(lambda v: v @ a, b).steps == 0
+    assert CG(max_steps=50, rtol=0.0, atol=1e-27).solve(lambda v: v @ a, b).steps > 2

@@ -474,17 +474,36 @@ def test_newton_shortens_its_step() -> None:
     assert_same(phi, tensor([0.5]), 1e-12)
 
 
-def test_newton_without_a_root_stops_at_the_smallest_residual() -> None:
-    phi, result = reported(
-        lambda x, t, _: x**2 + t, tensor([1.0]), tensor([3.0]), Newton(max_steps=100, tol=1e-10), root
-    )
-    assert result.status is Status.LINE_SEARCH_FAILED and 1 <= result.residual < 1.01
-    assert phi.abs() < 0.1
+@pytest.mark.parametrize("start", [1.0, 3.0, 100.0])
+def test_newton_without_a_root_fails_at_the_smallest_residual(start: float) -> None:
+    def F(x: Tensor, t: Tensor, _: Any) -> Tensor:
+        return x**2 + t
+
+    solver = Newton(max_steps=200, tol=1e-10)
+    phi, result = reported(F, tensor([1.0]), tensor([start]), solver, root)
+    assert result.status is Status.DIVERGED and 1 <= result.residual < 1.01
+    assert "stopped falling far from zero" in result.describe()
+    with pytest.raises(SolverError, match="DIVERGED"):
+        root(F, tensor([1.0]), solver=solver, linsys=Exact(), init=tensor([start]), check=True)
+    assert phi.isnan().all()
+
+
+def test_newton_at_the_rounding_floor_has_not_failed() -> None:
+    """A tolerance that rounding does not allow: stuck, and as near as can be."""
+    scale = 1e6
+
+    def F(x: Tensor, t: Tensor, _: Any) -> Tensor:
+        return scale * (x**3 - t)
+
+    for start in (tensor([2.0]), tensor([1.5]) ** (1 / 3) + 1e-12):
+        phi, result = reported(F, tensor([1.5]), start, Newton(max_steps=60, tol=1e-300), root)
+        assert result.status in (Status.LINE_SEARCH_FAILED, Status.CONVERGED)
+        assert_same(phi, tensor([1.5]) ** (1 / 3), 1e-12)
 
 
 def test_newton_at_a_singular_start_says_that_it_is_stuck() -> None:
     phi, result = reported(lambda x, t, _: x**2 - t, tensor([1.0]), tensor([0.0]), Newton(max_steps=9, tol=1e-10), root)
-    assert result.status is Status.LINE_SEARCH_FAILED and result.residual == 1 and phi == 0
+    assert result.status is Status.DIVERGED and result.residual == 1 and phi.isnan().all()
     # and there is no derivative to be had there
     got = grad(lambda t: root(lambda x, t, _: x**2 - t, t, solver=Newton(), linsys=Exact(), init=tensor([0.0])).sum())(
         tensor([1.0])

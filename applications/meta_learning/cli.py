@@ -318,8 +318,13 @@ def evaluate_command(
         results = []
         for each in {"paper": [PAPER], "tight": [TIGHT], "both": [PAPER, TIGHT]}[protocol]:
             each = replace(each, tasks=tasks or each.tasks, query_shots=query_shots or each.query_shots)
-            with err.status(f"{each.tasks} test tasks ..."):
-                results.append((each, _test(trainer, each, seed)))
+            try:
+                with err.status(f"{each.tasks} test tasks ..."):
+                    results.append((each, _test(trainer, each, seed)))
+            except ConfigError as error:
+                if not results:
+                    raise
+                err.print(f"{each.name}: left out, {error}", highlight=False)
         step = stored["progress"]["step"]
     if as_json:
         print(to_json(_evaluation_report(config, step, seed, results)))

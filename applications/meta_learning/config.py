@@ -210,7 +210,9 @@ class Config:
                 "lam: expected a number above 0 for the algorithm imaml, whose gradient is that of the proximal problem, got 0"
             )
         if self.lam_head and not self.lam:
-            raise ConfigError(f"lam_head: expected 0, because lam is 0, got {self.lam_head}")
+            raise ConfigError(
+                f"lam_head: expected 0, because lam is 0, got {self.lam_head} (of the preset, maybe); add --lam-head 0"
+            )
         if self.truncate and self.algorithm != "maml":
             raise ConfigError(f"truncate: expected algorithm='maml', whose option it is, got {self.algorithm!r}")
         if self.truncate and not self.lam:

@@ -84,6 +84,11 @@ def load_source(
         DataError: files are missing or damaged.
         ConfigError: the settings do not fit the data.
     """
+    if config.dataset in ("glyphs", "sinusoid") and (data_dir is not None or download):
+        raise ConfigError(
+            f"dataset={config.dataset} is generated and reads no files, so --data-dir and --download have no meaning; name the data with "
+            "--dataset omniglot, mini-imagenet or folder"
+        )
     if config.is_regression:
         return TaskSource(classes=None, split=None, key="sinusoid")
     if config.dataset == "omniglot":
@@ -119,6 +124,11 @@ def _check_enough(config: Config, classes: ImageClasses, split: Split) -> None:
     Raises:
         DataError: they have not.
     """
+    if (last := max([*split.train, *split.test], default=0)) >= classes.num_classes:
+        raise DataError(
+            f"{config.dataset}: the run was trained on at least {last + 1} classes, and there are {classes.num_classes} now; bring back "
+            "those that are missing, or train anew"
+        )
     evaluated = max(config.shots, config.eval_query_shots if config.eval_interval else 0)
     counts = classes.images_per_class
     for part, indices, queries, option in (

@@ -114,6 +114,13 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
+def unit_of(b: Tensor) -> Tensor:
+    """1 ``(*batch, 1)``; where the squares of b would be lost below the smallest number or above the largest, its largest entry."""
+    limits, largest = torch.finfo(b.dtype), b.abs().amax(-1, keepdim=True)
+    fine = (largest > 1e3 * limits.tiny**0.5) & (largest < 1e-3 * limits.max**0.5)
+    return torch.where(fine | (largest == 0) | ~largest.isfinite(), torch.ones_like(largest), largest)
+
+
 def to_columns(v: Tensor, batch: torch.Size) -> Tensor:
     """``(*axes, *batch, d)`` -> ``(*batch, d, k)``: several vectors for each problem as the columns of one matrix."""
     return v.reshape(-1, *batch, v.shape[-1]).movedim(0, -1)

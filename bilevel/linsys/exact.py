@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from bilevel.linsys.base import LinearSolver, Matvec, batch_of, check_system, from_columns, mark, norm, to_columns
+from bilevel.linsys.neumann import some_direction
 from bilevel.result import Result, Status
+
+ROUNDING = 4
+"""An eigenvalue below this many d eps |A| may be that of a singular symmetric matrix, after what rounding does to both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +23,7 @@ class Exact(LinearSolver):
     :class:`~bilevel.linsys.Operator` that shares A among them.
 
     Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below
-    ``d eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
+    ``4 d eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
     failure: the implicit function theorem holds at any regular stationary point, but the point is no minimum.
 
     General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``d eps |A|``.
@@ -67,19 +71,21 @@ def _symmetrised(a: Tensor) -> Tensor:
     if bool((asymmetry > torch.finfo(a.dtype).eps ** 0.5 * a.abs().amax((-2, -1))).any()):
         raise ValueError(
             "Exact() needs a symmetric matrix, got one that differs from its transpose by more than rounding. If it is meant to, pass "
-            "bilevel.linsys.Operator(matvec, symmetric=False)."
+            "bilevel.linsys.Operator(matvec, symmetric=False). A Hessian never is: then an operator of the objective has a wrong second "
+            "derivative (bilevel.testing.check_hypergradient names it; Hessian(product=FiniteDifference()) does without)."
         )
     return 0.5 * (a + a.mT)
 
 
 def _solve_symmetric(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
-    limit = a.shape[-1] * torch.finfo(a.dtype).eps
+    limit = ROUNDING * a.shape[-1] * torch.finfo(a.dtype).eps
     chol, info = torch.linalg.cholesky_ex(a)
     x = torch.cholesky_solve(rhs, chol)
-    pivots = chol.diagonal(dim1=-2, dim2=-1)
-    # the squared ratio of the pivots is at most the condition number: a cheap sign that the eigenvalues must be looked at
-    doubtful = (info != 0) | ~(pivots.amin(-1) ** 2 > limit * pivots.amax(-1) ** 2)
+    # at most 1 / (smallest eigenvalue), and not much less for most v: a cheap sign that the eigenvalues must be looked at
+    v = some_direction(a[..., 0])
+    longest = norm(torch.cholesky_solve(v.expand_as(a[..., 0]).unsqueeze(-1), chol).squeeze(-1)) / norm(v)
+    doubtful = (info != 0) | ~(limit * torch.linalg.matrix_norm(a) * longest < 1e-2)
     codes = torch.full_like(info, int(Status.CONVERGED), dtype=torch.int64)
     if bool(doubtful.any()):
         values = torch.linalg.eigvalsh(a)

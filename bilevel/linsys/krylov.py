@@ -18,6 +18,7 @@ from bilevel.linsys.base import (
     mark,
     norm,
     select,
+    unit_of,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.result import Result, Status
@@ -109,7 +110,7 @@ class KrylovSolver(LinearSolver):
     """
 
     reduces_residual: ClassVar[bool] = True
-    """Whether a residual that is not below its start means that the method has failed."""
+    """Whether a residual that is not below its start means that the method has failed, however few the steps."""
 
     max_steps: int
     rtol: float = 1e-6
@@ -132,9 +133,18 @@ class KrylovSolver(LinearSolver):
         check_system(b, init)
         operator = self.operator(matvec)
         m, spent = prepare(self.preconditioner, preconditioner, operator, b)
+        unit = unit_of(b)
+        found = self._solve(operator, b / unit, None if init is None else init / unit, m, spent, unit)
+        return replace(found, value=found.value * unit, residual=found.residual * unit.squeeze(-1))
+
+    def _solve(
+        self, operator: Operator, b: Tensor, init: Tensor | None, m: Matvec | None, spent: int, unit: Tensor
+    ) -> Result:
+        """With right-hand sides and tolerances in such units that their squares are numbers."""
         size = norm(b)
         # below the rounding floor the directions are noise
-        threshold = torch.maximum((self.rtol * size).clamp_min(self.atol), torch.finfo(b.dtype).eps * size)
+        wanted = torch.maximum(self.rtol * size, self.atol / unit.squeeze(-1))
+        threshold = torch.maximum(wanted, torch.finfo(b.dtype).eps * size)
         system = System(operator, m, b, threshold, self.rtol == 0 and self.atol == 0, self.max_steps, spent)
         u = torch.zeros_like(b) if init is None else init.clone()
         r = b if init is None else b - system.matvec(u)
@@ -179,6 +189,10 @@ class KrylovSolver(LinearSolver):
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
             codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
+        else:  # as many steps as variables would be enough but for rounding
+            codes = mark(codes, (end.steps >= u.shape[-1]) & (residual > 0.1 * start), Status.DIVERGED)
+        # |r| <= kappa^(1/2) |r0| where a method reduces the error in the norm of A, and less elsewhere
+        codes = mark(codes, residual > start / eps**0.5, Status.SINGULAR)
         for mask, status in end.found:
             codes = mark(codes, mask, status)
         if (

@@ -91,7 +91,7 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
     """An estimate ``(*batch,)`` of max |eigenvalue| of a symmetric A by the power method from one fixed
     pseudo-random start.
     """
-    v = _start(b).expand_as(b)
+    v = some_direction(b).expand_as(b)
     for _ in range(POWER_STEPS):
         v = v / norm(v).unsqueeze(-1)
         av = matvec(v)
@@ -101,7 +101,7 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
     return torch.where(estimate > 0, estimate, 1.0)
 
 
-def _start(b: Tensor) -> Tensor:
+def some_direction(b: Tensor) -> Tensor:
     """Numbers in [-1, 1) ``(d,)`` that look random (the mixing of SplitMix64, Steele et al. 2014), the same on every device. Made where
     they are needed: the host would wait for a copy.
     """

@@ -72,10 +72,12 @@ class Run:
     growth: float = GROWTH
     measured: bool = True
     """Whether ``converged`` is what gradients of G have shown."""
+    minimises: bool = True
+    """Whether the point is of use where the method can go no further: a minimum of |F| that is no zero of F is not."""
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
-        residual = norm(grad)
+        residual = torch.maximum(norm(grad), grad.abs().amax(-1))  # which squares do not lose below the smallest number
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
@@ -86,6 +88,7 @@ class Run:
             (self.stalled, Status.LINE_SEARCH_FAILED),
             (converged, Status.CONVERGED),
             (~converged & (residual > self.growth * self.start.clamp_min(floor)), Status.DIVERGED),
+            (self._stuck(converged, residual, floor), Status.DIVERGED),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
@@ -99,6 +102,11 @@ class Run:
             num_grads=num_grads,
             num_matvecs=num_matvecs,
         )
+
+    def _stuck(self, converged: Tensor, residual: Tensor, floor: float) -> Tensor:
+        """Which problems have no solution where they ended, and no rounding explains it."""
+        far = residual > floor * self.start.clamp_min(1)
+        return torch.zeros_like(far) if self.minimises else self.stalled & ~converged & far
 
 
 class InnerSolver(ABC):
@@ -155,7 +163,18 @@ class IterativeSolver(InnerSolver):
         start = torch.full_like(phi[..., 0], torch.nan) if end.start is None else end.start
         state = end.state
         counted, measured = self.counted(state), objective.measures
-        return Run(state.phi, end.converged, state.stalled, end.steps, start, counted, self.tol, self.growth, measured)
+        return Run(
+            state.phi,
+            end.converged,
+            state.stalled,
+            end.steps,
+            start,
+            counted,
+            self.tol,
+            self.growth,
+            measured,
+            self.minimises,
+        )
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:
         """The steps from number ``first`` on."""

@@ -98,7 +98,9 @@ class GradientDescent(IterativeSolver):
         falls = norm(trial.grad) < norm(state.grad)
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
         accept = first | (torch.where(at_floor, falls, enough) & trial.value.isfinite())
-        step_size = torch.where(first, state.step_size, state.step_size * torch.where(accept, GROW, SHRINK))
+        step_size = torch.where(
+            first, state.step_size, state.step_size * torch.where(accept, GROW, SHRINK).to(state.step_size)
+        )
         phi = select(accept, state.point, state.phi)
         grad = select(accept, trial.grad, state.grad)
         eps = torch.finfo(slope.dtype).eps

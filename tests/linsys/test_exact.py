@@ -17,7 +17,7 @@ import bilevel
 from bilevel import Status
 from bilevel.derivatives import Linearisation
 from bilevel.linsys import CG, Exact, Operator
-from bilevel.solvers import BlackBox
+from bilevel.solvers import BlackBox, NewtonCG
 from tests.cases import PROBLEMS, Case
 from tests.systems import BATCHES, DTYPES, Counter, System, build, build_general, spectrum, status_of
 
@@ -283,3 +283,40 @@ def test_under_vmap_it_raises(transform: Any, symmetric: bool) -> None:
 
     with pytest.raises(RuntimeError, match="vmap"):
         vmap(transform(f))(torch.ones(2, 4, dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+@pytest.mark.parametrize(("d", "rank"), [(2, 1), (3, 2), (10, 9), (20, 19), (50, 20)])
+def test_least_squares_with_too_few_examples_are_singular(d: int, rank: int, dtype: torch.dtype) -> None:
+    """X^T X with random X: rounding leaves a last pivot of any small size, and the ratio of the pivots tells nothing."""
+    g = torch.Generator().manual_seed(d)
+    for _ in range(40):
+        x = torch.randn(rank, d, generator=g, dtype=torch.float64).to(dtype)
+        a, b = x.T @ x, torch.randn(d, generator=g, dtype=torch.float64).to(dtype)
+        assert Exact().solve(lambda v, a=a: v @ a, b).status is Status.SINGULAR
+
+
+@pytest.mark.parametrize("kappa", [1e2, 1e8, 1e12, 1e14])
+def test_regular_matrices_are_never_called_singular(kappa: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        q = np.linalg.qr(rng.standard_normal((10, 10)))[0]
+        a = torch.from_numpy(q * np.geomspace(1, 1 / kappa, 10) @ q.T)
+        assert (
+            Exact().solve(lambda v, a=a: v @ (a + a.T) / 2, torch.from_numpy(rng.standard_normal(10))).status
+            is Status.CONVERGED
+        )
+
+
+def test_one_example_for_two_weights_is_no_hypergradient() -> None:
+    x = torch.tensor([[0.2, 0.7]], dtype=torch.float64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, t, _: 0.5 * (x @ w - t).square().sum(),
+        lambda w, t, _: (w - 1).square().sum(),
+        lambda t, _: torch.zeros(2, dtype=torch.float64),
+    )
+    found = bilevel.hypergradient(
+        problem, torch.tensor(1.0, dtype=torch.float64), solver=NewtonCG(max_steps=20, tol=1e-12), linsys=Exact()
+    )
+    assert found.linear.status is Status.SINGULAR and not found.ok
+    assert "is negative" not in found.explain()

@@ -187,6 +187,10 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
         (["--resume"], "nothing to resume"),
         (["--resume", "--overwrite"], "expected one of --resume and --overwrite"),
         (["--dataset", "omniglot", "--data-dir", "missing"], "no Omniglot in missing.*--data-dir.*--download"),
+        (
+            ["--data-dir", "images"],
+            "glyphs is generated and reads no files.*--dataset omniglot, mini-imagenet or folder",
+        ),
         (["--ways", "300"], "these tasks cannot be drawn from the training classes of glyphs: ways"),
         (["--ways", "6"], "cannot be drawn from the held-out classes of glyphs: ways.*the 5 classes.*change --ways"),
         (

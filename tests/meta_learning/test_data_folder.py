@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -335,6 +336,9 @@ def test_train_evaluate_resume(colours: str, place: Path, tmp_path: Path) -> Non
         and "cannot be drawn from the held-out classes of folder" in words
         and "--query-shots" in words
     )
+    both = imaml("evaluate", run, "--tasks", "4")
+    words = re.sub(r"\s+", " ", both.output)
+    assert both.exit_code == 0 and "tight: left out, these tasks cannot be drawn" in words and "paper" in words
 
 
 def test_other_images_than_those_of_the_checkpoint_are_refused(place: Path, tmp_path: Path) -> None:
@@ -344,6 +348,17 @@ def test_other_images_than_those_of_the_checkpoint_are_refused(place: Path, tmp_
     picture(77).save(place / "fir" / "more.png")
     result = imaml("evaluate", run, "--tasks", "4")
     assert result.exit_code == 2 and "are not those of the checkpoint" in re.sub(r"\s+", " ", result.output)
+
+
+def test_classes_of_the_checkpoint_that_are_gone_are_named(tmp_path: Path) -> None:
+    place, run = write(tmp_path / "many", {f"c{i}": 3 for i in range(5)}), tmp_path / "run"
+    options = ("--dataset", "folder", "--data-dir", place, "--ways", "2", "--out", run, *TINY)
+    assert imaml("train", *options).exit_code == 0
+    shutil.rmtree(place / "c4")
+    for command in (("evaluate", run), ("train", "--resume", "--out", run, "--outer-steps", "3")):
+        result = imaml(*command)
+        words = re.sub(r"[\s│]+", " ", result.output)
+        assert result.exit_code == 2 and "at least 5 classes, and there are 4 now; bring back those" in words, words
 
 
 def test_info_lists_the_presets() -> None:
