@@ -164,7 +164,7 @@ class _Chosen:
 def _begin(chosen: _Chosen) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """A new run. Its folder is made or cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
-    data_dir = data_dir_for(config.dataset, chosen.data_dir)
+    data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
     use_threads(config)
     with out.status("loading the data ..."):
         source = load_source(config, data_dir=data_dir, download=chosen.download)
@@ -182,7 +182,7 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
             "name another --out"
         )
     changes = [{"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)]
-    data_dir = data_dir_for(config.dataset, chosen.data_dir)
+    data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
     use_threads(config)
     with out.status("loading the data ..."):
         source = matching_source(stored, config, data_dir=data_dir, download=chosen.download)
@@ -311,7 +311,7 @@ def evaluate_command(
         stored = load_checkpoint(checkpoint)
         config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **settings})
         use_threads(config)
-        data_dir = data_dir_for(config.dataset, data_dir)
+        data_dir = data_dir_for(config.dataset, data_dir, download)
         source = matching_source(stored, config, data_dir=data_dir, download=download)
         trainer = Trainer(config, source)
         load_theta(trainer.theta, stored["theta"])

@@ -39,11 +39,21 @@ Download = Annotated[
     ),
 ]
 
+GENERATED = ("glyphs", "sinusoid")
 ENVIRONMENT = {"omniglot": "BILEVEL_OMNIGLOT", "mini-imagenet": "BILEVEL_MINI_IMAGENET"}
 
 
-def data_dir_for(dataset: str, given: Path | None) -> Path | None:
-    """The folder that was named, by the option or in the environment."""
+def data_dir_for(dataset: str, given: Path | None, download: bool = False) -> Path | None:
+    """The folder that was named, by the option or in the environment.
+
+    Raises:
+        ConfigError: an option about files, and no files are read.
+    """
+    if dataset in GENERATED and (given or download):
+        raise ConfigError(
+            f"{dataset} is generated and reads no files, so {'--data-dir' if given else '--download'} has no meaning; name the data with "
+            "--dataset omniglot, mini-imagenet or folder"
+        )
     named = os.environ.get(ENVIRONMENT.get(dataset, ""))
     return given or (Path(named) if named else None)
 

@@ -27,7 +27,7 @@ def request_for(folder: Path, **changes: Any) -> Request:
 
 def test_the_cells_are_the_rows_of_the_table(tmp_path: Path) -> None:
     kinds = {"gd": ImplicitMAML, "hf": ImplicitMAML, "fo": FirstOrderMAML, "maml": MAML, "reptile": Reptile}
-    kinds |= {e4.OURS: ImplicitMAML, e4.OURS_FIRST_ORDER: ImplicitMAML}
+    kinds |= dict.fromkeys((e4.OURS, e4.OURS_FIRST_ORDER, e4.FIXED_FIRST_ORDER), ImplicitMAML)
     for table in (e4.E4CPU(), e4.E4()):
         assert len(set(table.cells)) == len(table.runs) + table.timed
         for cell in table.runs:
@@ -37,15 +37,18 @@ def test_the_cells_are_the_rows_of_the_table(tmp_path: Path) -> None:
             if cell.split == "random" and cell.seed == 0:
                 algorithm = build_method(config, build_network(config)).algorithm
                 assert type(algorithm) is kinds[cell.row]
-                assert (cell.row == e4.OURS_FIRST_ORDER) == (getattr(algorithm, "linsys", None) == Identity())
+                first_order = cell.row in (e4.OURS_FIRST_ORDER, e4.FIXED_FIRST_ORDER)
+                assert first_order == (getattr(algorithm, "linsys", None) == Identity())
 
 
 def test_our_two_rows_differ_in_the_linear_system_alone(tmp_path: Path) -> None:
-    one, other = (
+    one, other, fixed = (
         e4.E4CPU().config(e4.Cell("5w1s", row, "random", 0), request_for(tmp_path)).to_dict()
-        for row in (e4.OURS, e4.OURS_FIRST_ORDER)
+        for row in (e4.OURS, e4.OURS_FIRST_ORDER, e4.FIXED_FIRST_ORDER)
     )
     assert {key for key in one if one[key] != other[key]} == {"linear", "curvature"}
+    inner = {"inner_steps", "inner_step_size", "inner_momentum"}
+    assert {key for key in one if other[key] != fixed[key]} == inner
 
 
 def run(row: str, seed: int, means: list[float], seconds: float, final: float) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def test_differences_are_taken_seed_by_seed_with_students_interval() -> None:
 
 def test_one_cell_by_name_and_a_page_of_what_is_there(tmp_path: Path) -> None:
     wrong = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "quux", "--out", str(tmp_path)])
-    words = "--only: got 'quux'; expected one of the 29 cells of e4_omniglot_cpu, such as 5w1s-ours-random-0, "
+    words = "--only: got 'quux'; expected one of the 33 cells of e4_omniglot_cpu, such as 5w1s-ours-random-0, "
     assert wrong.exit_code == 2 and words in wrong.output
     near = RUNNER.invoke(app, ["experiment", "e4_omniglot_cpu", "--only", "5w1s-hf-random", "--out", str(tmp_path)])
     assert near.exit_code == 2 and "such as 5w1s-hf-random-" in near.output

@@ -29,7 +29,7 @@ from applications.meta_learning.run import RunError, use_threads
 from applications.meta_learning.tasks import load_source
 from applications.meta_learning.train import Trainer
 
-OURS, OURS_FIRST_ORDER = "ours", "ours-fo"
+OURS, OURS_FIRST_ORDER, FIXED_FIRST_ORDER = "ours", "ours-fo", "ours-fo-fixed"
 TIMING, TIMING_ROUNDS, TIMING_STEPS = "timing", 5, 5
 ROWS = {
     "gd": "iMAML, gradient descent",
@@ -37,10 +37,13 @@ ROWS = {
     "fo": "first-order MAML",
     OURS: "iMAML, settings of our own",
     OURS_FIRST_ORDER: "first-order MAML, the same settings",
+    FIXED_FIRST_ORDER: "first-order MAML, fixed steps",
     "maml": "MAML",
     "reptile": "Reptile",
 }
-COLOURS = dict(zip(ROWS, ("#4477aa", "#66ccee", "#cc3311", "#228833", "#ee7733", "#aa3377", "#777777"), strict=True))
+COLOURS = dict(
+    zip(ROWS, ("#4477aa", "#66ccee", "#cc3311", "#228833", "#ee7733", "#ccbb44", "#aa3377", "#777777"), strict=True)
+)
 QUOTED = {  # Table 2, test accuracy in %
     "5w1s": {"gd": "99.16 ± 0.35", "hf": "99.50 ± 0.26", "fo": "98.3 ± 0.5", "maml": "98.7 ± 0.4", "reptile": "97.68 ± 0.04"},
     "5w5s": {"gd": "99.67 ± 0.12", "hf": "99.74 ± 0.11", "fo": "99.2 ± 0.2", "maml": "99.9 ± 0.1", "reptile": "99.48 ± 0.06"},
@@ -86,13 +89,15 @@ class Table2(Experiment):
 
     def config(self, cell: Cell, request: Request) -> Config:
         """The settings of a run."""
-        if cell.row in (OURS, OURS_FIRST_ORDER):
+        if cell.row in (OURS, OURS_FIRST_ORDER, FIXED_FIRST_ORDER):
             paper = preset(f"omniglot-{cell.column}-gd")
             base = replace(preset("omniglot-5w1s-cpu"), ways=paper.ways, shots=paper.shots)
         else:
             base = preset(f"omniglot-{cell.column}-{cell.row}")
-        if cell.row == OURS_FIRST_ORDER:
+        if cell.row in (OURS_FIRST_ORDER, FIXED_FIRST_ORDER):
             base = replace(base, linear="identity", curvature="hessian")
+        if cell.row == FIXED_FIRST_ORDER:  # which suits it better than eight of a size that follows the network
+            base = replace(base, inner_steps=5, inner_step_size=0.1, inner_momentum=0.6)
         if request.data_dir is None:
             base = replace(base, dataset="glyphs")
         else:
@@ -251,7 +256,8 @@ class Table2(Experiment):
             + " ".join(f"{key.capitalize()}: {text}." for key, text in result["conditions"].items()),
             "",
             "The settings of our own are the preset `omniglot-5w1s-cpu` with so many steps, once with and once without a linear system; "
-            "those of all other rows are the paper's (`imaml info`: presets), the baselines with the steps of iMAML. "
+            "first-order MAML also with five accelerated steps of 0.1, which suit it better; those of all other rows are the paper's "
+            "(`imaml info`: presets), the baselines with the steps of iMAML. "
             "Our settings come from earlier trials that looked at held-out characters of the splits of seeds 0, 3 and 4; seeds 1 and 2 "
             "have other splits. Here nothing is selected by an accuracy: the numbers are those of the last step. "
             f"{_how_timed(result)} One cell: "
@@ -271,7 +277,7 @@ class E4CPU(Table2):
     )
     runs = tuple(
         Cell("5w1s", row, "random", seed)
-        for rows in ((OURS, "gd", "fo", OURS_FIRST_ORDER, "hf"), ("maml", "reptile"))
+        for rows in ((OURS, "gd", "fo", OURS_FIRST_ORDER, FIXED_FIRST_ORDER, "hf"), ("maml", "reptile"))
         for seed in range(3)
         for row in rows
     ) + tuple(Cell("5w1s", row, "alphabets", 0) for row in ROWS)
@@ -360,7 +366,7 @@ def _mean(tests: list[Numbers]) -> str:
 def _comparison(group: list[Numbers], result: Numbers) -> list[str]:
     """iMAML against first-order MAML at equal outer steps and at equal time, seed by seed."""
     lines = []
-    for one, other in ((OURS, OURS_FIRST_ORDER), (OURS, "fo"), ("gd", "fo"), ("hf", "fo")):
+    for one, other in ((OURS, FIXED_FIRST_ORDER), (OURS, OURS_FIRST_ORDER), (OURS, "fo"), ("gd", "fo"), ("hf", "fo")):
         pairs = [
             (a, b)
             for a in group
