@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from applications.meta_learning.train import Progress as RunProgress
 from applications.meta_learning.train import Record
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
+GROWN = 20  # times the least that an inner solve of this run has left of its gradient: then it is said
 SHARES = (("tasks with negative curvature", "negative_curvature"), ("failed tasks", "failed"))
 
 
@@ -39,7 +41,8 @@ class Display:
         self._status, self._test = Text("first meta-step ..."), Text("")
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
         self._last_line = -PLAIN_SECONDS
-        self._logged = False
+        self._logged = self._warned = False
+        self._least = math.inf
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -63,9 +66,26 @@ class Display:
         self._logged = True
         words = self._describe(entry)
         self._status = Text("\n".join(words))
+        self._watch(entry)
         if not self.console.is_terminal and time.monotonic() - self._last_line >= PLAIN_SECONDS:
             self._last_line = time.monotonic()
             self._print_plain(entry["step"], entry["seconds"], "  ".join(words))
+
+    def _watch(self, entry: Entry) -> None:
+        """Say once that the inner solves get worse: accuracy falls long after the meta-gradient has become wrong."""
+        residual = entry["inner_residual"]
+        self._least = min(self._least, residual)
+        # beside the loss, which tells a large remainder from the rounding of a solve that is done
+        grown = residual > GROWN * self._least and residual > entry["loss"]
+        if grown and self.config.algorithm == "imaml" and not self._warned:
+            self._warned = True
+            self.console.print(
+                f"step {entry['step']}: the inner solves leave |dG/dphi| = {residual:.2g}, {residual / self._least:.0f} times their least. "
+                "The implicit gradient is right where they end at a solution; raise --inner-steps, or lower --outer-rate.",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def evaluated(self, entry: Entry, result: Evaluation) -> None:
         """An evaluation on held-out classes was done."""

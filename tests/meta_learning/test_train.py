@@ -1,11 +1,13 @@
 """The outer loop: what is stepped, what is skipped, and that an interruption leaves no trace."""
 
+import io
 import json
 import math
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -270,6 +272,27 @@ def test_a_finished_run_goes_on_to_more_steps(tmp_path: Path) -> None:
     assert run(second, tmp_path / "parts") is Ending.DONE
     assert all(torch.equal(second.theta[name], leaf) for name, leaf in whole.theta.items())
     assert without_time(tmp_path / "whole" / "log.jsonl") == without_time(tmp_path / "parts" / "log.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "residuals", "warned"),
+    [
+        ("imaml", [0.2, 0.1, 1.9, math.nan, 2.1, 3.0], "step 5: .* = 2.1, 21 times their least.*--inner-steps"),
+        ("imaml", [0.2, 0.1, 1.9], ""),
+        ("imaml", [1e-7, 1e-5], ""),  # solved, but for rounding
+        ("first-order", [0.1, 2.1], ""),
+    ],
+)
+def test_inner_solves_that_get_worse_are_told_once(
+    algorithm: Literal["imaml", "first-order"], residuals: list[float], warned: str
+) -> None:
+    console = Console(file=io.StringIO())
+    with Display(console, replace(TINY, algorithm=algorithm, linear="cg")) as display:
+        for step, residual in enumerate(residuals, 1):
+            entry = {"kind": "train", "step": step, "seconds": 0.0, "loss": 0.5, "accuracy": 0.9}
+            display.logged({**entry, "inner_residual": residual, "negative_curvature": 0.0, "failed": 0.0})
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("their least") == bool(warned) and re.search(warned, text)
 
 
 def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
