@@ -43,14 +43,14 @@ def test_page_of_the_warm_starts_is_that_of_its_numbers(publish: ModuleType, mon
     )
 
 
-def test_page_of_a_run_is_that_of_its_numbers(publish: ModuleType) -> None:
-    name = "omniglot_5w1s_cpu"
+@pytest.mark.parametrize("name", ["omniglot_5w1s_cpu", "omniglot_5w1s_cpu_10000"])
+def test_page_of_a_run_is_that_of_its_numbers(publish: ModuleType, name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == publish.page(name, result)
 
 
 def test_the_readme_has_the_numbers_of_the_run(publish: ModuleType) -> None:
-    name = "omniglot_5w1s_cpu"
+    name = publish.IN_README
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert publish.readme_table(name, result) in (ROOT / "README.md").read_text()
 

@@ -24,6 +24,7 @@ import peers_page
 from applications.meta_learning.logs import provenance
 
 HERE = Path(__file__).parent
+IN_README = "omniglot_5w1s_cpu"
 
 
 def public(text: str) -> str:
@@ -59,7 +60,7 @@ def page(name: str, result: dict[str, Any]) -> str:
     """The page of a result, in Markdown."""
     config, environment = result["config"], result["environment"]
     lines = [
-        f"# Omniglot, {config['ways']}-way {config['shots']}-shot, on the CPU",
+        f"# Omniglot, {config['ways']}-way {config['shots']}-shot, on the CPU, {config['outer_steps']:,} outer steps",
         "",
         f"Command: `{environment['command']}`",
         "",
@@ -430,7 +431,8 @@ def main() -> None:
     (HERE / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     shutil.copy(run / "curves.png", HERE / f"{name}.png")
     (HERE / f"{name}.md").write_text(page(name, result))
-    into_readme(name, result)
+    if name == IN_README:
+        into_readme(name, result)
 
 
 if __name__ == "__main__":

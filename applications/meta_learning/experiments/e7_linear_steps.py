@@ -2,8 +2,8 @@
 
     0 steps: u = Lambda^{-1} dL/dphi, no product with the curvature: first-order MAML.        n steps: CG on (Lambda + H) u = dL/dphi.
 
-All rows are meta-trained with the settings of the rows `ours` and `ours-fo` of E4, on the same tasks and from the same start; they
-differ in the number of steps alone. The meta-gradient of every row is then compared with that of the solved system.
+All rows are meta-trained with the settings of the row `ours-fo-fixed` of E4 but for the linear system, on the same tasks and from the
+same start; they differ in the number of steps alone. The meta-gradient of every row is then compared with that of the solved system.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config
 from applications.meta_learning.evaluate import Protocol
 from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
+from applications.meta_learning.experiments.e4_omniglot import FIXED_STEPS
 from applications.meta_learning.experiments.e7_regularisation import mean_and_interval
 from applications.meta_learning.experiments.training import trained
 from applications.meta_learning.method import build_method, conditions
@@ -104,7 +105,7 @@ def run_name(steps: int, seed: int) -> str:
 
 def settings(request: Request, seed: int, steps: int) -> Config:
     """Of the row with so many steps of the linear solver."""
-    config = replace(preset("omniglot-5w1s-cpu"), channels=CHANNELS, seed=seed, device="cpu", threads=1)
+    config = replace(preset("omniglot-5w1s-cpu"), **FIXED_STEPS, channels=CHANNELS, seed=seed, device="cpu", threads=1)
     if request.data_dir is None:
         config = replace(config, dataset="glyphs")
     if steps:
@@ -220,8 +221,8 @@ def _setup(result: Numbers) -> list[str]:
         f"Batch norm: {told['batch norm']}.",
         "",
         f"{c['outer_steps']} outer steps of {c['meta_batch']} tasks with {c['query_shots']} queries a class; the preset "
-        "`omniglot-5w1s-cpu` in everything else, as in the rows of our own settings of [E4](e4_omniglot_cpu.md), which compares 0 steps "
-        f"with {preset('omniglot-5w1s-cpu').linear_steps} in longer runs with more filters: "
+        "`omniglot-5w1s-cpu` in everything else but the inner steps, which have a fixed size, as in a row of [E4](e4_omniglot_cpu.md), "
+        "whose runs are longer and have more filters: "
         f"lambda {c['lam']:g}, and {c['lam_head']:g} for the last layer; {c['inner_steps']} accelerated inner steps; CG with the "
         f"Gauss-Newton matrix; Adam, rate {c['outer_rate']:g} falling to 0. Test: {test['tasks']} tasks of held-out classes (random split) "
         f"with {test['query_shots']} queries a class; curves: {curve['tasks']} such tasks with {curve['query_shots']}. Split, network and "
