@@ -53,7 +53,7 @@ WORKS: dict[str, tuple[Instance, int, dict[str, list[str]]]] = {  # the problem,
 TOLERANCES = 3e-7, 1e-6  # of work D: they reach an error of 1e-6 there
 
 KINDS = {
-    "products and convolutions": ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "conv"),
+    "products and convolutions": ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "conv", "linear_pointwise"),
     "copies and layout": ("copy", "to_copy", "clone", "cat", "stack", "fill", "zero", "im2col", "col2im", "contiguous"),
 }
 REST = "elementwise, reductions, the rest"
@@ -61,7 +61,7 @@ REST = "elementwise, reductions, the rest"
 
 def kind(operator: str) -> str:
     """The kind of an operator such as ``aten::addmm``."""
-    name = operator.removeprefix("aten::").strip("_")
+    name = operator.split("::")[-1].strip("_")
     for found, words in KINDS.items():
         if any(name.startswith(word) or (word == "conv" and "conv" in name) for word in words):
             return found
@@ -84,7 +84,7 @@ def spent(work: Callable[[], Any], seconds: float) -> dict[str, Any]:
         whole = 1e6 * (time.perf_counter() - start)
     shares, operators = dict.fromkeys((*KINDS, REST), 0.0), 0
     for row in profile.key_averages():
-        if row.key.startswith("aten::"):
+        if row.key.startswith(("aten::", "mkldnn::")):
             operators += row.count
             shares[kind(row.key)] += row.self_cpu_time_total / whole
     shares["between operators"] = 1 - sum(shares.values())

@@ -229,6 +229,7 @@ def test_this_library_on_few_shot_learning(scripts: Any, monkeypatch: pytest.Mon
         ("aten::mkldnn_convolution", 0),
         ("aten::convolution_backward", 0),
         ("aten::addmv_", 0),
+        ("mkldnn::_linear_pointwise", 0),
         ("aten::copy_", 1),
         ("aten::_to_copy", 1),
         ("aten::im2col", 1),
