@@ -1131,7 +1131,7 @@ def test_gauss_newton_steps_from_a_start_that_all_tasks_share() -> None:
 def test_a_gradient_with_a_row_for_each_task_is_not_handed_out_where_one_failed(reduction: Any) -> None:
     """Its row is NaN, which an optimizer would take."""
     problem = bilevel.BilevelProblem.from_functions(
-        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + 0 * data.sum(),
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() * (1 + 0 * data.sum()),
         lambda phi, theta, data: phi.sin().sum(),
         lambda theta, data: torch.zeros_like(theta),
     )

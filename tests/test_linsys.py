@@ -592,13 +592,39 @@ def test_the_repr_reads_as_written() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 def test_cg_of_a_singular_matrix_is_no_answer(dtype: torch.dtype) -> None:
-    """b is not in its range: after as many steps as variables a residual that is still there means that it stays."""
+    """b is not in its range: a residual that is still there after many times as many steps as variables stays."""
     g = torch.Generator().manual_seed(0)
     for d, rank in ((2, 1), (3, 2), (10, 9)) * 30:
         x = torch.randn(rank, d, generator=g, dtype=torch.float64).to(dtype)
         a, b = x.T @ x, torch.randn(d, generator=g, dtype=torch.float64).to(dtype)
         found = CG(max_steps=20 * d).solve(lambda v, a=a: v @ a, b)
-        assert found.failed or found.residual <= 0.1 * b.norm(), found.describe()
+        assert found.failed or found.residual <= 0.5 * b.norm(), found.describe()
+
+
+@pytest.mark.parametrize(("d", "kappa"), [(3, 1e12), (5, 1e8), (50, 1e6)])
+def test_a_residual_says_little_where_the_matrix_is_ill_conditioned(d: int, kappa: float) -> None:
+    """As many steps as variables leave much of b, and an answer that is good to some digits: no failure."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+        a, b = q * np.geomspace(1, 1 / kappa, d) @ q.T, rng.standard_normal(d)
+        matrix = torch.from_numpy((a + a.T) / 2)
+        found = CG(max_steps=d).solve(lambda v, a=matrix: v @ a, torch.from_numpy(b))
+        assert not found.failed, found.describe()
+
+
+@pytest.mark.parametrize(
+    "method", [CG(max_steps=9), MINRES(max_steps=9), GMRES(max_steps=9), BiCGStab(max_steps=9)], ids=repr
+)
+def test_a_start_may_be_larger_than_the_right_hand_side_by_any_factor(method: Any) -> None:
+    a = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+    found = method.solve(lambda v: v @ a, torch.full((2,), 1e-25), init=torch.ones(2))
+    assert not found.failed and found.value.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=9), GMRES(max_steps=9)], ids=repr)
+def test_no_variables_are_no_error(method: Any) -> None:
+    assert method.solve(lambda v: v, torch.zeros(3, 0)).value.shape == (3, 0)
 
 
 def test_cg_that_was_stopped_early_may_be_no_better_than_zero() -> None:

@@ -488,6 +488,37 @@ def test_newton_without_a_root_fails_at_the_smallest_residual(start: float) -> N
     assert phi.isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "start"), [(torch.float32, 1.0, 100.0), (torch.float64, 1.0, 1e5), (torch.float64, 1e-9, 3.0)]
+)
+def test_what_is_no_root_does_not_depend_on_units_or_start(dtype: torch.dtype, scale: float, start: float) -> None:
+    t = torch.ones(1, dtype=dtype)
+    with pytest.raises(SolverError, match="DIVERGED"):
+        root(
+            lambda x, t, _: scale * (x**2 + t),
+            t,
+            solver=Newton(max_steps=200, tol=1e-30),
+            linsys=Exact(),
+            init=start * t,
+            check=True,
+        )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8, 1e10])
+def test_newton_from_its_own_answer_has_not_failed(scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        t = torch.randn(4, generator=g, dtype=torch.float64) + 3
+
+        def F(x: Tensor, t: Tensor, _: Any) -> Tensor:
+            return scale * (x**3 + 0.1 * x.flip(0) - t)
+
+        first, _ = reported(F, t, torch.ones(4, dtype=torch.float64), Newton(max_steps=50), root)
+        again, result = reported(F, t, first, Newton(max_steps=50), root)
+        assert not result.failed
+        assert_same(again, first, 1e-12)
+
+
 def test_newton_at_the_rounding_floor_has_not_failed() -> None:
     """A tolerance that rounding does not allow: stuck, and as near as can be."""
     scale = 1e6

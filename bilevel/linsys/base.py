@@ -114,11 +114,20 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
+ROUNDING = 10
+"""An A whose least singular value is below this many eps |A| may be a singular one after rounding."""
+
+
+def largest(v: Tensor) -> Tensor:
+    """The largest absolute entry ``(*batch,)``; 0 of none."""
+    return v.abs().amax(-1) if v.shape[-1] else v.new_zeros(v.shape[:-1])
+
+
 def unit_of(b: Tensor) -> Tensor:
     """1 ``(*batch, 1)``; where the squares of b would be lost below the smallest number or above the largest, its largest entry."""
-    limits, largest = torch.finfo(b.dtype), b.abs().amax(-1, keepdim=True)
-    fine = (largest > 1e3 * limits.tiny**0.5) & (largest < 1e-3 * limits.max**0.5)
-    return torch.where(fine | (largest == 0) | ~largest.isfinite(), torch.ones_like(largest), largest)
+    limits, size = torch.finfo(b.dtype), largest(b).unsqueeze(-1)
+    fine = (size > 1e3 * limits.tiny**0.5) & (size < 1e-3 * limits.max**0.5)
+    return torch.where(fine | (size == 0) | ~size.isfinite(), torch.ones_like(size), size)
 
 
 def to_columns(v: Tensor, batch: torch.Size) -> Tensor:

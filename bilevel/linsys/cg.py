@@ -41,6 +41,7 @@ class CG(KrylovSolver):
         steps = torch.zeros_like(active, dtype=torch.int64)
         preconditioned = system.preconditioner is not None
         size = norm(r)
+        lengths: list[Tensor] = []
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -56,6 +57,7 @@ class CG(KrylovSolver):
             # one pass for each vector: a problem that is done keeps its iterate because its alpha is zero, and its direction, finite as
             # it is, does no harm
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
+            lengths.append(alpha)
             u = torch.addcmul(u, alpha, p)
             r = torch.addcmul(r, alpha, ap, value=-1)
             z = system.precondition(r)
@@ -76,4 +78,12 @@ class CG(KrylovSolver):
             found=tuple(found),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
+            size=None if preconditioned or not lengths else _largest_eigenvalue(torch.cat(lengths, -1)),
         )
+
+
+def _largest_eigenvalue(lengths: Tensor) -> Tensor:
+    """A lower bound of that of A, from the lengths ``(*batch, steps)`` of the steps, 0 where none was taken: 1 / length is below an entry
+    on the diagonal of Lanczos's matrix.
+    """
+    return torch.where(lengths > 0, lengths, torch.inf).amin(-1).reciprocal()

@@ -8,12 +8,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import LinearSolver, Matvec, batch_of, check_system, from_columns, mark, norm, to_columns
+from bilevel.linsys.base import (
+    ROUNDING,
+    LinearSolver,
+    Matvec,
+    batch_of,
+    check_system,
+    from_columns,
+    mark,
+    norm,
+    to_columns,
+)
 from bilevel.linsys.neumann import some_direction
 from bilevel.result import Result, Status
-
-ROUNDING = 4
-"""An eigenvalue below this many d eps |A| may be that of a singular symmetric matrix, after what rounding does to both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,7 @@ class Exact(LinearSolver):
     :class:`~bilevel.linsys.Operator` that shares A among them.
 
     Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below
-    ``4 d eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
+    ``10 eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
     failure: the implicit function theorem holds at any regular stationary point, but the point is no minimum.
 
     General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``d eps |A|``.
@@ -79,7 +86,7 @@ def _symmetrised(a: Tensor) -> Tensor:
 
 def _solve_symmetric(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
-    limit = ROUNDING * a.shape[-1] * torch.finfo(a.dtype).eps
+    limit = ROUNDING * torch.finfo(a.dtype).eps
     chol, info = torch.linalg.cholesky_ex(a)
     x = torch.cholesky_solve(rhs, chol)
     # at most 1 / (smallest eigenvalue), and not much less for most v: a cheap sign that the eigenvalues must be looked at

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.linsys.base import (
+    ROUNDING,
     LinearSolver,
     Matvec,
     Operator,
@@ -133,8 +134,8 @@ class KrylovSolver(LinearSolver):
         check_system(b, init)
         operator = self.operator(matvec)
         m, spent = prepare(self.preconditioner, preconditioner, operator, b)
-        unit = unit_of(b)
-        found = self._solve(operator, b / unit, None if init is None else init / unit, m, spent, unit)
+        unit = unit_of(b) if init is None else torch.ones_like(b[..., :1])  # a start may be of any size
+        found = self._solve(operator, b / unit, init, m, spent, unit)
         return replace(found, value=found.value * unit, residual=found.residual * unit.squeeze(-1))
 
     def _solve(
@@ -189,16 +190,15 @@ class KrylovSolver(LinearSolver):
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
             codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
-        else:  # as many steps as variables would be enough but for rounding
-            codes = mark(codes, (end.steps >= u.shape[-1]) & (residual > 0.1 * start), Status.DIVERGED)
-        # |r| <= kappa^(1/2) |r0| where a method reduces the error in the norm of A, and less elsewhere
-        codes = mark(codes, residual > start / eps**0.5, Status.SINGULAR)
+        else:
+            # |r| <= kappa^(1/2) |r0| where a method reduces the error in the norm of A
+            codes = mark(codes, residual > start / eps**0.5, Status.SINGULAR)
         for mask, status in end.found:
             codes = mark(codes, mask, status)
-        if (
-            end.size is not None
-        ):  # |A u| <= |b| + |r|, so this much smaller than |A| |u| is the smallest singular value of A
-            lost = norm(system.b) + residual <= u.shape[-1] * eps * end.size * norm(u)
+        if end.size is not None:
+            # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} r0: so the least singular value is at most that over |u|
+            most = norm(system.b) + residual if self.reduces_residual else start
+            lost = most <= ROUNDING * eps * end.size * norm(u)
             codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
         codes = mark(codes, converged, Status.CONVERGED)
         if end.negative_curvature is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import norm, select
+from bilevel.linsys.base import largest, norm, select
 from bilevel.result import Result, Status
 from bilevel.trees import Tree
 
@@ -72,12 +72,12 @@ class Run:
     growth: float = GROWTH
     measured: bool = True
     """Whether ``converged`` is what gradients of G have shown."""
-    minimises: bool = True
-    """Whether the point is of use where the method can go no further: a minimum of |F| that is no zero of F is not."""
+    rounding: Tensor | None = None
+    """Of equations F(phi) = 0: what rounding may leave of ``|F|``. More, where the method can go no further, is no root."""
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
-        residual = torch.maximum(norm(grad), grad.abs().amax(-1))  # which squares do not lose below the smallest number
+        residual = torch.maximum(norm(grad), largest(grad))  # which squares do not lose below the smallest number
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
@@ -88,7 +88,7 @@ class Run:
             (self.stalled, Status.LINE_SEARCH_FAILED),
             (converged, Status.CONVERGED),
             (~converged & (residual > self.growth * self.start.clamp_min(floor)), Status.DIVERGED),
-            (self._stuck(converged, residual, floor), Status.DIVERGED),
+            (self._stuck(converged, residual), Status.DIVERGED),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
@@ -103,10 +103,11 @@ class Run:
             num_matvecs=num_matvecs,
         )
 
-    def _stuck(self, converged: Tensor, residual: Tensor, floor: float) -> Tensor:
+    def _stuck(self, converged: Tensor, residual: Tensor) -> Tensor:
         """Which problems have no solution where they ended, and no rounding explains it."""
-        far = residual > floor * self.start.clamp_min(1)
-        return torch.zeros_like(far) if self.minimises else self.stalled & ~converged & far
+        if self.rounding is None:
+            return torch.zeros_like(converged)
+        return self.stalled & ~converged & (residual > self.rounding)
 
 
 class InnerSolver(ABC):
@@ -155,6 +156,10 @@ class IterativeSolver(InnerSolver):
         """How often each problem met negative curvature; None from a method that cannot see it."""
         return None
 
+    def rounding(self, objective: Objective, state: Any, start: Tensor) -> Tensor | None:
+        """What :class:`Run` calls so; ``start`` is ``|F|`` at the start."""
+        return None
+
     def run(self, objective: Objective, phi: Tensor) -> Run:
         state = self.init(objective, phi)
         active = ~state.stalled
@@ -173,7 +178,7 @@ class IterativeSolver(InnerSolver):
             self.tol,
             self.growth,
             measured,
-            self.minimises,
+            self.rounding(objective, state, start),
         )
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:

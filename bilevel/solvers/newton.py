@@ -54,6 +54,12 @@ class Newton(IterativeSolver):
     def evaluate(self, objective: Objective, point: Tensor) -> Any:
         return objective.linearise(point, Hessian(), 0.0)
 
+    def rounding(self, objective: Objective, state: State, start: Tensor) -> Tensor | None:
+        if not bool(state.stalled.any()):
+            return None
+        terms = norm(objective.linearise(state.phi, Hessian(), 0.0).matvec(state.phi))  # F adds up about as much
+        return torch.finfo(start.dtype).eps * torch.maximum(1e3 * terms, 10 * start)
+
     def step(self, objective: Objective, state: State, local: Any) -> State:
         solved = self.linsys.solve(Operator(local.matvec, symmetric=False), -local.grad)
         direction = select(solved.failed, torch.zeros_like(local.grad), solved.value)
