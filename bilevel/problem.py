@@ -366,12 +366,16 @@ def is_positive_definite(matrix: Tensor) -> bool:
 
 def _fault(matrix: Tensor) -> str:
     """What keeps a square matrix from being symmetric positive definite; nothing: "". In NumPy: what PyTorch records must not see it."""
-    numbers = matrix.detach().cpu().numpy()
+    plain = matrix.detach().cpu()
+    below_transforms = (
+        torch._C._functorch.peek_interpreter_stack() is not None
+    )  # of torch.func, where NumPy may not look
+    numbers = np.array(plain.tolist()) if below_transforms else plain.numpy()
     if not np.isfinite(numbers).all():
         return "has entries that are no numbers"
-    if not np.allclose(numbers, numbers.T):
+    if not np.allclose(numbers, numbers.swapaxes(-1, -2)):
         return "is not symmetric"
-    smallest = np.linalg.eigvalsh(numbers)[0]
+    smallest = np.linalg.eigvalsh(numbers).min(initial=np.inf)
     return "" if smallest > 0 else f"has the eigenvalue {smallest:.3g}"
 
 

@@ -114,7 +114,7 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
 
 
-ROUNDING = 10
+ROUNDING = 4
 """An A whose least singular value is below this many eps |A| may be a singular one after rounding."""
 
 
