@@ -1,8 +1,6 @@
 """The memory meter against blocks of known size, and the measurement of a meta-gradient."""
 
 import sys
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from applications.meta_learning.experiments import e2_compute_memory as e2
 from applications.meta_learning.experiments.base import Request
-from applications.meta_learning.experiments.cost import cost, fresh_processes, peak_resident
+from applications.meta_learning.experiments.cost import cost, fresh_processes, peak_allocated, peak_resident
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 
@@ -100,15 +98,6 @@ def test_maml_stops_where_the_memory_would_not_suffice() -> None:
 
     assert asked(0) == [1, 2, 4, 8, 16]
     assert asked(100) == [1, 2, 4, 8]  # 450 MB at 4 steps: at most 900 at 8; 850 there: up to 1,700 at 16
-
-
-def peak_allocated(call: Callable[[], object]) -> int:
-    """Bytes that PyTorch's allocator had handed out at the peak, above the start: the same in every run, as resident memory is not."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiled:
-        call()
-    events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events))
 
 
 def test_memory_of_maml_grows_and_that_of_imaml_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
