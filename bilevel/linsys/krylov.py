@@ -198,7 +198,9 @@ class KrylovSolver(LinearSolver):
         if end.size is not None:
             # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} r0: so the least singular value is at most that over |u|
             most = norm(system.b) + residual if self.reduces_residual else start
-            lost = most <= ROUNDING * eps * end.size * norm(u)
+            # what has diverged has failed by any name: the usual bound of the rank, with d, tells why
+            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING, u.shape[-1]), ROUNDING)
+            lost = most <= bound * eps * end.size * norm(u)
             codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
         codes = mark(codes, converged, Status.CONVERGED)
         if end.negative_curvature is not None:

@@ -422,7 +422,7 @@ def test_train_and_evaluate(place: Path, tmp_path: Path) -> None:
     assert "ink" not in report["conditions"]["images"]
     shown = imaml("info", run)
     assert "published: 64 classes for training, 20 held out" in re.sub(r"[\s│]+", " ", shown.output)
-    many = imaml("evaluate", run, "--tasks", "4")
+    many = imaml("evaluate", run, "--tasks", "4", "--protocol", "tight")
     assert many.exit_code == 2 and "--query-shots" in many.output and "Traceback" not in many.output
 
 

@@ -143,7 +143,10 @@ def test_table_1() -> None:
         steps = many[name]["products"] - few[name]["products"]
         assert steps > 10
         assert (many[name]["memory"] - few[name]["memory"]) * entries[0]["unit"] == pytest.approx(steps, rel=0.1)
-    assert many["iMAML, AGD and CG"]["memory"] == few["iMAML, AGD and CG"]["memory"] < 3
+    of_imaml = [row["iMAML, AGD and CG"] for row in (few, many)]
+    assert of_imaml[1]["products"] - of_imaml[0]["products"] > 10
+    # one number for each step, and no vector
+    assert of_imaml[1]["memory"] == pytest.approx(of_imaml[0]["memory"], abs=0.01) and of_imaml[0]["memory"] < 3
     for name in ("MAML, GD", "MAML, AGD"):
         assert many[name]["approx-solve error"] < 1e-13 < many[name]["exact-solve error"]
     assert 1e-4 < many["truncated back-propagation, GD"]["approx-solve error"] < 0.1
