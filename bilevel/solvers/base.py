@@ -157,7 +157,7 @@ class IterativeSolver(InnerSolver):
         return None
 
     def rounding(self, objective: Objective, state: Any, start: Tensor) -> Tensor | None:
-        """Of equations, what rounding may leave of ``|F|`` at a root ``(*batch,)``, ``start`` being ``|F|`` at the start; None: not asked."""
+        """Of equations: what rounding may leave of ``|F|`` at a root ``(*batch,)``. ``start`` is ``|F|`` at the start; None: not asked."""
         return None
 
     def run(self, objective: Objective, phi: Tensor) -> Run:
