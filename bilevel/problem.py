@@ -367,10 +367,8 @@ def is_positive_definite(matrix: Tensor) -> bool:
 def _fault(matrix: Tensor) -> str:
     """What keeps a square matrix from being symmetric positive definite; nothing: "". In NumPy: what PyTorch records must not see it."""
     plain = matrix.detach().cpu()
-    below_transforms = (
-        torch._C._functorch.peek_interpreter_stack() is not None
-    )  # of torch.func, where NumPy may not look
-    numbers = np.array(plain.tolist()) if below_transforms else plain.numpy()
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    numbers = np.array(plain.tolist()) if transformed else plain.numpy()  # below torch.func it has no memory to look at
     if not np.isfinite(numbers).all():
         return "has entries that are no numbers"
     if not np.allclose(numbers, numbers.swapaxes(-1, -2)):

@@ -33,7 +33,7 @@ class Exact(LinearSolver):
     ``4 eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
     failure: the implicit function theorem holds at any regular stationary point, but the point is no minimum.
 
-    General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``d eps |A|``.
+    General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``4 eps |A|``.
 
     It looks at numbers, so under ``torch.func.vmap`` it raises; give it the batch as leading axes. The other transforms go through it.
     """
@@ -105,7 +105,7 @@ def _solve_symmetric(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solve_general(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
-    limit = a.shape[-1] * torch.finfo(a.dtype).eps
+    limit = ROUNDING * torch.finfo(a.dtype).eps
     x, inverse = _by_inverse(a, rhs)
     # the product of these norms is at least the condition number
     condition = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(inverse)

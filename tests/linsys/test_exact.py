@@ -314,9 +314,11 @@ def test_float32_is_not_called_singular_because_there_are_many_variables(d: int,
     q = np.linalg.qr(rng.standard_normal((d, d)))[0]
     a, b = q * np.geomspace(1, 1 / kappa, d) @ q.T, rng.standard_normal(d)
     matrix = torch.from_numpy(a).float()
-    found = Exact().solve(lambda v: v @ (matrix + matrix.T) / 2, torch.from_numpy(b).float())
+    matrix = (matrix + matrix.T) / 2
     exact = np.linalg.solve(a, b)
-    assert found.status is Status.CONVERGED and np.linalg.norm(found.value - exact) < 0.2 * np.linalg.norm(exact)
+    for symmetric in (True, False):
+        found = Exact().solve(Operator(lambda v: v @ matrix, symmetric=symmetric), torch.from_numpy(b).float())
+        assert found.status is Status.CONVERGED and np.linalg.norm(found.value - exact) < 0.2 * np.linalg.norm(exact)
 
 
 def test_one_example_for_two_weights_is_no_hypergradient() -> None:

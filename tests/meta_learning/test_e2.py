@@ -8,7 +8,7 @@ import torch
 
 from applications.meta_learning.experiments import e2_compute_memory as e2
 from applications.meta_learning.experiments.base import Request
-from applications.meta_learning.experiments.cost import cost, fresh_processes, peak_allocated, peak_resident
+from applications.meta_learning.experiments.cost import cost, fresh_processes, peak_bytes, peak_resident
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
 
@@ -102,7 +102,7 @@ def test_maml_stops_where_the_memory_would_not_suffice() -> None:
 
 def test_memory_of_maml_grows_and_that_of_imaml_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure's claim, on its network and tasks."""
-    monkeypatch.setattr(e2, "cost", lambda call, *_, **__: {"peak": peak_allocated(call)})
+    monkeypatch.setattr(e2, "cost", lambda call, *_, **__: {"peak": peak_bytes(call)[0]})
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process
     request = Request(quick=False, seed=1, data_dir=None, parts=tmp_path)
     peaks = {}

@@ -10,7 +10,6 @@ and K steps of a first-order method from theta leave phi_K - phi* = p_K(h) (thet
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,11 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import bilevel
 from applications.meta_learning.experiments.base import Numbers
+from applications.meta_learning.experiments.cost import peak_bytes
 from bilevel import Hypergradient, ProximalProblem
 from bilevel.linsys import CG
 from bilevel.solvers import GradientDescent, NesterovAGD
@@ -178,40 +176,3 @@ def _row(
         "exact-solve error": float((found.grad - p.exact).norm() / size),
         "approx-solve error": float((found.grad - path).norm() / size),
     }
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made while it is on and that are still there: exact, and the same in every run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._add(x.untyped_storage(), given)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = storage._cdata
-        if key in given or key in self._known:  # a view of what was there
-            return
-        self._known.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, storage.nbytes())
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def peak_bytes(call: Any) -> tuple[int, Any]:
-    """The largest sum of the sizes of tensors made by a call that are there at the same time, and what it returned."""
-    with _Live() as live:
-        value = call()
-    return live.peak, value

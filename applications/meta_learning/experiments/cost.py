@@ -40,7 +40,7 @@ def cost(call: Call, warm_up: Call, *, device: torch.device, repeats: int) -> Nu
     the program.
     """
     warm_up()
-    peak = _peak_on_cuda(call, device) if device.type == "cuda" else peak_allocated(call)
+    peak = _peak_on_cuda(call, device) if device.type == "cuda" else peak_bytes(call)[0] / 1e6
     if device.type == "cpu" and repeats:
         keep_freed_memory()
         warm_up()
@@ -50,16 +50,16 @@ def cost(call: Call, warm_up: Call, *, device: torch.device, repeats: int) -> Nu
     return {"peak_mb": peak, "seconds": statistics.median(seconds) if seconds else None, "repeats": len(seconds)}
 
 
-def peak_allocated(call: Call) -> float:
-    """What PyTorch has allocated on the CPU at the peak of the call above what it had before, in MB, from the events of its profiler. The
-    same in every run, which resident memory is not; what libraries take for themselves is not in it.
+def peak_bytes(call: Call) -> tuple[int, Any]:
+    """What PyTorch has allocated on the CPU at the peak of the call above what it had before, and what the call returned. From the events
+    of the profiler: the same in every run, which resident memory is not; what libraries take for themselves is not in it.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would say when it starts and stops
     with torch.autograd.profiler.profile(profile_memory=True) as profiled:
-        call()
+        value = call()
     events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0)) / 1e6
+    return max(accumulate((event.nbytes() for event in events), initial=0)), value
 
 
 def peak_resident(call: Call) -> float:
