@@ -620,6 +620,8 @@ def test_a_start_may_be_larger_than_the_right_hand_side_by_any_factor(method: An
     a = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
     found = method.solve(lambda v: v @ a, torch.full((2,), 1e-25), init=torch.ones(2))
     assert not found.failed and found.value.abs().max() < 1e-5
+    b = torch.full((2,), 1e-25)
+    assert method.solve(lambda v: v @ a, b, init=torch.linalg.solve(a, b)).steps == 0
 
 
 @pytest.mark.parametrize("method", [CG(max_steps=9), GMRES(max_steps=9)], ids=repr)

@@ -111,7 +111,7 @@ class KrylovSolver(LinearSolver):
     """
 
     reduces_residual: ClassVar[bool] = True
-    """Whether a residual that is not below its start means that the method has failed, however few the steps."""
+    """Whether a residual that is not below its start means that the method has failed."""
 
     max_steps: int
     rtol: float = 1e-6
@@ -190,9 +190,6 @@ class KrylovSolver(LinearSolver):
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
             codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
-        else:
-            # |r| <= kappa^(1/2) |r0| where a method reduces the error in the norm of A
-            codes = mark(codes, residual > start / eps**0.5, Status.SINGULAR)
         for mask, status in end.found:
             codes = mark(codes, mask, status)
         if end.size is not None:
