@@ -98,7 +98,7 @@ def train(
         str | None,
         typer.Option(
             "--preset",
-            help="settings to start from (imaml info lists them); default: one for the data set",
+            help="settings to start from (imaml info lists them); default: one for the data set; a resumed run keeps its own",
             rich_help_panel=START,
         ),
     ] = None,
@@ -174,7 +174,9 @@ def _begin(chosen: _Chosen) -> tuple[Trainer, Path | None, list[dict[str, Any]]]
 def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """The stored run, and which settings change from here on."""
     old = Config.from_dict(stored["config"])
-    config = replace(preset(chosen.name) if chosen.preset_name else old, **chosen.settings)
+    if chosen.preset_name:
+        preset(chosen.preset_name)  # a wrong name is an error here, too; with --resume it only says which folder
+    config = replace(old, **chosen.settings)
     taken = stored["progress"]["step"]
     if config.outer_steps < taken:
         raise ConfigError(

@@ -15,7 +15,7 @@ RUN = "Run"
 
 
 # What runs did that were written before these settings were there.
-IMPLIED = {"colours": "grey", "network": "strided", "capture": False, "compile": False}
+IMPLIED = {"colours": "grey", "network": "strided", "capture": False, "compile": False, "weight_decay": 0.0}
 
 SMALLEST_POOLED = 16  # pixels: what can be halved four times, rounding down
 
@@ -136,6 +136,9 @@ class Config:
     meta_batch: int = setting(32, OUTER, "tasks per meta-step", at_least=1)
     outer_rate: float = setting(1e-3, OUTER, "learning rate of Adam", above=0)
     outer_eps: float = setting(1e-8, OUTER, "epsilon of Adam (the authors' code: 1e-3)", above=0)
+    weight_decay: float = setting(
+        0.0, OUTER, "decay of theta by this times the learning rate in each meta-step (AdamW)", at_least=0
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant", OUTER, "learning rate over the outer steps: constant, or linear or cosine down to 0"
     )
@@ -228,6 +231,11 @@ class Config:
         if self.algorithm == "maml" and self.inner == "newton-cg" and self.inner_curvature == "gauss-newton":
             raise ConfigError(
                 "inner_curvature: expected 'hessian' for maml, which cannot differentiate through steps with gauss-newton; or --inner gd"
+            )
+        if self.weight_decay * self.outer_rate >= 1:
+            raise ConfigError(
+                f"weight_decay: expected less than 1 / outer_rate, here {1 / self.outer_rate:g}, because a meta-step multiplies theta by "
+                f"1 - weight_decay * outer_rate; got {self.weight_decay:g}"
             )
         if self.inner_momentum >= 1:
             raise ConfigError(f"inner_momentum: expected a number below 1, got {self.inner_momentum}")

@@ -42,7 +42,9 @@ class MetaStep:
         self.config, self.problem, self.algorithm, self.theta = config, method.problem, method.algorithm, theta
         self.is_deferred = config.capture and (device.type == "cuda" or graphs is not None)
         self._graphs = graphs
-        self.outer = torch.optim.Adam(list(theta.values()), lr=config.outer_rate, eps=config.outer_eps)
+        self.outer = torch.optim.AdamW(
+            list(theta.values()), lr=config.outer_rate, eps=config.outer_eps, weight_decay=config.weight_decay
+        )
         self.rates: torch.optim.Optimizer = self.outer
         """The optimizer whose rate a schedule sets. A graph needs the rate as a tensor, and a schedule is simpler with numbers."""
         if self.is_deferred:
@@ -94,9 +96,9 @@ class MetaStep:
         if self.is_deferred:
             self._prepare_adam(next(iter(self.theta.values())).device)
 
-    def set_options(self, *, rate: float, eps: float) -> None:
+    def set_options(self, *, rate: float, eps: float, weight_decay: float) -> None:
         """Other options than those of the loaded state; the schedule sets the rate of a step."""
-        self.outer.param_groups[0]["eps"] = eps
+        self.outer.param_groups[0].update(eps=eps, weight_decay=weight_decay)
         self.rates.param_groups[0].update(lr=rate, initial_lr=self.config.outer_rate)
 
     def _made(self) -> Callable[[Any], Found]:

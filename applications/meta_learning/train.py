@@ -276,7 +276,7 @@ class Trainer:
         """The loaded state has the old rate and epsilon in it; a resumed run may have been given others."""
         self.schedule.base_lrs = [self.config.outer_rate]
         rate = self.config.outer_rate * _rate_factor(self.config)(self.schedule.last_epoch)
-        self.step.set_options(rate=rate, eps=self.config.outer_eps)
+        self.step.set_options(rate=rate, eps=self.config.outer_eps, weight_decay=self.config.weight_decay)
 
 
 def load_theta(theta: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

@@ -134,6 +134,11 @@ def test_stop_and_resume_and_overwrite(tmp_path: Path) -> None:
     assert load_checkpoint(folder)["progress"]["step"] == 6 and load_checkpoint(folder)["config"]["lam"] == 3.0
     (changed,) = (entry for entry in read_log(folder / "log.jsonl") if entry["kind"] == "changed")
     assert {"setting": "lam", "from": 1.0, "to": 3.0} in changed["settings"]
+    named = imaml(
+        "train", "--out", folder, "--resume", "--preset", "glyphs", "--no-final-test", "--no-tensorboard"
+    )  # the name of the preset stands for its folder; its outer steps and lambda are not those of this run
+    assert named.exit_code == 0, named.output
+    assert load_checkpoint(folder)["progress"]["step"] == 6 and load_checkpoint(folder)["config"]["lam"] == 3.0
     assert train(folder, "--overwrite", "--outer-steps", "2").exit_code == 0
     assert load_checkpoint(folder)["progress"]["step"] == 2
     assert max(entry["step"] for entry in read_log(folder / "log.jsonl")) == 2

@@ -43,6 +43,8 @@ def test_settings_are_frozen_and_named() -> None:
         ("split", "alphabets", "split: expected 'random'"),
         ("train_classes", 1600, "train_classes: expected less than the 1600.*raise --glyph-classes"),
         ("outer_rate", 0.0, "outer_rate: expected a number above 0"),
+        ("weight_decay", 1000.0, "weight_decay: expected less than 1 / outer_rate, here 1000, .*got 1000"),
+        ("weight_decay", -0.1, "weight_decay: expected at least 0"),
         ("inner_momentum", 1.0, "inner_momentum: expected a number below 1, got 1.0"),
         ("seed", -1, "seed: expected at least 0"),
     ],

@@ -55,7 +55,7 @@ def assert_same_training(one: Trainer, other: Trainer) -> None:
     "settings",
     [
         {},
-        {"schedule": "cosine", "log_interval": 3},
+        {"schedule": "cosine", "log_interval": 3, "weight_decay": 3.0},
         {"inner": "agd", "linear": "neumann"},
         {"algorithm": "maml", "lam": 0.0},
         {"algorithm": "first-order", "lam": 0.0},
@@ -99,7 +99,7 @@ def test_numbers_are_read_when_they_are_logged_and_not_before() -> None:
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_steps_without_a_usable_task_change_nothing(schedule: Any) -> None:
     """Adam is told on the device; the host finds out when it reads the numbers, and the schedule goes back."""
-    config = replace(PLAIN, schedule=schedule, outer_steps=20, log_interval=3)
+    config = replace(PLAIN, schedule=schedule, outer_steps=20, log_interval=3, weight_decay=3.0)
     trainers = [
         Trainer(config, tiny_source(config)),
         Trainer(replace(config, capture=True), tiny_source(config), graphs=FakeGraphs()),

@@ -59,8 +59,9 @@ def test_every_algorithm_takes_steps(settings: dict[str, Any]) -> None:
     assert all(not torch.equal(leaf, before[name]) and leaf.isfinite().all() for name, leaf in trainer.theta.items())
 
 
-def test_a_step_is_adam_along_the_mean_meta_gradient() -> None:
-    config = replace(TINY, dtype="float64")
+@pytest.mark.parametrize("weight_decay", [0.0, 3.0])
+def test_a_step_is_adam_along_the_mean_meta_gradient(weight_decay: float) -> None:
+    config = replace(TINY, dtype="float64", weight_decay=weight_decay)
     trainer, twin = Trainer(config, tiny_source()), Trainer(config, tiny_source())
     method, theta = twin.method, {name: leaf.clone().requires_grad_() for name, leaf in twin.theta.items()}
     outer = torch.optim.Adam(list(theta.values()), lr=config.outer_rate, eps=config.outer_eps)
@@ -76,6 +77,8 @@ def test_a_step_is_adam_along_the_mean_meta_gradient() -> None:
         )
         for name, leaf in theta.items():
             leaf.grad = meta.grad[name]
+            with torch.no_grad():
+                leaf *= 1 - weight_decay * config.outer_rate
         outer.step()
         trainer.meta_step()
     for name, leaf in theta.items():
@@ -307,13 +310,14 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [2, 4, 5] and lines[0]["loss"] is None
 
 
-def test_a_resumed_run_takes_the_new_rate(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_the_new_options_of_adam(tmp_path: Path) -> None:
     first = Trainer(TINY, tiny_source())
     run(first, tmp_path, 2)
-    second = Trainer(replace(TINY, outer_rate=0.5, outer_eps=0.1), tiny_source())
+    second = Trainer(replace(TINY, outer_rate=0.5, outer_eps=0.1, weight_decay=0.2), tiny_source())
     second.restore(load_checkpoint(tmp_path))
     second.meta_step()
-    assert second.outer.param_groups[0]["lr"] == 0.5 and second.outer.param_groups[0]["eps"] == 0.1
+    group = second.outer.param_groups[0]
+    assert (group["lr"], group["eps"], group["weight_decay"]) == (0.5, 0.1, 0.2)
 
 
 def test_the_time_limit_ends_a_run(tmp_path: Path) -> None:
