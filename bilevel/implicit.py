@@ -41,8 +41,10 @@ from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Result, Status
 from bilevel.tracing import with_programs
 from bilevel.trees import Tree
+from bilevel.uncompiled import uncompiled
 
 
+@uncompiled
 def solve(
     problem: BilevelProblem,
     theta: Tree,
@@ -94,6 +96,7 @@ def solve(
     return as_tree(found, call)
 
 
+@uncompiled
 def implicit_gradient(
     problem: BilevelProblem,
     phi: Tree,
@@ -149,6 +152,7 @@ def implicit_gradient(
     return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
 
 
+@uncompiled
 def hypergradient(
     problem: BilevelProblem,
     theta: Tree,

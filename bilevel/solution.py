@@ -37,11 +37,13 @@ from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
 from bilevel.result import Result, SolverError, Status, failed
 from bilevel.trees import Tree
+from bilevel.uncompiled import uncompiled
 
 Check = bool | Literal["converged"]
 SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
 
 
+@uncompiled
 def argmin(
     problem: BilevelProblem,
     theta: Tree,
@@ -84,6 +86,7 @@ def argmin(
     return _solution(call, solver, linsys, check, report, "argmin")
 
 
+@uncompiled
 def root(
     F: Callable[[Tree, Tree, Any], Tree],
     theta: Tree,
@@ -115,6 +118,7 @@ def root(
     return _of_equations(F, RootFlat, "root", theta, data, solver, linsys, init, check, report)
 
 
+@uncompiled
 def fixed_point(
     T: Callable[[Tree, Tree, Any], Tree],
     theta: Tree,
@@ -263,6 +267,7 @@ class _Solution(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -275,6 +280,7 @@ class _Solution(torch.autograd.Function):
         return (None, None, *products[1:])
 
     @staticmethod
+    @uncompiled
     def jvp(ctx: Any, _mapped: None, _phi: Tensor | None, *tangents: Tensor | None) -> Tensor:
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -329,6 +335,7 @@ class _LinearSolve(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -343,6 +350,7 @@ class _LinearSolve(torch.autograd.Function):
         return (None, _sum_to(w, mapped.levels), *products[1:])
 
     @staticmethod
+    @uncompiled
     def jvp(ctx: Any, _mapped: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped

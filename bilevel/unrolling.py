@@ -29,10 +29,12 @@ from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Status
 from bilevel.solvers.base import IterativeSolver, Run
 from bilevel.trees import Tree
+from bilevel.uncompiled import uncompiled
 
 DIRECTIONS = 64  # of theta at once in forward mode
 
 
+@uncompiled
 def unrolled(
     problem: BilevelProblem,
     theta: Tree,

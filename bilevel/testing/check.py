@@ -18,11 +18,13 @@ from bilevel.testing.report import Part, Report, Verdict, not_judged
 from bilevel.testing.solves import Answer, Choices, Sum, find_minimum
 from bilevel.testing.view import View, view
 from bilevel.trees import Tree, flatten, tree_map
+from bilevel.uncompiled import uncompiled
 
 DEFAULT_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
 TASKS = 3  # of a batch, so many are checked
 
 
+@uncompiled
 def check_hypergradient(
     problem: BilevelProblem,
     theta: Tree,

@@ -1,0 +1,264 @@
+"""Beside torch.compile: around our calls, and on the network inside the objective. Derivatives are those without it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import bilevel
+from bilevel.linsys import CG, Exact
+from bilevel.solvers import GradientDescent, NewtonCG
+from bilevel.testing import check_hypergradient
+from bilevel.uncompiled import _stance, uncompiled
+
+BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
+NEWTON, SOLVE = NewtonCG(max_steps=30, tol=1e-12), CG(max_steps=50, rtol=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def _anew() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+THETA = torch.tensor([-1.0, 0.5, 0.2, -0.3], dtype=torch.float64)
+START = torch.zeros(4, dtype=torch.float64)
+
+
+def ridge() -> bilevel.BilevelProblem:
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        return 0.5 * ((data @ phi - data[:, 0].exp()) ** 2).mean() + 0.5 * (theta.exp() * phi**2).sum()
+
+    return bilevel.BilevelProblem.from_functions(inner, lambda phi, theta, data: phi.square().sum())
+
+
+def closed_form(theta: Tensor) -> Tensor:
+    """phi* by dense algebra."""
+    return torch.linalg.inv(X.T @ X / 12 + torch.diag(theta.exp())) @ (X.T @ X[:, 0].exp() / 12)
+
+
+def composed(solution: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a user puts around a solve: something before it and something behind it."""
+    return lambda theta: (solution(theta.sin() * 2).cos() * X[0]).sum()
+
+
+EXACT = composed(closed_form)
+OURS = composed(lambda theta: bilevel.argmin(ridge(), theta, X, solver=NEWTON, linsys=SOLVE, init=START))
+
+
+def by_backward(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gradient(theta: Tensor) -> Tensor:
+        theta = theta.clone().requires_grad_()
+        return torch.autograd.grad(f(theta), theta)[0]
+
+    return gradient
+
+
+ASKED: dict[str, Callable[[Callable[[Any], Tensor]], Callable[[Any], Tensor]]] = {
+    "value": lambda f: f,
+    "backward": by_backward,
+    "grad": torch.func.grad,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": torch.func.hessian,
+    "vmap": lambda f: lambda theta: torch.func.vmap(f)(torch.stack([theta, theta + 0.1])),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
+def test_argmin_in_compiled_code(asked: Any) -> None:
+    expected = asked(EXACT)(THETA)
+    torch.testing.assert_close(torch.compile(asked(OURS), backend=BACKEND)(THETA), expected, rtol=1e-8, atol=1e-10)
+    # PyTorch: code that is compiled has neither forward mode nor a second derivative
+    if asked not in (ASKED["jacfwd"], ASKED["hessian"]):
+        torch.testing.assert_close(asked(torch.compile(OURS, backend=BACKEND))(THETA), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_rest_is_compiled() -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([node.target for node in graph.graph.nodes if node.op in ("call_function", "call_method")])
+        return graph.forward
+
+    torch.compile(OURS, backend=backend)(THETA)
+    names = [str(target) for graph in graphs for target in graph]
+    assert any("sin" in name for name in names) and any("cos" in name for name in names)
+    assert not any("matmul" in name or "exp" in name for name in names)  # G, which is inside
+
+
+CALLS: dict[str, Callable[[bilevel.BilevelProblem, Tensor], Tensor]] = {
+    "hypergradient": lambda p, t: bilevel.hypergradient(p, t, X, solver=NEWTON, linsys=SOLVE, init=START).grad,
+    "implicit_gradient": lambda p, t: bilevel.implicit_gradient(p, closed_form(t), t, X, linsys=Exact()).grad,
+    "unrolled": lambda p, t: (
+        bilevel.unrolled(p, t, X, solver=GradientDescent(step_size=0.3, max_steps=3000), init=START).grad
+    ),
+    "root": lambda p, t: by_backward(
+        lambda theta: (
+            bilevel.root(
+                lambda phi, theta, data: torch.func.grad(p.inner_objective)(phi, theta, data),
+                theta,
+                X,
+                solver=bilevel.solvers.Newton(max_steps=20, tol=1e-12),
+                linsys=Exact(),
+                init=START,
+            )
+            .square()
+            .sum()
+        )
+    )(t),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_other_calls_in_compiled_code(call: Any) -> None:
+    expected = torch.func.grad(lambda theta: closed_form(theta).square().sum())(THETA)
+    found = torch.compile(lambda theta: 2 * call(ridge(), theta), backend=BACKEND)(THETA)
+    torch.testing.assert_close(found, 2 * expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_whole_graph_is_refused_by_name() -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="argmin"):
+        torch.compile(OURS, fullgraph=True, backend=BACKEND)(THETA)
+
+
+class Network(bilevel.BilevelProblem):
+    """The objective of a network that may be compiled."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def inner_objective(self, phi: Any, theta: Tensor, data: Tensor) -> Tensor:
+        penalty = sum(leaf.square().sum() for leaf in phi.values())
+        return (
+            functional_call(self.module, phi, (data,)).squeeze(-1) - data[:, 0].exp()
+        ).square().mean() + theta.exp() * penalty
+
+    def outer_loss(self, phi: Any, theta: Tensor, data: Tensor) -> Tensor:
+        return (functional_call(self.module, phi, (data,)).squeeze(-1) - 1).square().mean()
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+
+def asked_of_network(name: str, module: nn.Module) -> Tensor:
+    problem, theta = Network(module), torch.tensor(-1.0, dtype=torch.float64)
+    init = {key: leaf.detach() for key, leaf in module.named_parameters()}
+    solver = NewtonCG(max_steps=60, cg_steps=30, tol=1e-10)
+    if name == "hypergradient":
+        return bilevel.hypergradient(problem, theta, X, solver=solver, linsys=SOLVE, init=init).unwrap()
+    if name == "recorded":
+        return bilevel.hypergradient(problem, theta, X, solver=solver, linsys=SOLVE, init=init, compile=True).unwrap()
+    if name == "estimate":
+        return bilevel.hypergradient(problem, theta, X, solver=solver, linsys=SOLVE, init=init).error_estimate < 1e-6
+    if name == "unrolled":
+        return bilevel.unrolled(problem, theta, X, solver=GradientDescent(step_size=0.05, max_steps=5), init=init).grad
+    if name == "tasks":
+        data = torch.stack([X, X + 0.1])
+        init = {key: leaf.expand(2, *leaf.shape) for key, leaf in init.items()}
+        return bilevel.hypergradient(
+            problem, theta, data, solver=solver, linsys=SOLVE, init=init, batched=True
+        ).unwrap()
+
+    def loss(theta: Tensor) -> Tensor:
+        phi = bilevel.argmin(problem, theta, X, solver=solver, linsys=SOLVE, init=init)
+        return sum(leaf.sin().sum() for leaf in phi.values())  # type: ignore[return-value]
+
+    if name == "second":
+        return torch.func.grad(torch.func.grad(loss))(theta)
+    return by_backward(loss)(theta)
+
+
+@pytest.mark.parametrize("name", ["hypergradient", "recorded", "estimate", "unrolled", "tasks", "argmin", "second"])
+def test_a_compiled_network_in_the_objective(name: str, network: nn.Module) -> None:
+    compiled = torch.compile(network, backend=BACKEND)
+    torch.testing.assert_close(asked_of_network(name, compiled), asked_of_network(name, network), rtol=1e-8, atol=1e-12)
+
+
+def test_check_of_a_problem_with_a_compiled_network(network: nn.Module) -> None:
+    compiled = torch.compile(network, backend=BACKEND)
+    init = {key: leaf.detach() for key, leaf in compiled.named_parameters()}
+    solver = NewtonCG(max_steps=60, cg_steps=30, tol=1e-10)
+    theta = torch.tensor(-1.0, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # of the hooks that look for dropout
+        check_hypergradient(Network(compiled), theta, X, solver=solver, linsys=SOLVE, init=init)
+
+
+def test_the_network_is_compiled_again_behind_our_call(network: nn.Module) -> None:
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(network, backend=backend)
+    asked_of_network("hypergradient", compiled)
+    assert not calls
+    compiled(X)
+    assert len(calls) == 1
+
+
+def test_calls_in_many_threads_leave_the_compiler_as_it_was() -> None:
+    """The second begins within the first and ends behind it."""
+    begun, ended, compiled = threading.Event(), threading.Event(), []
+
+    @uncompiled
+    def first() -> None:
+        thread.start()
+        assert begun.wait(60)
+
+    @uncompiled
+    def second() -> None:
+        begun.set()
+        assert ended.wait(60)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    thread = threading.Thread(target=second)
+    first()
+    assert _stance.calls == 1
+    ended.set()
+    thread.join()
+    assert _stance.calls == 0
+    torch.compile(lambda x: x + 1, backend=backend)(X)
+    assert len(compiled) == 1
+
+
+def test_an_error_gives_the_compiler_back() -> None:
+    with pytest.raises(TypeError, match="theta: expected float32"):
+        bilevel.hypergradient(ridge(), torch.tensor([1, 2]), X, solver=NEWTON, linsys=SOLVE, init=START)
+    assert _stance.calls == 0
+
+
+def test_the_compiler_is_not_imported() -> None:
+    """It takes seconds. What imports it soon enough is torch.func.grad itself."""
+    code = """
+import sys, torch, bilevel
+from bilevel.linsys import CG
+from bilevel.solvers import NewtonCG
+problem = bilevel.BilevelProblem.from_functions(
+    lambda phi, theta, data: (phi - theta).square().sum(), lambda phi, theta, data: phi.sum(), lambda theta, data: theta * 0
+)
+options = dict(solver=NewtonCG(max_steps=5, tol=1e-8), linsys=CG(max_steps=5, rtol=1e-8))
+assert bilevel.hypergradient(problem, torch.ones(2), **options).unwrap().tolist() == [1, 1]
+bilevel.argmin(problem, torch.ones(2), **options)
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
