@@ -48,12 +48,12 @@ from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Objective
 from bilevel.entry import Call
 from bilevel.explanation import Spectrum, explain
+from bilevel.isolation import isolated
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.problem import Constants
 from bilevel.result import Diagnosis, Hypergradient, Result
-from bilevel.uncompiled import uncompiled
 
 CORRECTION = CG(max_steps=100, rtol=1e-8)
 NEWTON_STEPS = 8
@@ -164,7 +164,7 @@ class Certificate:
         """See :meth:`bilevel.Hypergradient.explain`."""
         return explain(result, self.call.flat.problem, self.spectrum, self.solves)
 
-    @uncompiled
+    @isolated
     def _each(self, look_at: Callable[[_Look, Any], Any]) -> list[Any]:
         """Chunk by chunk: of a look at the chunk, and where its tasks are."""
         if not self.fresh:

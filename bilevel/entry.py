@@ -204,7 +204,8 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
                 f"dicts, lists and tuples of tensors."
             )
         if leaf.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"{name}{path}: expected float32 or float64, got {leaf.dtype}.")
+            remedy = "; convert it with .float()" if leaf.is_floating_point() else ""
+            raise TypeError(f"{name}{path}: expected float32 or float64, got {leaf.dtype}{remedy}.")
         first = leaf if first is None else first
         if leaf.dtype != first.dtype:
             raise TypeError(

@@ -36,15 +36,15 @@ from bilevel.batching import (
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
+from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_count, check_number
 from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Result, Status
 from bilevel.tracing import with_programs
 from bilevel.trees import Tree
-from bilevel.uncompiled import uncompiled
 
 
-@uncompiled
+@isolated
 def solve(
     problem: BilevelProblem,
     theta: Tree,
@@ -96,7 +96,7 @@ def solve(
     return as_tree(found, call)
 
 
-@uncompiled
+@isolated
 def implicit_gradient(
     problem: BilevelProblem,
     phi: Tree,
@@ -152,7 +152,7 @@ def implicit_gradient(
     return _hypergradient(call, None, options, theta_batched, reduction, chunk_size, "implicit_gradient")
 
 
-@uncompiled
+@isolated
 def hypergradient(
     problem: BilevelProblem,
     theta: Tree,

@@ -32,18 +32,18 @@ from bilevel.derivatives import (
     with_axis,
 )
 from bilevel.entry import Call, check_linsys, check_solver, prepare, run_solver
+from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
 from bilevel.result import Result, SolverError, Status, failed
 from bilevel.trees import Tree
-from bilevel.uncompiled import uncompiled
 
 Check = bool | Literal["converged"]
 SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
 
 
-@uncompiled
+@isolated
 def argmin(
     problem: BilevelProblem,
     theta: Tree,
@@ -86,7 +86,7 @@ def argmin(
     return _solution(call, solver, linsys, check, report, "argmin")
 
 
-@uncompiled
+@isolated
 def root(
     F: Callable[[Tree, Tree, Any], Tree],
     theta: Tree,
@@ -118,7 +118,7 @@ def root(
     return _of_equations(F, RootFlat, "root", theta, data, solver, linsys, init, check, report)
 
 
-@uncompiled
+@isolated
 def fixed_point(
     T: Callable[[Tree, Tree, Any], Tree],
     theta: Tree,
@@ -267,7 +267,7 @@ class _Solution(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
-    @uncompiled
+    @isolated
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -280,7 +280,7 @@ class _Solution(torch.autograd.Function):
         return (None, None, *products[1:])
 
     @staticmethod
-    @uncompiled
+    @isolated
     def jvp(ctx: Any, _mapped: None, _phi: Tensor | None, *tangents: Tensor | None) -> Tensor:
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -335,7 +335,7 @@ class _LinearSolve(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
-    @uncompiled
+    @isolated
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
@@ -350,7 +350,7 @@ class _LinearSolve(torch.autograd.Function):
         return (None, _sum_to(w, mapped.levels), *products[1:])
 
     @staticmethod
-    @uncompiled
+    @isolated
     def jvp(ctx: Any, _mapped: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped

@@ -23,18 +23,18 @@ from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_fi
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Levels, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare
+from bilevel.isolation import isolated
 from bilevel.linsys.base import check_count, dot, select
 from bilevel.path import PathObjective
 from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Status
 from bilevel.solvers.base import IterativeSolver, Run
 from bilevel.trees import Tree
-from bilevel.uncompiled import uncompiled
 
 DIRECTIONS = 64  # of theta at once in forward mode
 
 
-@uncompiled
+@isolated
 def unrolled(
     problem: BilevelProblem,
     theta: Tree,

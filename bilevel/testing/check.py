@@ -11,6 +11,7 @@ from torch import Tensor
 import bilevel
 from bilevel import BilevelProblem, Hessian, Hypergradient, Result
 from bilevel.curvature import Curvature
+from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_number
 from bilevel.testing.determinism import check_deterministic
 from bilevel.testing.pieces import derivative_parts
@@ -18,13 +19,12 @@ from bilevel.testing.report import Part, Report, Verdict, not_judged
 from bilevel.testing.solves import Answer, Choices, Sum, find_minimum
 from bilevel.testing.view import View, view
 from bilevel.trees import Tree, flatten, tree_map
-from bilevel.uncompiled import uncompiled
 
 DEFAULT_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
 TASKS = 3  # of a batch, so many are checked
 
 
-@uncompiled
+@isolated
 def check_hypergradient(
     problem: BilevelProblem,
     theta: Tree,

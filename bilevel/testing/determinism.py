@@ -14,16 +14,16 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem
+from bilevel.isolation import isolated
 from bilevel.solvers import BlackBox
 from bilevel.testing.modules import Modules, same_entries
 from bilevel.trees import Tree, flatten, tree_map
-from bilevel.uncompiled import uncompiled
 
 ROUNDS = 3
 CUDA_ROUNDING = 1e3  # many CUDA kernels add in any order: differences of so many eps are let pass there
 
 
-@uncompiled
+@isolated
 def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, *, init: Tree | None = None) -> None:
     """Check that G and L are functions of their arguments: the same values each time, bit for bit, and no side effects.
 

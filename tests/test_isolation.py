@@ -1,4 +1,4 @@
-"""Beside torch.compile: around our calls, and on the network inside the objective. Derivatives are those without it."""
+"""Beside torch.compile and autocast: around our calls, and on the network inside the objective. Derivatives are those without them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
+from bilevel.isolation import _stance, isolated
 from bilevel.linsys import CG, Exact
 from bilevel.solvers import GradientDescent, NewtonCG
 from bilevel.testing import check_hypergradient
-from bilevel.uncompiled import _stance, uncompiled
 
 BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
 NEWTON, SOLVE = NewtonCG(max_steps=30, tol=1e-12), CG(max_steps=50, rtol=1e-12)
@@ -46,6 +46,9 @@ def ridge() -> bilevel.BilevelProblem:
 def closed_form(theta: Tensor) -> Tensor:
     """phi* by dense algebra."""
     return torch.linalg.inv(X.T @ X / 12 + torch.diag(theta.exp())) @ (X.T @ X[:, 0].exp() / 12)
+
+
+POINT = closed_form(THETA)
 
 
 def composed(solution: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -99,7 +102,7 @@ def test_the_rest_is_compiled() -> None:
 
 CALLS: dict[str, Callable[[bilevel.BilevelProblem, Tensor], Tensor]] = {
     "hypergradient": lambda p, t: bilevel.hypergradient(p, t, X, solver=NEWTON, linsys=SOLVE, init=START).grad,
-    "implicit_gradient": lambda p, t: bilevel.implicit_gradient(p, closed_form(t), t, X, linsys=Exact()).grad,
+    "implicit_gradient": lambda p, t: bilevel.implicit_gradient(p, POINT.to(t.dtype), t, X, linsys=Exact()).grad,
     "unrolled": lambda p, t: (
         bilevel.unrolled(p, t, X, solver=GradientDescent(step_size=0.3, max_steps=3000), init=START).grad
     ),
@@ -217,12 +220,12 @@ def test_calls_in_many_threads_leave_the_compiler_as_it_was() -> None:
     """The second begins within the first and ends behind it."""
     begun, ended, compiled = threading.Event(), threading.Event(), []
 
-    @uncompiled
+    @isolated
     def first() -> None:
         thread.start()
         assert begun.wait(60)
 
-    @uncompiled
+    @isolated
     def second() -> None:
         begun.set()
         assert ended.wait(60)
@@ -241,10 +244,48 @@ def test_calls_in_many_threads_leave_the_compiler_as_it_was() -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_autocast_around_a_call_changes_nothing(call: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "X", X.to(dtype))
+    monkeypatch.setattr(sys.modules[__name__], "START", START.to(dtype))
+    expected = call(ridge(), THETA.to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = call(ridge(), THETA.to(dtype))
+        product = X @ X.T
+    assert product.dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)  # what it does around them
+    assert torch.equal(found, expected) and found.dtype == dtype
+
+
+def test_what_autocast_has_made_is_refused_with_a_remedy() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theta = torch.eye(4) @ THETA.float()
+        with pytest.raises(
+            TypeError, match=r"theta: expected float32 or float64, got torch.bfloat16; convert it with .float\(\)"
+        ):
+            bilevel.hypergradient(ridge(), theta, X.float(), solver=NEWTON, linsys=SOLVE, init=START.float())
+
+
+def test_autocast_in_the_objective_is_the_users() -> None:
+    seen = []
+
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            product = data @ phi
+        seen.append(product.dtype)
+        return 0.5 * (product.float() - 1).square().mean() + 0.5 * (theta.exp() * phi**2).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(inner, lambda phi, theta, data: phi.sum())
+    found = bilevel.hypergradient(
+        problem, THETA.float(), X.float(), solver=NewtonCG(max_steps=5), linsys=CG(max_steps=5), init=START.float()
+    )
+    assert set(seen) == {torch.bfloat16} and found.grad.dtype == torch.float32
+
+
 def test_an_error_gives_the_compiler_back() -> None:
     with pytest.raises(TypeError, match="theta: expected float32"):
         bilevel.hypergradient(ridge(), torch.tensor([1, 2]), X, solver=NEWTON, linsys=SOLVE, init=START)
-    assert _stance.calls == 0
+    assert _stance.calls == 0 and not torch.is_autocast_enabled("cpu")
 
 
 def test_the_compiler_is_not_imported() -> None:

@@ -1,8 +1,8 @@
-"""Beside ``torch.compile``: what it may not look into.
+"""What is around a call and does not enter: ``torch.compile`` and autocast.
 
 The compiler cannot see through a solve that asks for numbers to know when to stop, and what it has compiled cannot be differentiated twice
 (torch 2.6 to 2.13), which every solve does with the objective. So in compiled code our calls stay eager, and inside our calls so does a
-compiled network.
+compiled network. Autocast would take the sums of the solvers in half precision, and none would reach its tolerance.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -20,27 +20,36 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which ``torch.compile`` calls as it is, and in which it does nothing.
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which ``torch.compile`` calls as it is, and in which neither it nor autocast does anything.
 
-    It costs nothing before somebody has imported the compiler, which takes seconds; microseconds afterwards.
+    It costs microseconds.
     """
+
+    @functools.wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, DEVICES):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
 
     @functools.wraps(function)
     def eager(*args: P.args, **kwargs: P.kwargs) -> R:
         with _stance.eager():
-            return function(*args, **kwargs)
+            return precise(*args, **kwargs)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
-            return function(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules:  # importing the compiler takes seconds
+            return precise(*args, **kwargs)
         if function not in _disabled:
             _disabled[function] = torch.compiler.disable(eager)
         return _disabled[function](*args, **kwargs)
 
     return call
 
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # those that have autocast
 
 _disabled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
