@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bilevel.isolation import DEVICES
 from bilevel.trees import Structure, Tree, flatten, tree_map, unflatten
 
 _logger = logging.getLogger(__name__)
@@ -379,7 +380,8 @@ def _signature(leaves: list[Any], structure: Structure, written: set[int]) -> An
             own.append((type(leaf), leaf))  # 1, 1.0 and True are equal
         else:
             raise TypeError(f"inputs{path}: expected tensors, None, numbers or strings, got {type(leaf).__name__}.")
-    return structure, tuple(own), torch.is_grad_enabled()
+    autocast = [torch.get_autocast_dtype(device) for device in DEVICES if torch.is_autocast_enabled(device)]
+    return structure, tuple(own), torch.is_grad_enabled(), tuple(autocast)
 
 
 def _static(tensor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.isolation import isolated
 from bilevel.trees import Tree, flatten
 
 
@@ -96,6 +97,7 @@ class SolverError(RuntimeError):
     """A result that failed was asked for its value, or a solve failed under ``check=True``."""
 
 
+@isolated
 def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
     """One sentence for one problem, or the counts per status for a batch."""
     if codes.ndim == 0:

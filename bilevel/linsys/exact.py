@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.isolation import precise
 from bilevel.linsys.base import (
     ROUNDING,
     LinearSolver,
@@ -40,6 +41,7 @@ class Exact(LinearSolver):
 
     requires_symmetric: ClassVar[bool] = False
 
+    @precise
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
     ) -> Result:

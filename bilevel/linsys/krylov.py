@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.isolation import precise
 from bilevel.linsys.base import (
     ROUNDING,
     LinearSolver,
@@ -128,6 +129,7 @@ class KrylovSolver(LinearSolver):
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
         """The iteration from u with r = b - A u."""
 
+    @precise
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
     ) -> Result:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.isolation import precise
 from bilevel.linsys.base import LinearSolver, Matvec, check_count, check_number, check_system, mark, norm
 from bilevel.linsys.low_rank import nystrom_approximation
 from bilevel.result import Result, Status
@@ -45,6 +46,7 @@ class Nystrom(LinearSolver):
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
 
+    @precise
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
     ) -> Result:
