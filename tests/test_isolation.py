@@ -243,9 +243,15 @@ def test_a_failure_in_compiled_code_is_described() -> None:
 
 
 def test_many_calls_in_compiled_code_are_compiled_once() -> None:
+    problem, solver = ridge(), GradientDescent(step_size=0.3, max_steps=10)
+
     def all_of_them(theta: Tensor) -> Tensor:
-        first = bilevel.argmin(ridge(), theta, X, solver=NEWTON, linsys=SOLVE, init=START)
-        return first.sum() + sum(call(ridge(), theta).sum() for call in CALLS.values())
+        phi = bilevel.argmin(problem, theta, X, solver=NEWTON, linsys=SOLVE, init=START)
+        whole = bilevel.hypergradient(problem, theta, X, solver=NEWTON, linsys=SOLVE, init=START)
+        at_point = bilevel.implicit_gradient(problem, POINT, theta, X, linsys=SOLVE)
+        path = bilevel.unrolled(problem, theta, X, solver=solver, init=START)
+        found = bilevel.solve(problem, theta, X, solver=NEWTON, init=START)
+        return phi + whole.grad + at_point.grad + path.grad + found.value
 
     compiled = torch.compile(all_of_them, backend=BACKEND)
     once = compiled(THETA)
