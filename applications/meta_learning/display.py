@@ -18,7 +18,7 @@ from applications.meta_learning.train import Progress as RunProgress
 from applications.meta_learning.train import Record
 
 PLAIN_SECONDS = 30.0  # between two lines where there is no terminal
-GROWN = 20  # times the least that an inner solve of this run has left of its gradient: then it is said
+GROWN = 8  # times the least that an inner solve of this run has left of its gradient: then it is said
 SHARES = (("tasks with negative curvature", "negative_curvature"), ("failed tasks", "failed"))
 
 
@@ -81,7 +81,8 @@ class Display:
             self._warned = True
             self.console.print(
                 f"step {entry['step']}: the inner solves leave |dG/dphi| = {residual:.2g}, {residual / self._least:.0f} times their least. "
-                "The implicit gradient is right where they end at a solution; raise --inner-steps, or lower --outer-rate.",
+                "The implicit gradient is right where they end at a solution; raise --inner-steps (with "
+                "--inner-tol a task that is solved takes no more), or lower --outer-rate.",
                 style="yellow",
                 highlight=False,
                 soft_wrap=True,

@@ -39,6 +39,8 @@ def test_the_cells_are_the_rows_of_the_table(tmp_path: Path) -> None:
                 assert type(algorithm) is kinds[cell.row]
                 first_order = cell.row in (e4.OURS_FIRST_ORDER, e4.FIXED_FIRST_ORDER)
                 assert first_order == (getattr(algorithm, "linsys", None) == Identity())
+                if cell.row in (e4.OURS, e4.OURS_FIRST_ORDER):
+                    assert config.inner_steps == (24 if isinstance(table, e4.E4) else 8)
 
 
 def test_our_two_rows_differ_in_the_linear_system_alone(tmp_path: Path) -> None:

@@ -125,8 +125,9 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert lengths.count(e6.OUTER_STEPS) == len(e6.ROWS) * len(e6.RATES)
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
-    assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(2) == len(e6.ROWS)
-    assert {c.outer_steps for c in configs["trained"]} == {e6.OUTER_STEPS, 2 * e6.OUTER_STEPS}
+    assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(e6.LONGER) == len(e6.ROWS) * 3 == len(steps) / 3
+    assert {c.outer_steps for c in configs["trained"]} == {e6.OUTER_STEPS, e6.LONGER * e6.OUTER_STEPS}
+    assert {c.shots for c in configs["trained"] if c.outer_steps > e6.OUTER_STEPS} == {10}
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
     e6.E6().run(request(tmp_path, quick=False))  # all parts are there
@@ -167,13 +168,29 @@ def test_comparison_counts_what_the_numbers_say() -> None:
     assert "lower error at 0 of 2 numbers of steps;" in other and "below 0 at 0, above 0 at 0." in other
 
 
-def test_convergence_says_what_a_run_of_twice_the_length_gained() -> None:
-    settings = {row: {"inner_steps": 5} for row in e6.ROWS}
-    runs = [made_up(row, 0, (1.0, 1.0), factor) for row in e6.ROWS for factor in (1, 2)]
-    lines = e6._convergence({"runs": runs, "settings": settings})
-    assert "between 50 and 50 % of the error: more steps would still change these numbers." in lines[0]
-    assert "| MAML | 5 | 2 | 1 | 0.5 | 1 | 1 |" in lines
-    assert e6._convergence({"runs": runs[::2], "settings": settings}) == []
+def test_convergence_says_what_the_longer_training_gained() -> None:
+    settings = {row: {"inner_steps": 1} for row in e6.ROWS}
+    short = [made_up(row, seed, (3.0 + seed, 1.0 + seed)) for row in e6.ROWS for seed in range(3)]
+    gains = dict(zip(e6.ROWS, (0.5, 0.6, 0.7, 0.9, 0.8), strict=True))
+    long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER) for row in e6.ROWS for seed in range(3)]
+    lines = e6._convergence({"runs": short + long, "settings": settings})
+    assert "after 10 outer steps and after 40," in lines[0] and "gains between 10 and 50 % of the error" in lines[0]
+    width = e6.half_width([1.0, 2.0, 3.0])
+    assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} |" in lines
+    assert "the order of the algorithms there is not the same after both" in lines[0]  # equal before, and then not
+    assert e6._convergence({"runs": short, "settings": settings}) == []
+
+
+def test_the_longest_training_is_reported() -> None:
+    short = [made_up(row, seed, (3.0, 1.0)) for row in e6.ROWS for seed in range(3)]
+    long = [made_up(row, seed, (2.0, 0.5), e6.LONGER) for row in e6.ROWS for seed in range(3)]
+    other = [{**made_up(row, seed, (7.0, 6.0)), "shots": 10} for row in e6.ROWS for seed in range(3)]
+    result = {"runs": short + long + other}
+    assert e6.select(result, "gd", 5) == [run for run in long if run["row"] == "gd"]
+    assert e6.select(result, "gd", 5, 1) == [run for run in short if run["row"] == "gd"]
+    assert e6.select(result, "gd", 10) == [run for run in other if run["row"] == "gd"]
+    text = "\n".join(e6._errors(result))
+    assert "| MAML | 2 ± 0 | 0.5 ± 0 |" in text and "| MAML | 7 ± 0 | 6 ± 0 |" in text and "| 3 ±" not in text
 
 
 def test_inner_solves_are_told_by_their_gradient_and_by_what_more_steps_gain() -> None:
@@ -194,3 +211,11 @@ def test_seeds_that_are_far_apart_are_named() -> None:
     (line, _) = e6._astray({"runs": runs})
     assert "iMAML, gradient descent at K = 5 (1, 2.2, 1.2)" in line and "MAML at K = 5 (1, 1.9" not in line
     assert e6._astray({"runs": [run for run in runs if run["row"] != "gd"] + [made_up("gd", 0, (3.0, 1.0))]}) == []
+
+
+def test_runs_of_several_commits_are_told() -> None:
+    facts = {"processor": "P", "threads": 1, "commit": "a" * 40, "torch": "2", "bilevel": "1"}
+    runs = [{**made_up("gd", seed, (1.0, 1.0)), "commit": commit * 40} for seed, commit in enumerate("bbc")]
+    stored = {"environment": facts, "result": {"runs": runs}}
+    assert e6.E6().sources(stored).endswith("commit `aaaaaaaaaaaa`; runs of the commits `bbbbbbbbbbbb`, `cccccccccccc`")
+    assert e6.E6().sources({**stored, "result": {"runs": runs[:2]}}).endswith("commit `aaaaaaaaaaaa`")
