@@ -429,11 +429,11 @@ def _settings(result: Numbers) -> list[str]:
         "matrix of the steps",
         "outer rate",
         "errors of the search (trained)",
-        "the best of each rate, full length",
+        f"the best of each rate, {OUTER_STEPS} outer steps",
     ]
     return [
         f"The settings are the best of a search with K = 10 and another seed: all candidates in runs of {SEARCH_STEPS} outer steps, then "
-        "the best one of each outer rate in a run of full length, because a short run favours large rates. All candidates and their "
+        f"the best one of each outer rate in a run of {OUTER_STEPS}, because a short run favours large rates. All candidates and their "
         "errors are in the JSON. Linear system of iMAML: 5 CG steps with the Gauss-Newton matrix. The last two columns count tasks of "
         "meta-training.",
         "",
