@@ -242,6 +242,10 @@ def test_a_failure_in_compiled_code_is_described() -> None:
         torch.compile(bad, backend=BACKEND)(THETA)
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."),
+    reason="torch 2.6 compiles the few lines around a disabled function anew, up to its limit",
+)
 def test_many_calls_in_compiled_code_are_compiled_once() -> None:
     problem, solver = ridge(), GradientDescent(step_size=0.3, max_steps=10)
 
@@ -303,11 +307,11 @@ def test_data_that_autocast_has_made_get_a_remedy() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         data = X.float() @ torch.eye(4)
         assert data.dtype == torch.bfloat16
-        with pytest.raises(RuntimeError, match="dtype") as caught:
+        with pytest.raises(RuntimeError, match="dtype|scalar type") as caught:
             bilevel.hypergradient(ridge(), THETA.float(), data, solver=NEWTON, linsys=SOLVE, init=START.float())
         assert "torch.autocast is on around this call and off within it" in caught.value.__notes__[0]
         assert torch.is_autocast_enabled("cpu")
-    with pytest.raises(RuntimeError, match="dtype") as caught:
+    with pytest.raises(RuntimeError, match="dtype|scalar type") as caught:
         bilevel.hypergradient(ridge(), THETA.float(), data, solver=NEWTON, linsys=SOLVE, init=START.float())
     assert not hasattr(caught.value, "__notes__")
 
