@@ -102,7 +102,7 @@ def _key(node: fx.Node) -> Any:
     # 1, 1.0 and True are equal, and so are 0.0 and -0.0
     return (
         node.target,
-        structure,
+        repr(structure),  # torch 2.6 cannot hash it
         tuple(leaf if isinstance(leaf, fx.Node) else (type(leaf), repr(leaf)) for leaf in leaves),
     )
 
