@@ -579,3 +579,12 @@ def test_an_input_that_is_written_to_is_no_copy() -> None:
     (plain, expected), (losses, found) = run(False), run(True)
     assert losses == plain
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_graph_serves_calls_with_the_autocast_of_its_capture() -> None:
+    step = CapturedStep(lambda x: x @ x, graphs=FakeGraphs())
+    x = torch.eye(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(5):
+            assert step(x).dtype == torch.bfloat16
+    assert step(x).dtype == torch.float32

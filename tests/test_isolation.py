@@ -286,6 +286,17 @@ def test_what_autocast_has_made_is_refused_with_a_remedy() -> None:
             bilevel.hypergradient(ridge(), theta, X.float(), solver=NEWTON, linsys=SOLVE, init=START.float())
 
 
+def test_what_a_result_is_asked_later_is_without_autocast() -> None:
+    def found() -> bilevel.Hypergradient:
+        return bilevel.hypergradient(ridge(), THETA.float(), X.float(), solver=NEWTON, linsys=SOLVE, init=START.float())
+
+    before = found()
+    expected = before.error_estimate, before.explain()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = found()
+        assert torch.equal(result.error_estimate, expected[0]) and result.explain() == expected[1]
+
+
 def test_autocast_in_the_objective_is_the_users() -> None:
     seen = []
 
