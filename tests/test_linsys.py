@@ -462,6 +462,40 @@ def test_zero_right_hand_side(name: str) -> None:
         np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=1e-6)
 
 
+UNITS = [(60, 0), (-60, 0), (0, 60), (0, -60), (-100, -100), (90, 90), (-40, -60), (40, 60), (-30, 55), (30, -55)]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LINSYS_NAMES if name != "nystrom"]
+)  # which has a shift, in the units of A
+@pytest.mark.parametrize("log_a, log_b", UNITS)
+@pytest.mark.parametrize("warm", [False, True])
+def test_the_units_of_a_system_do_not_matter(name: str, log_a: int, log_b: int, warm: bool) -> None:
+    """In float32, whose numbers end at 2^128 and 2^-126, and their squares halfway."""
+    system, solver = build(np.linspace(1, 10, 6), batch=(3,), dtype=torch.float32), linear_solvers(1e-5)[name]
+    start = system.b.flip(-1) if warm else None
+    in_units = None if start is None else start * 2.0**log_b / 2.0**log_a
+    plain = solver.solve(system.matvec, system.b, start)
+    found = solver.solve(lambda v: system.matvec(v) * 2.0**log_a, system.b * 2.0**log_b, in_units)
+    assert torch.equal(found.codes, plain.codes) and not found.failed.any(), found.describe()
+    assert torch.equal(found.steps, plain.steps)
+    torch.testing.assert_close(found.value / 2.0**log_b * 2.0**log_a, plain.value, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_too_small_a_rank_is_no_solution_in_any_unit(scale: float) -> None:
+    system = build(np.linspace(1, 10, 6), dtype=torch.float32)
+    found = [Nystrom(rank=rank, shift=0.1, rtol=1e-5).solve(system.matvec, system.b * scale) for rank in (2, 6)]
+    assert [one.status for one in found] == [Status.DIVERGED, Status.CONVERGED] and found[0].residual > 0
+    np.testing.assert_allclose(found[1].value.numpy() / scale, system.solution(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=9), MINRES(max_steps=9), GMRES(max_steps=9), BiCGStab(max_steps=9)])
+def test_a_solution_beyond_the_largest_number_is_a_failure(method: Any) -> None:
+    found = method.solve(lambda v: 1e-30 * v, torch.tensor([[1e20, 2e20], [1.0, 2.0]]))
+    assert status_of(found.codes) == [Status.NON_FINITE, Status.CONVERGED]
+
+
 TWINS: dict[str, LinearSolver] = {
     **linear_solvers(1e-10),
     "cg fixed": CG(max_steps=8, rtol=0.0),

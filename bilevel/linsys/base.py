@@ -123,11 +123,15 @@ def largest(v: Tensor) -> Tensor:
     return v.abs().amax(-1) if v.shape[-1] else v.new_zeros(v.shape[:-1])
 
 
-def unit_of(b: Tensor) -> Tensor:
-    """1 ``(*batch, 1)``; where the squares of b would be lost below the smallest number or above the largest, its largest entry."""
-    limits, size = torch.finfo(b.dtype), largest(b).unsqueeze(-1)
-    fine = (size > 1e3 * limits.tiny**0.5) & (size < 1e-3 * limits.max**0.5)
-    return torch.where(fine | (size == 0) | ~size.isfinite(), torch.ones_like(size), size)
+def unit_of(size: Tensor) -> Tensor:
+    """Numbers ``(*batch,)`` rounded down to powers of two ``(*batch, 1)``; 1 for 0 and what is not finite."""
+    size = torch.where((size > 0) & size.isfinite(), size, 1)
+    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1).unsqueeze(-1)
+
+
+def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:
+    """Of A ``(*batch, 1)``, as a product with it shows."""
+    return unit_of(largest(av) / largest(v))
 
 
 def to_columns(v: Tensor, batch: torch.Size) -> Tensor:

@@ -28,6 +28,7 @@ class CG(KrylovSolver):
     """
 
     reduces_residual: ClassVar[bool] = False  # it reduces the error in the norm of A
+    squares_matrix: ClassVar[bool] = False
 
     steihaug: bool = False
 

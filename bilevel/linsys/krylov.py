@@ -17,10 +17,12 @@ from bilevel.linsys.base import (
     check_count,
     check_number,
     check_system,
+    largest,
     mark,
     norm,
     select,
     unit_of,
+    unit_of_matrix,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.result import Result, Status
@@ -39,6 +41,8 @@ class System:
         max_steps: that many at most.
         num_matvecs: products so far.
         limit: the steps that each problem may take ``(*batch,)``, where that differs.
+        in_units: A and M are divided by powers of two, so that their sizes are near 1.
+        unit: that of A ``(*batch, 1)``. unit_of_m: that of M. None: the first product will show it.
     """
 
     operator: Operator
@@ -49,15 +53,30 @@ class System:
     max_steps: int
     num_matvecs: int
     limit: Tensor | int | None = None
+    in_units: bool = False
+    unit: Tensor | None = None
+    unit_of_m: Tensor | None = None
 
     def matvec(self, v: Tensor) -> Tensor:
-        """A v, counted."""
+        """A v, counted, in the unit of A."""
         self.num_matvecs += 1
-        return self.operator(v)
+        av = self.operator(v)
+        if not self.in_units:
+            return av
+        if self.unit is None:
+            self.unit = unit_of_matrix(v, av)
+        return av / self.unit
 
     def precondition(self, v: Tensor) -> Tensor:
         """M v."""
-        return v if self.preconditioner is None else self.preconditioner(v)
+        if self.preconditioner is None:
+            return v
+        mv = self.preconditioner(v)
+        if not self.in_units:
+            return mv
+        if self.unit_of_m is None:
+            self.unit_of_m = unit_of_matrix(v, mv)
+        return mv / self.unit_of_m
 
     def going(self, active: Tensor, residual: Tensor, steps: Tensor) -> Tensor:
         """Which of the active problems go on; none whose residual is NaN."""
@@ -114,6 +133,9 @@ class KrylovSolver(LinearSolver):
     reduces_residual: ClassVar[bool] = True
     """Whether a residual that is not below its start means that the method has failed."""
 
+    squares_matrix: ClassVar[bool] = True
+    """Whether squares of the entries of A occur, which the number format may not hold."""
+
     max_steps: int
     rtol: float = 1e-6
     atol: float = 0.0
@@ -136,25 +158,33 @@ class KrylovSolver(LinearSolver):
         check_system(b, init)
         operator = self.operator(matvec)
         m, spent = prepare(self.preconditioner, preconditioner, operator, b)
-        unit = unit_of(b) if init is None else torch.ones_like(b[..., :1])  # a start may be of any size
-        found = self._solve(operator, b / unit, init, m, spent, unit)
-        return replace(found, value=found.value * unit, residual=found.residual * unit.squeeze(-1))
-
-    def _solve(
-        self, operator: Operator, b: Tensor, init: Tensor | None, m: Matvec | None, spent: int, unit: Tensor
-    ) -> Result:
-        """With right-hand sides and tolerances in such units that their squares are numbers."""
-        size = norm(b)
-        # below the rounding floor the directions are noise
-        wanted = torch.maximum(self.rtol * size, self.atol / unit.squeeze(-1))
-        threshold = torch.maximum(wanted, torch.finfo(b.dtype).eps * size)
-        system = System(operator, m, b, threshold, self.rtol == 0 and self.atol == 0, self.max_steps, spent)
-        u = torch.zeros_like(b) if init is None else init.clone()
-        r = b if init is None else b - system.matvec(u)
-        end = self.iterate(system, u, r)
+        # units are powers of two: the numbers are the same, and their squares are neither lost nor too large
+        r = b if init is None else b - operator(init)
+        unit = unit_of(largest(b) if init is None else torch.maximum(largest(b), largest(r)))
+        system = self._system(operator, m, b / unit, unit.squeeze(-1), spent)
+        u = torch.zeros_like(b) if init is None else init / unit
+        if init is not None:
+            system.num_matvecs += 1
+            if system.in_units:
+                system.unit = unit_of_matrix(init, b - r)
+                u = u * system.unit
+        end = self.iterate(system, u, r / unit)
         if not (system.fixed_steps or end.measured):
             end = self._refine(system, end)
-        return self._result(system, end, size if init is None else torch.maximum(norm(r), size))
+        found = self._result(system, end, torch.maximum(norm(system.b), norm(r / unit)))
+        value = found.value if system.unit is None else found.value / system.unit
+        value = value * unit
+        codes = mark(found.codes, ~value.isfinite().all(-1), Status.NON_FINITE)
+        return replace(found, value=value, codes=codes, residual=found.residual * unit.squeeze(-1))
+
+    def _system(self, operator: Operator, m: Matvec | None, b: Tensor, unit: Tensor, spent: int) -> System:
+        """With the right-hand side in this unit, which is that of the tolerances too."""
+        size = norm(b)
+        # below the rounding floor the directions are noise
+        wanted = torch.maximum(self.rtol * size, self.atol / unit)
+        threshold = torch.maximum(wanted, torch.finfo(b.dtype).eps * size)
+        fixed_steps = self.rtol == 0 and self.atol == 0
+        return System(operator, m, b, threshold, fixed_steps, self.max_steps, spent, in_units=self.squares_matrix)
 
     def _refine(self, system: System, end: Outcome) -> Outcome:
         """The end with its true residual, after another round wherever only the residual of the recurrence has met the tolerance."""

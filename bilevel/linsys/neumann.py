@@ -7,7 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import LinearSolver, Matvec, check_count, check_number, check_system, mark, norm, select
+from bilevel.linsys.base import (
+    LinearSolver,
+    Matvec,
+    check_count,
+    check_number,
+    check_system,
+    largest,
+    mark,
+    norm,
+    select,
+    unit_of,
+)
 from bilevel.result import Result, Status
 
 POWER_STEPS = 12
@@ -43,8 +54,10 @@ class Neumann(LinearSolver):
         """As the base class says. A preconditioner is not used."""
         check_system(b, init)
         matvec = self.operator(matvec)
-        x = torch.zeros_like(b) if init is None else init
-        r = b if init is None else b - matvec(x)
+        r = b if init is None else b - matvec(init)
+        unit = unit_of(largest(b) if init is None else torch.maximum(largest(b), largest(r)))  # as in KrylovSolver
+        b, r = b / unit, r / unit
+        x = torch.zeros_like(b) if init is None else init / unit
         num_matvecs = 0 if init is None else 1
         if self.step_size is None:
             a = 1 / largest_eigenvalue(matvec, b)
@@ -81,9 +94,11 @@ class Neumann(LinearSolver):
         codes = mark(codes, residual >= (1 - 10 * torch.finfo(b.dtype).eps) * start, Status.DIVERGED)
         codes = mark(codes, residual <= threshold, Status.CONVERGED)
         codes = mark(codes, growing, Status.DIVERGED)
+        x = x * unit
         finite = residual.isfinite() & x.isfinite().all(-1)
         codes = mark(codes, ~finite, Status.DIVERGED)
         codes = mark(codes, ~finite & ~healthy, Status.NON_FINITE)
+        residual = residual * unit.squeeze(-1)
         return Result(value=x, codes=codes, steps=steps, residual=residual, num_matvecs=num_matvecs)
 
 
@@ -93,10 +108,10 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
     """
     v = some_direction(b).expand_as(b)
     for _ in range(POWER_STEPS):
-        v = v / norm(v).unsqueeze(-1)
-        av = matvec(v)
-        estimate = norm(av)
-        v = av
+        av = matvec(v / norm(v).unsqueeze(-1))
+        unit = unit_of(largest(av))
+        v = av / unit
+        estimate = norm(v) * unit.squeeze(-1)
     # one for A = 0, where any step is as good
     return torch.where(estimate > 0, estimate, 1.0)
 

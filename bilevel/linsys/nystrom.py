@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from bilevel.isolation import precise
-from bilevel.linsys.base import LinearSolver, Matvec, check_count, check_number, check_system, mark, norm
+from bilevel.linsys.base import (
+    LinearSolver,
+    Matvec,
+    check_count,
+    check_number,
+    check_system,
+    largest,
+    mark,
+    norm,
+    unit_of,
+)
 from bilevel.linsys.low_rank import nystrom_approximation
 from bilevel.result import Result, Status
 
@@ -53,6 +63,8 @@ class Nystrom(LinearSolver):
         """As the base class says. ``init`` and ``preconditioner`` are not used."""
         check_system(b, init)
         operator = self.operator(matvec)
+        unit = unit_of(largest(b))  # as in KrylovSolver
+        b = b / unit
         a = nystrom_approximation(operator, b, self.rank, self.shift, self.seed)
         u = a.solve(b, (a.values + a.shift.unsqueeze(-1)).clamp_min(self.shift), torch.full_like(a.shift, self.shift))
         u = torch.where(a.finite.unsqueeze(-1), u, torch.nan)
@@ -61,13 +73,15 @@ class Nystrom(LinearSolver):
         # zero would be as close, or closer
         codes = mark(codes, residual >= (1 - 10 * torch.finfo(b.dtype).eps) * norm(b), Status.DIVERGED)
         codes = mark(codes, a.indefinite, Status.NEGATIVE_CURVATURE)
-        codes = mark(codes, residual <= (self.rtol * norm(b)).clamp_min(self.atol), Status.CONVERGED)
+        wanted = torch.maximum(self.rtol * norm(b), self.atol / unit.squeeze(-1))
+        codes = mark(codes, residual <= wanted, Status.CONVERGED)
+        u = u * unit
         codes = mark(codes, ~(residual.isfinite() & u.isfinite().all(-1)), Status.NON_FINITE)
         return Result(
             value=u,
             codes=codes,
             steps=torch.ones_like(codes),
-            residual=residual,
+            residual=residual * unit.squeeze(-1),
             num_matvecs=a.values.shape[-1] + 1,
             negative_curvature=a.indefinite.long().expand_as(codes),
         )
