@@ -318,6 +318,13 @@ def test_the_page_says_whether_the_target_is_reached(scripts: Any, target: float
     assert words in scripts("peers_page").verdict(rows, "peer", target)
 
 
+def test_the_page_says_how_much_faster_than_a_published_package(scripts: Any) -> None:
+    rows = rows_of(**{"bilevel": 1.0, "by hand": 5.0, "TorchOpt, loop": 6.0, "xitorch": 7.0, "JAXopt": 0.1})
+    scripts("turns").summarise(rows, ["by hand", "TorchOpt, loop", "xitorch"])
+    assert scripts("peers_page").verdict(rows, "by hand", 8).endswith("was *TorchOpt, loop*: 6.00 times.")
+    assert "published" not in scripts("peers_page").verdict(rows, "TorchOpt, loop", 8)
+
+
 @pytest.mark.parametrize("name", ["quadratic", "batch", "few_shot", "scaling"])
 def test_pages_are_those_of_their_numbers(scripts: Any, name: str) -> None:
     publish: ModuleType = scripts("publish")

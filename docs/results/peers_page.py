@@ -181,6 +181,10 @@ def scaling(result: dict[str, Any]) -> str:
     return "\n".join([*lines, _from(result, ""), ""])
 
 
+PACKAGES = ("TorchOpt", "xitorch", "higher (unrolled)")
+"""Rows of PyTorch packages that compute the gradient that is asked for."""
+
+
 def table(rows: Rows, limit: float) -> list[str]:
     """One row for each method."""
     lines = [
@@ -204,9 +208,15 @@ def verdict(rows: Rows, best: str, target: float) -> str:
     """Whether the target is reached, by which row of ours."""
     name, row = max(_ours(rows).items(), key=lambda item: item[1]["faster"])
     reached = "reached" if row["faster"] >= target else "**not reached**"
+    packages = {key: one for key, one in rows.items() if key.startswith(PACKAGES) and one["right"]}
+    fastest = max(packages, key=lambda key: packages[key]["faster"], default=best)
+    beside = row["faster"] / rows[fastest]["faster"]
+    published = (
+        "" if fastest == best else f" The fastest right one that is published was *{fastest}*: {beside:.2f} times."
+    )
     return (
         f"The fastest right PyTorch peer was *{best}*. Target: at least {target:g} times as fast; {reached}: {row['faster']:.2f} times "
-        f"(*{name}*)."
+        f"(*{name}*).{published}"
     )
 
 
