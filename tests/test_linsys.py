@@ -162,7 +162,8 @@ def test_cg_max_steps_and_tolerances() -> None:
 
 def test_cg_starts_from_init() -> None:
     system = build(spectrum(6, 100.0), batch=(3,))
-    init = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    init = torch.tensor(system.solution()) + 0.1 * noise
     kept = init.clone()
     for k in (1, 2, 4):
         result = CG(max_steps=k, rtol=0.0).solve(system.matvec, system.b, init=init)
@@ -353,9 +354,9 @@ def test_neumann_steps_are_counted_per_problem_and_rounding_is_no_divergence() -
 
 def test_neumann_starts_from_init() -> None:
     system = build(np.linspace(1, 2, 4), batch=(2,))
-    init = torch.ones_like(system.b)
-    result = Neumann(num_terms=1, step_size=0.25).solve(system.matvec, system.b, init=init)
-    expected = 1 + 0.25 * (system.b.numpy() - system.a.numpy().sum(-1))
+    start = system.solution() + 0.1
+    result = Neumann(num_terms=1, step_size=0.25).solve(system.matvec, system.b, init=torch.tensor(start))
+    expected = start + 0.25 * (system.b.numpy() - np.einsum("bij,bj->bi", system.a.numpy(), start))
     np.testing.assert_allclose(result.value.numpy(), expected, rtol=1e-12)
 
 
@@ -460,6 +461,49 @@ def test_zero_right_hand_side(name: str) -> None:
         assert torch.equal(result.value[1], torch.zeros(4, dtype=torch.float64))
         assert Status(int(result.codes[1])) is Status.CONVERGED and float(result.residual[1]) == 0.0
         np.testing.assert_allclose(result.value.numpy(), system.solution(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LINSYS_NAMES if name not in ("exact", "nystrom")]
+)  # these need no start
+def test_a_start_that_is_worse_than_zero_is_not_used(name: str) -> None:
+    system = build(np.linspace(1, 10, 6), batch=(4,))
+    solution = torch.tensor(system.solution())
+    start = torch.stack([1e12 * solution[0], -solution[1], torch.full_like(solution[2], torch.nan), 0.99 * solution[3]])
+    solver = linear_solvers(1e-9)[name]
+    found, plain = solver.solve(system.matvec, system.b, start), solver.solve(system.matvec, system.b)
+    assert not found.failed.any() and torch.equal(found.codes, plain.codes)
+    assert torch.equal(found.value[:3], plain.value[:3]) and torch.equal(found.steps[:3], plain.steps[:3])
+    # 0.99 u leaves 0.01 b: a straight line to the answer for Krylov methods, too
+    assert 0 < found.steps[3] <= plain.steps[3] and not torch.equal(found.value[3], plain.value[3])
+
+
+def test_cg_uses_a_start_of_lower_energy_although_its_residual_is_larger() -> None:
+    a = torch.diag(torch.tensor([1e6, 1.0], dtype=torch.float64))
+    b, start = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([1e-5, 1.0], dtype=torch.float64)
+    assert (b - a @ start).norm() > b.norm()
+    assert CG(max_steps=9).solve(lambda v: v @ a, b, start).steps == 1
+    assert CG(max_steps=9, rtol=1e-9).solve(lambda v: v @ a, b, torch.tensor([1.0, 1.0]).double()).steps == 1
+
+
+@pytest.mark.parametrize(
+    "method", [MINRES(max_steps=30, rtol=1e-4), GMRES(max_steps=30, rtol=1e-4, restart=8)], ids=repr
+)
+def test_many_variables_do_not_look_like_a_singular_matrix(method: Any) -> None:
+    """In float32 d eps is near 1 for a network."""
+    values = torch.linspace(1 / 3, 1, 4_000_000)
+    b = torch.randn(len(values), generator=torch.Generator().manual_seed(0))
+    found = method.solve(lambda v: values * v, b)
+    assert found.status is Status.CONVERGED and (found.value - b / values).norm() < 1e-3 * (b / values).norm()
+
+
+@pytest.mark.parametrize("method", [CG(max_steps=500, rtol=1e-8), MINRES(max_steps=500, rtol=1e-8)], ids=repr)
+def test_a_round_of_refinement_that_meets_the_tolerance_counts(method: Any) -> None:
+    """However little it gains: the recurrence of MINRES ends between once and twice the tolerance here, for some of the problems."""
+    system = build(np.logspace(0, -5.7, 20), batch=(300,))
+    found = method.solve(system.matvec, system.b)
+    assert set(status_of(found.codes)) == {Status.CONVERGED}
+    assert (system.true_residual(found.value) <= 1.01e-8 * np.linalg.norm(system.b.numpy(), axis=-1)).all()
 
 
 UNITS = [(60, 0), (-60, 0), (0, 60), (0, -60), (-100, -100), (90, 90), (-40, -60), (40, 60), (-30, 55), (30, -55)]

@@ -118,6 +118,14 @@ ROUNDING = 4
 """An A whose least singular value is below this many eps |A| may be a singular one after rounding."""
 
 
+def rank_rounding(v: Tensor) -> float:
+    """The part of |A| below which a singular value may be rounding: d eps, as usual for small d; the errors of d terms partly cancel, and
+    for large d they would otherwise be as large as |A|.
+    """
+    d = v.shape[-1]
+    return min(d, 4 * d**0.5) * torch.finfo(v.dtype).eps
+
+
 def largest(v: Tensor) -> Tensor:
     """The largest absolute entry ``(*batch,)``; 0 of none."""
     return v.abs().amax(-1) if v.shape[-1] else v.new_zeros(v.shape[:-1])

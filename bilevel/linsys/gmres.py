@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import check_count, norm, select
+from bilevel.linsys.base import check_count, norm, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.result import Status
 
@@ -78,7 +78,7 @@ def _cycle(system: System, r: Tensor, active: Tensor, steps: Tensor, length: int
     """Arnoldi from r, and the least-squares problem min |(|r|, 0, ..) - H y| by rotations as the columns of H come."""
     residual = rest = norm(r)  # rest: the last entry of the right-hand side, whose size is the residual
     singular = torch.zeros_like(active)
-    rounding = r.shape[-1] * torch.finfo(r.dtype).eps
+    rounding = rank_rounding(r)
     size = torch.zeros_like(residual)  # a lower bound of |A M|
     basis = [r / torch.where(residual > 0, residual, 1).unsqueeze(-1)]
     eye = torch.eye(length + 1, dtype=r.dtype, device=r.device).expand(*residual.shape, -1, -1)

@@ -17,9 +17,11 @@ from bilevel.linsys.base import (
     check_count,
     check_number,
     check_system,
+    dot,
     largest,
     mark,
     norm,
+    rank_rounding,
     select,
     unit_of,
     unit_of_matrix,
@@ -120,6 +122,7 @@ class KrylovSolver(LinearSolver):
     Stops where ``|b - A u| <= max(rtol |b|, atol)``. Where rounding has led the recurrence astray, so that only its own residual is
     that small, it goes on from there with the true one, as long as that helps. With ``rtol = atol = 0`` it takes ``max_steps`` steps
     without reading a number back to the host, and reports the residual of the recurrence instead of spending a product on the true one.
+    A start that is no better than zero, in what the method reduces, is not used.
 
     Args:
         max_steps: at most this many steps, >= 1.
@@ -159,19 +162,24 @@ class KrylovSolver(LinearSolver):
         operator = self.operator(matvec)
         m, spent = prepare(self.preconditioner, preconditioner, operator, b)
         # units are powers of two: the numbers are the same, and their squares are neither lost nor too large
-        r = b if init is None else b - operator(init)
-        unit = unit_of(largest(b) if init is None else torch.maximum(largest(b), largest(r)))
+        unit = unit_of(largest(b))
         system = self._system(operator, m, b / unit, unit.squeeze(-1), spent)
-        u = torch.zeros_like(b) if init is None else init / unit
+        u, r = torch.zeros_like(b), system.b
         if init is not None:
+            image = operator(init)
             system.num_matvecs += 1
             if system.in_units:
-                system.unit = unit_of_matrix(init, b - r)
-                u = u * system.unit
-        end = self.iterate(system, u, r / unit)
+                system.unit = unit_of_matrix(init, image)
+            start, left = init / unit, r - image / unit
+            helps = norm(left) < norm(r)  # not where it is NaN
+            if not self.reduces_residual:  # but u^T A u / 2 - b^T u, which is 0 at zero
+                helps = helps | (dot(start, r + left) > 0)
+            u = select(helps, start if system.unit is None else start * system.unit, u)
+            r = select(helps, left, r)
+        end = self.iterate(system, u, r)
         if not (system.fixed_steps or end.measured):
             end = self._refine(system, end)
-        found = self._result(system, end, torch.maximum(norm(system.b), norm(r / unit)))
+        found = self._result(system, end, norm(system.b))
         value = found.value if system.unit is None else found.value / system.unit
         value = value * unit
         codes = mark(found.codes, ~value.isfinite().all(-1), Status.NON_FINITE)
@@ -198,7 +206,7 @@ class KrylovSolver(LinearSolver):
                 return replace(end, residual=residual)
             more = self.iterate(system, end.value, select(again, r, torch.zeros_like(r)))
             r_new = system.b - system.matvec(more.value)
-            better = again & (norm(r_new) <= 0.5 * residual)
+            better = again & ((norm(r_new) <= 0.5 * residual) | (norm(r_new) <= system.threshold))
             r, residual = select(better, r_new, r), torch.where(better, norm(r_new), residual)
             claimed = torch.where(better, more.residual, torch.inf)
             end = Outcome(
@@ -227,9 +235,9 @@ class KrylovSolver(LinearSolver):
         if end.size is not None:
             # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} r0: so the least singular value is at most that over |u|
             most = norm(system.b) + residual if self.reduces_residual else start
-            # what has diverged has failed by any name: the usual bound of the rank, with d, tells why
-            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING, u.shape[-1]), ROUNDING)
-            lost = most <= bound * eps * end.size * norm(u)
+            # what has diverged has failed by any name: the usual bound of the rank tells why
+            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), ROUNDING * eps)
+            lost = most <= bound * end.size * norm(u)
             codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
         codes = mark(codes, converged, Status.CONVERGED)
         if end.negative_curvature is not None:

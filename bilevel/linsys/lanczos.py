@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm, select
+from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm, rank_rounding, select
 
 
 class RitzValues(NamedTuple):
@@ -54,7 +54,7 @@ def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> RitzValues:
             v = v - (space.mT @ (space @ v.unsqueeze(-1))).squeeze(-1)
         beta = norm(v)
         # an invariant subspace: what goes on from here would be noise
-        ended = beta <= b.shape[-1] * torch.finfo(b.dtype).eps * scale
+        ended = beta <= rank_rounding(b) * scale
         diagonal.append(torch.where(alive, alpha, -torch.inf))
         alive = alive & ~ended
         off.append(torch.where(alive, beta, 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import dot, norm, select
+from bilevel.linsys.base import dot, norm, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.result import Status
 
@@ -34,7 +34,7 @@ class MINRES(KrylovSolver):
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
         # The letters are those of the paper and of SciPy. Lanczos: A V = V T, with T tridiagonal (beta, alpha, beta); T = Q R by the
         # rotations (c, s); W = V R^{-1}. y is M times the next Lanczos vector before it is normalised.
-        rounding = u.shape[-1] * torch.finfo(u.dtype).eps
+        rounding = rank_rounding(u)
         zero, one = torch.zeros_like(r[..., 0]), torch.ones_like(r[..., 0])
         lanczos, lanczos_before, y = r, torch.zeros_like(r), system.precondition(r)
         beta, not_definite = _root(dot(lanczos, y))

@@ -54,10 +54,13 @@ class Neumann(LinearSolver):
         """As the base class says. A preconditioner is not used."""
         check_system(b, init)
         matvec = self.operator(matvec)
-        r = b if init is None else b - matvec(init)
-        unit = unit_of(largest(b) if init is None else torch.maximum(largest(b), largest(r)))  # as in KrylovSolver
-        b, r = b / unit, r / unit
-        x = torch.zeros_like(b) if init is None else init / unit
+        unit = unit_of(largest(b))  # this, and what becomes of a start: as in KrylovSolver
+        b = r = b / unit
+        x = torch.zeros_like(b)
+        if init is not None:
+            left = b - matvec(init) / unit
+            helps = norm(left) < norm(b)
+            x, r = select(helps, init / unit, x), select(helps, left, r)
         num_matvecs = 0 if init is None else 1
         if self.step_size is None:
             a = 1 / largest_eigenvalue(matvec, b)
@@ -66,7 +69,7 @@ class Neumann(LinearSolver):
             a = torch.full_like(b[..., 0], self.step_size)
         threshold = self.rtol * norm(b)
         residual = norm(r)
-        start = torch.maximum(residual, norm(b))
+        start = norm(b)
         healthy = residual.isfinite()  # b and the first product are finite
         active = residual > threshold
         growing = torch.zeros_like(active)
