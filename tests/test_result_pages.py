@@ -43,7 +43,9 @@ def test_page_of_the_warm_starts_is_that_of_its_numbers(publish: ModuleType, mon
     )
 
 
-@pytest.mark.parametrize("name", ["omniglot_5w1s_cpu", "omniglot_5w1s_cpu_10000", "omniglot_5w1s_cpu_resumed"])
+@pytest.mark.parametrize(
+    "name", ["omniglot_5w1s_cpu", "omniglot_5w1s_cpu_10000", "omniglot_5w1s_cpu_resumed", "omniglot_5w1s_cpu_solved"]
+)
 def test_page_of_a_run_is_that_of_its_numbers(publish: ModuleType, name: str) -> None:
     result = json.loads((RESULTS / f"{name}.json").read_text())
     assert (RESULTS / f"{name}.md").read_text() == publish.page(name, result)

@@ -133,6 +133,7 @@ def largest(v: Tensor) -> Tensor:
 
 def unit_of(size: Tensor) -> Tensor:
     """Numbers ``(*batch,)`` rounded down to powers of two ``(*batch, 1)``; 1 for 0 and what is not finite."""
+    size = size.detach()
     size = torch.where((size > 0) & size.isfinite(), size, 1)
     return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1).unsqueeze(-1)
 

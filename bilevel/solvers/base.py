@@ -152,6 +152,13 @@ class IterativeSolver(InnerSolver):
         """What :meth:`step` is told of ``point``."""
         return Local(*objective.value_and_grad(point))
 
+    def ceiling(self, state: Any) -> Tensor | None:
+        """What G may be at most ``(*batch,)`` where the answer is; None: anything.
+
+        A trial that a line search is about to reject may lie uphill on a plateau, where the gradient is as small as at a minimum.
+        """
+        return None
+
     def counted(self, state: Any) -> Tensor | None:
         """How often each problem met negative curvature; None from a method that cannot see it."""
         return None
@@ -185,13 +192,18 @@ class IterativeSolver(InnerSolver):
         """The steps from number ``first`` on."""
         state, active, converged, steps, start = begin.state, begin.active, begin.converged, begin.steps, begin.start
         seen, unbooked = state.stalled, 0
+        # as Run.result measures it; elsewhere squares below the smallest number are below any tolerance
+        exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
         for k in range(first, self.max_steps):
             objective.begin_step(k)
             local = self.evaluate(objective, state.point)
             if self.tol > 0:
                 residual = norm(local.grad)
+                residual = torch.maximum(residual, largest(local.grad)) if exactly else residual
                 start = residual if start is None else start
                 done = active & (residual <= self.tol)
+                ceiling = self.ceiling(state)
+                done = done if ceiling is None else done & not_above(local.value, ceiling)
                 converged = converged | done
                 state = replace(state, phi=select(done, state.point, state.phi))
                 active = active & ~done
@@ -275,6 +287,11 @@ class Local:
 
     value: Tensor
     grad: Tensor
+
+
+def not_above(value: Tensor, other: Tensor) -> Tensor:
+    """Where G is no larger, as far as rounding lets it be told; not where it is NaN."""
+    return value <= other + 1e3 * torch.finfo(value.dtype).eps * other.abs()
 
 
 def choose(mask: Tensor, new: S, old: S) -> S:

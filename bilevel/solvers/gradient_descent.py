@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, Run, State, initial_step_size, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, Run, State, initial_step_size, not_above, nowhere
 
 GROW, SHRINK = 1.25, 0.5
 SUFFICIENT_DECREASE = 1e-4
@@ -75,6 +75,9 @@ class GradientDescent(IterativeSolver):
         infinite = torch.full_like(phi, torch.inf)
         return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
 
+    def ceiling(self, state: State) -> Tensor | None:
+        return state.value if isinstance(state, _State) else None
+
     def evaluate(self, objective: Objective, point: Tensor) -> Local | _Slope:
         if self.step_size is not None and self.tol == 0:  # a step that does not look at G
             return _Slope(objective.gradient(point))
@@ -92,10 +95,14 @@ class GradientDescent(IterativeSolver):
     def _backtrack(state: _State, trial: Local) -> _State:
         """Take the trial if it lowers G enough, and choose the next one."""
         first = state.value.isposinf()
-        slope = state.step_size * dot(state.grad, state.grad)
-        # near the rounding floor of G, where the test on G says nothing, the gradient norm decides
+        square = dot(state.grad, state.grad)
+        slope = state.step_size * square
+        # near the rounding floor of G, where the test on G says nothing, the gradient decides: smaller, or no less steep along the step,
+        # as on the way down from a saddle
         at_floor = slope <= 10 * torch.finfo(slope.dtype).eps * state.value.abs()
-        falls = norm(trial.grad) < norm(state.grad)
+        falls = (norm(trial.grad) < norm(state.grad)) & not_above(trial.value, state.value)
+        moves = state.step_size * norm(state.grad) > torch.finfo(slope.dtype).eps * norm(state.phi)
+        falls = falls | ((dot(trial.grad, state.grad) >= square) & moves & (trial.value <= state.value))
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
         accept = first | (torch.where(at_floor, falls, enough) & trial.value.isfinite())
         step_size = torch.where(

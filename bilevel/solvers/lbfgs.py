@@ -96,6 +96,7 @@ class _Places:
 @dataclass(frozen=True)
 class _State(State):
     value: Tensor  # G at phi; infinite before the first evaluation
+    lowest: Tensor  # of the values so far
     grad: Tensor  # dG/dphi at phi
     direction: Tensor
     given_up: Tensor  # |grad| where a search failed last
@@ -132,7 +133,10 @@ class LBFGS(IterativeSolver):
         zero, still = phi.new_zeros(phi.shape[:-1]), torch.zeros_like(phi)
         infinite = torch.full_like(zero, torch.inf)
         search, memory = Search.start(zero, zero), _Memory.empty(phi, self.memory)
-        return _State(phi, phi, nowhere(phi), infinite, still, still, infinite, search, memory)
+        return _State(phi, phi, nowhere(phi), infinite, infinite, still, still, infinite, search, memory)
+
+    def ceiling(self, state: _State) -> Tensor:
+        return state.lowest
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         eps = torch.finfo(state.phi.dtype).eps
@@ -140,10 +144,14 @@ class LBFGS(IterativeSolver):
         is_pair = dot(s, y) > eps * norm(s) * norm(y)
         is_probe = is_pair & (state.memory.count == 0)
         slope = dot(local.grad, state.direction)
-        accept, search = state.search.tried(local.value, state.value, slope, is_probe, self.max_backtracks)
+        accept, search = state.search.tried(
+            local.value, state.value, state.lowest, slope, is_probe, self.max_backtracks
+        )
         accept = accept & ~state.stalled
         ended = (search.rejected > self.max_backtracks) | ~search.has_room(norm(state.direction), eps * norm(state.phi))
-        failed = ended & ~accept
+        rescue = ended & ~accept & (search.low > 0)
+        search = search.back_to_low(rescue, self.max_backtracks)
+        failed = ended & ~accept & ~rescue
         size = norm(state.grad)
         hopeless = failed & ((state.memory.count == 0) | (size >= 0.5 * state.given_up))
         stalled = state.stalled | hopeless | (accept & (norm(local.grad) == 0))  # no step could do better
@@ -158,6 +166,7 @@ class LBFGS(IterativeSolver):
             point=select(stalled, phi, phi + search.length.unsqueeze(-1) * direction),
             stalled=stalled,
             value=torch.where(accept, local.value, state.value),
+            lowest=torch.where(accept, torch.minimum(local.value, state.lowest), state.lowest),
             grad=grad,
             direction=direction,
             given_up=torch.where(failed, size, state.given_up),

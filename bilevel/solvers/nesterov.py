@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, not_above, nowhere
 
 # a step size grows by at most this factor, and stays below this part of 1 / (local Lipschitz constant)
 GROW, SAFETY = 1.1, 0.9
@@ -27,6 +27,7 @@ class _Adaptive(_State):
     """``point`` is a trial from ``base``, by way of ``ahead = base - step_size grad``."""
 
     base: Tensor
+    value: Tensor  # G at the start
     grad: Tensor
     ahead: Tensor
     momentum: Tensor
@@ -85,7 +86,11 @@ class NesterovAGD(IterativeSolver):
         if self.step_size is not None:
             return _State(phi, phi, no, self.step_size * one, one)
         step_size = initial_step_size(objective, phi)
-        return _Adaptive(phi, phi, no, step_size, one, phi, torch.zeros_like(phi), phi, 0 * one, no)
+        infinite = torch.full_like(one, torch.inf)
+        return _Adaptive(phi, phi, no, step_size, one, phi, infinite, torch.zeros_like(phi), phi, 0 * one, no)
+
+    def ceiling(self, state: _State) -> Tensor | None:
+        return state.value if isinstance(state, _Adaptive) else None
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         if isinstance(state, _Adaptive):
@@ -116,22 +121,27 @@ class NesterovAGD(IterativeSolver):
         moved = state.point - state.base
         inverse, decided = _inverse_lipschitz(local.grad - state.grad, moved, eps * norm(state.base))
         decided = decided & ~first
-        again = ~first & (~finite | (decided & (old > TOO_LONG * inverse)))
+        # uphill of the start there may be a plateau, with no curvature to tell that the step was too long
+        uphill = finite & ~not_above(local.value, state.value)
+        again = ~first & (~finite | uphill | (decided & (old > TOO_LONG * inverse)))
         shorter = torch.where(finite, torch.minimum(SAFETY * inverse, 0.5 * old), 0.1 * old)
-        longer = torch.where(decided, torch.minimum(SAFETY * inverse, GROW * old), old)
+        unseen = (norm(moved) > 0) & (norm(local.grad - state.grad) == 0)  # no curvature at all
+        longer = torch.where(decided, torch.minimum(SAFETY * inverse, GROW * old), torch.where(unseen, 2 * old, old))
         step_size = torch.where(again, torch.maximum(shorter, 0.1 * old), longer)
 
         phi = select(again | first, state.phi, state.ahead)
         base, grad = select(again, state.base, state.point), select(again, state.grad, local.grad)
+        value = torch.where(first, local.value, state.value)
         ahead = base - step_size.unsqueeze(-1) * grad
         move = ahead - phi
         beta, t = self._momentum(grad, move, state.t, step_size, old)
-        beta = torch.where(again, torch.where(finite, state.momentum, 0.0), beta)
-        t = torch.where(again, torch.where(finite, state.t, 1.0), t)
+        keep = finite & ~uphill
+        beta = torch.where(again, torch.where(keep, state.momentum, 0.0), beta)
+        t = torch.where(again, torch.where(keep, state.t, 1.0), t)
         negligible = again & ~(step_size * norm(grad) > eps * norm(base))
         stalled = state.stalled | negligible | (first & ~finite)
         point = select(stalled, phi, ahead + beta.unsqueeze(-1) * move)
-        return _Adaptive(phi, point, stalled, step_size, t, base, grad, ahead, beta, torch.ones_like(first))
+        return _Adaptive(phi, point, stalled, step_size, t, base, value, grad, ahead, beta, torch.ones_like(first))
 
 
 def _inverse_lipschitz(change: Tensor, move: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:

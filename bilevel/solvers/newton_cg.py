@@ -9,11 +9,22 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import Matvec, as_operator, check_count, check_number, dot, norm, select
+from bilevel.linsys.base import (
+    Matvec,
+    as_operator,
+    check_count,
+    check_number,
+    dot,
+    largest,
+    norm,
+    select,
+    unit_of,
+)
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.solvers.base import IterativeSolver, State, nowhere, put, taken, without_those_that_are_done
+from bilevel.solvers.base import IterativeSolver, State, not_above, nowhere, put, taken, without_those_that_are_done
 
 SUFFICIENT_DECREASE = 1e-4
+HALVINGS = 8  # where these are not enough, the step is wrong by orders of magnitude
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ class NewtonCG(IterativeSolver):
         cg_steps: CG steps for each direction, >= 1.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps.
         cg_rtol: stop CG where its residual is below this fraction of the gradient norm.
-        max_backtracks: halvings of the step before the line search fails.
+        max_backtracks: shorter steps to try before the line search fails: eight times half, then a tenth each time.
         curvature: ``Hessian()`` or ``GaussNewton()``.
         damping: added to the diagonal of the curvature.
         preconditioner: for CG, made anew at each Newton step: :class:`~bilevel.linsys.Jacobi` for variables of very different scales,
@@ -100,13 +111,14 @@ class NewtonCG(IterativeSolver):
 
     def _direction(self, objective: Objective, point: Tensor, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
-        r = -local.grad
+        unit = unit_of(largest(local.grad))  # whose squares are numbers
+        r = -local.grad / unit
         m, products = prepare(self.preconditioner, None, as_operator(local.matvec), r)
         objective.num_matvecs += max(0, products - 1)  # all at once, and counted once already
         p = r if m is None else m(r)
         rz, rr = dot(r, p), dot(r, r)
         threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
-        active = (rr > threshold) & (rr > self.tol**2)  # a problem that is done needs no direction
+        active = (rr > threshold) & (norm(local.grad) > self.tol)  # a problem that is done needs no direction
         if m is not None and bool((active & (rz < 0)).any()):
             raise ValueError(
                 "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v < 0 for some v. Jacobi() and "
@@ -114,7 +126,7 @@ class NewtonCG(IterativeSolver):
             )
         begin = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active))
         end = self._cg(objective, point, local, m, begin, 0)
-        return end.x, end.negative
+        return end.x * unit, end.negative
 
     def _cg(
         self, objective: Objective, point: Tensor, local: Linearisation, m: Matvec | None, begin: _CG, first: int
@@ -168,20 +180,22 @@ class NewtonCG(IterativeSolver):
         searching = ~(state.stalled | at_floor)
         length = torch.ones_like(slope)
         best = point
-        for _ in range(self.max_backtracks + 1):
+        for k in range(self.max_backtracks + 1):
             trial = point + length.unsqueeze(-1) * direction
             accept = searching & (objective.value(trial) <= local.value + SUFFICIENT_DECREASE * length * slope)
             best = select(accept, trial, best)
             searching = searching & ~accept
             if not bool(searching.any()):
                 break
-            length = torch.where(searching, 0.5 * length, length)
-        # what the test on G could not decide, the gradient norm decides
+            length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
+        # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
+        # a saddle
         undecided = ~state.stalled & (at_floor | searching)
         if bool(undecided.any()):
             trial = point + direction
-            _, grad = objective.value_and_grad(trial)
-            falls = norm(grad) < norm(local.grad)
+            value, grad = objective.value_and_grad(trial)
+            falls = (norm(grad) < norm(local.grad)) & not_above(value, local.value)
+            falls = falls | ((dot(grad, direction) < 0.01 * slope.abs()) & (value <= local.value))
             best = select(undecided & falls, trial, best)
             return best, state.stalled | (undecided & ~falls)
         return best, state.stalled

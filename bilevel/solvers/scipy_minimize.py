@@ -15,6 +15,7 @@ from torch import Tensor
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import check_number, norm
+from bilevel.solvers.base import not_above
 from bilevel.solvers.black_box import Answer, TaskByTask
 
 # The methods by what they are given besides G, each with the options that switch off its own stopping tests.
@@ -172,8 +173,10 @@ class _Calls:
         phi = self.tensor(x)
         with self._users():
             value, grad = self._measured(phi)
+        lowest = value.new_tensor(self._value)
         seen = self._seen(phi, value, grad)
-        if norm(grad) <= self._tol:
+        # a trial that SciPy is about to reject may lie on a plateau uphill
+        if norm(grad) <= self._tol and not_above(value, lowest):
             raise _Reached(phi)
         return seen, _array(grad)
 

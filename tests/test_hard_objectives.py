@@ -1,0 +1,134 @@
+"""Inner solvers where the objective misleads them: plateaus uphill, saddles, constants, extreme units. The oracles are closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import bilevel
+from bilevel import Status
+from bilevel.solvers import LBFGS, GradientDescent, NesterovAGD, NewtonCG, ScipyMinimize
+from bilevel.solvers.base import InnerSolver
+
+Make = Callable[[float], InnerSolver]
+
+SOLVERS: dict[str, Make] = {
+    "gd": lambda tol: GradientDescent(step_size=None, max_steps=3000, tol=tol),
+    "agd": lambda tol: NesterovAGD(step_size=None, max_steps=3000, tol=tol),
+    "lbfgs": lambda tol: LBFGS(max_steps=1000, tol=tol),
+    "newton-cg": lambda tol: NewtonCG(max_steps=200, cg_steps=40, tol=tol),
+    "scipy": lambda tol: ScipyMinimize(tol=tol),
+    "scipy-tnc": lambda tol: ScipyMinimize(method="TNC", tol=tol),
+}
+OURS = [name for name in SOLVERS if not name.startswith("scipy")]
+
+
+def solve(solver: InnerSolver, objective: Callable[[Tensor], Tensor], start: Tensor) -> bilevel.Result:
+    """From the start to a minimum of a function without theta and data."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: objective(phi), lambda phi, theta, data: phi.sum()
+    )
+    return bilevel.solve(problem, torch.zeros((), dtype=start.dtype), solver=solver, init=start)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("start", [0.3, 0.99, 1.01, 1.7])
+@pytest.mark.parametrize("ridge", [0.0, 1e-12, 1e-9])
+def test_a_plateau_uphill_is_no_answer(name: str, start: float, ridge: float) -> None:
+    """At the inflection the curvature along the gradient is next to 0, and the first trial lands where G is flat and near 1."""
+
+    def welsch(phi: Tensor) -> Tensor:
+        return (1 - (-0.5 * phi.square()).exp() + 0.5 * ridge * phi.square()).sum()
+
+    found = solve(SOLVERS[name](1e-8), welsch, torch.tensor([start], dtype=torch.float64))
+    assert found.status is Status.CONVERGED and found.value.abs() < 1e-7
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_no_answer_lies_above_the_start(name: str) -> None:
+    """Sigmoids with a squared error: flat far out, on the wrong side as well."""
+    for seed in range(25):
+        g = torch.Generator().manual_seed(seed)
+        X, w, phi = (
+            torch.randn(20, 2, generator=g).double(),
+            torch.randn(20, generator=g),
+            torch.randn(2, generator=g).double(),
+        )
+        y = (w > 0).double()
+
+        def loss(phi: Tensor, X: Tensor = X, y: Tensor = y) -> Tensor:
+            return ((X @ phi).sigmoid() - y).square().mean() + 0.5e-9 * phi.square().sum()
+
+        found = solve(SOLVERS[name](1e-6), loss, 2 * phi)
+        assert loss(found.value) <= loss(2 * phi) + 1e-12
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "size, dtype", [(1e-3, torch.float32), (1e-4, torch.float32), (1e-4, torch.float64), (1e-8, torch.float64)]
+)
+def test_they_leave_a_saddle_that_they_start_next_to(name: str, size: float, dtype: torch.dtype) -> None:
+    """|UV - M|^2 / 2 + r (|U|^2 + |V|^2) / 2 from small numbers: the first steps lower G by less than its rounding. At its minimum every
+    singular value s > r of M adds r s - r^2 / 2, the others s^2 / 2.
+    """
+    g = torch.Generator().manual_seed(0)
+    M = (torch.randn(8, 3, generator=g).double() @ torch.randn(3, 6, generator=g).double()).to(dtype)
+    start, r = size * torch.randn(14, 3, generator=g).to(dtype), 0.1
+    s = torch.linalg.svdvals(M.double())
+    least = torch.where(s > r, r * s - r**2 / 2, s**2 / 2).sum()
+
+    def factorised(phi: Tensor) -> Tensor:
+        return 0.5 * (phi[:8] @ phi[8:].mT - M).square().sum() + 0.5 * r * phi.square().sum()
+
+    found = solve(SOLVERS[name](1e-3 if dtype == torch.float32 else 1e-7), factorised, start)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(
+        factorised(found.value.double()) if dtype == torch.float64 else factorised(found.value),
+        least.to(dtype),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("constant, dtype", [(1e4, torch.float32), (1e10, torch.float64)])
+def test_a_large_constant_is_no_licence_to_climb(name: str, constant: float, dtype: torch.dtype) -> None:
+    found = solve(
+        SOLVERS[name](1e-2 if dtype == torch.float32 else 1e-4),
+        lambda phi: constant - phi.cos().sum(),
+        torch.tensor([3.0, -2.5], dtype=dtype),
+    )
+    assert found.status is Status.CONVERGED and (found.value.cos() > 0.9).all()
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12])
+def test_the_units_of_the_objective_do_not_matter(name: str, size: float) -> None:
+    """In float32. The squares of gradients near 1e-25 are no numbers: then it may fail, but must not take the start for an answer."""
+    weights, solver = torch.tensor([1.0, 3.0, 10.0]), SOLVERS[name](1e-3 * size)
+    found = solve(solver, lambda phi: 0.5 * size * (weights * (phi - 1).square()).sum(), torch.zeros(3))
+    assert found.status is Status.CONVERGED or size == 1e-25
+    if found.status is Status.CONVERGED:
+        assert found.residual <= 1e-3 * size and found.steps > 0
+        torch.testing.assert_close(found.value, torch.ones(3), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_large_variables_of_little_curvature(name: str) -> None:
+    target = torch.tensor([1e6, 5e5])
+    found = solve(SOLVERS[name](1e-9), lambda phi: 0.5e-12 * (phi - target).square().sum(), torch.zeros(2))
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.value, target, rtol=5e-3, atol=0)
+
+
+def test_newton_steps_that_are_too_long_by_orders_of_magnitude() -> None:
+    """Next to a kink: the curvature outside is 1e-12 / |phi|^3, so the full step is 10^12 times too long."""
+    found = solve(
+        NewtonCG(max_steps=60, cg_steps=4, tol=1e-4),
+        lambda phi: (phi.square() + 1e-12).sqrt().sum(),
+        torch.tensor([1.0, 2.0], dtype=torch.float64),
+    )
+    assert not found.failed and found.value.abs().max() < 0.1
