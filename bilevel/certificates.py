@@ -52,6 +52,7 @@ from bilevel.isolation import isolated
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.linsys.lanczos import ritz_values, spread
+from bilevel.linsys.neumann import some_direction
 from bilevel.problem import Constants
 from bilevel.result import Diagnosis, Hypergradient, Result
 
@@ -87,12 +88,20 @@ class Certificate:
     chunk_size: int | None
     outer_chunk_size: int | None
     solves: bool
-    versions: tuple[int, ...] = field(init=False)
+    versions: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
         tensors = [tensor.detach() for tensor in self.call.tensors]  # of one version with the user's
         object.__setattr__(self, "call", replace(self.call, tensors=tensors))
         object.__setattr__(self, "versions", self._versions())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "versions": None if self.fresh else ()}  # the tensors of a copy count anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.versions is None:
+            object.__setattr__(self, "versions", self._versions())
 
     def _versions(self) -> tuple[int, ...]:
         assert self.call.u is not None
@@ -218,8 +227,26 @@ class _Look:
         numbers = self.phi.shape[-1] + sum(shape.numel() for shape in shapes)
         return 8 * numbers**0.5 * torch.finfo(self.phi.dtype).eps
 
+    def shown(self) -> tuple[Tensor, Tensor]:
+        """The same as it shows itself in products and gradients right beside u and phi, for an estimate: the model is one of the worst
+        case, and counts all numbers of the data.
+        """
+        unit = torch.finfo(self.phi.dtype).eps
+        signs = torch.where(some_direction(self.phi) < 0, -1.0, 1.0).to(self.phi)
+
+        def noise(at: Tensor, here: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+            beside = at + 4 * unit * signs * at
+            return 4 * norm(function(beside) - here - self.undamped(beside - at))
+
+        pairs = (
+            noise(self.u, self.undamped(self.u), self.undamped),
+            noise(self.phi, self.local.grad, self.objective.gradient),
+        )
+        least = 8 * unit / self.eps
+        return tuple(torch.maximum(least * m, torch.minimum(m, n)) for m, n in zip(self.hidden(), pairs, strict=True))  # type: ignore[return-value]
+
     def hidden(self) -> tuple[Tensor, Tensor]:
-        """What rounding may hide in ``|b - H u|`` and in ``|dG/dphi|``."""
+        """What rounding may hide in ``|b - H u|`` and in ``|dG/dphi|``, by a model."""
         ritz, _ = ritz_values(self.local.matvec, spread(self.b), SIZE_STEPS)
         size = 2 * ritz.abs().amax(-1)  # of H, and to spare
         terms = (2 * size * self.local.value.abs()).sqrt()
@@ -301,7 +328,7 @@ class _Correction(NamedTuple):
 def _correct(look: _Look, ok: Tensor, per_task: bool) -> _Correction:
     """Go on with the linear solve at phi, then with the inner solve and again with the linear one."""
     known = look.objective.curvature_inverse(look.options.damping)
-    hidden_r, hidden_slope = look.hidden()
+    hidden_r, hidden_slope = look.shown()
     before = look.gradient(look.u)
     residual, slope = look.b - look.local.matvec(look.u), look.local.grad
     lost, change = _solve(look.local.matvec, residual, hidden_r, ok, known)
@@ -310,6 +337,7 @@ def _correct(look: _Look, ok: Tensor, per_task: bool) -> _Correction:
     lost_phi, there = _newton(look, hidden_slope, ok)
     # for the change of u, not for u: a tolerance relative to b would call the change converged before it is looked at
     left = there.b - there.local.matvec(u)
+    left = select(norm(there.phi - look.phi) > 0, left, torch.zeros_like(left))  # else it is what the first solve left
     lost_u, change = _solve(there.local.matvec, left, hidden_r, ok, known)
     corrected = there.gradient(u + change)
     parts = [

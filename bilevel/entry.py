@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,6 +193,15 @@ def _initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> tuple[Lay
     return layout_of(unflatten(structure[0], leaves), batch_ndim)
 
 
+def _as_tree(thing: Any) -> str:
+    """How what holds tensors becomes a tree."""
+    if isinstance(thing, torch.nn.ParameterDict):
+        return "; this one becomes one by dict(...)"
+    if isinstance(thing, torch.nn.Module):
+        return "; of a module it is dict(module.named_parameters()), for torch.func.functional_call"
+    return "; an iterator becomes one by list(...)" if isinstance(thing, Iterator) else ""
+
+
 def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like: Tensor | None = None) -> None:
     if not leaves:
         raise ValueError(f"{name}: expected at least one tensor, got an empty tree.")
@@ -201,7 +210,7 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name}{path}: expected a tensor, got {type(leaf).__name__}. A tree is a tensor or nested "
-                f"dicts, lists and tuples of tensors."
+                f"dicts, lists and tuples of tensors{_as_tree(leaf)}."
             )
         if leaf.dtype not in (torch.float32, torch.float64):
             remedy = "; convert it with .float()" if leaf.is_floating_point() else ""

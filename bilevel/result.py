@@ -115,7 +115,7 @@ def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
     return "\n".join(lines)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
     """The outcome of one solve, or of a batch of them at once.
 
@@ -173,7 +173,7 @@ class Result:
         return self.value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Diagnosis:
     """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no estimate, because the
     curvature is negative: then phi is near no minimum.
@@ -201,7 +201,7 @@ class Diagnosis:
     num_matvecs: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Hypergradient:
     """The gradient of the outer loss with respect to theta, with everything that tells how good it is.
 
@@ -269,8 +269,8 @@ class Hypergradient:
     def diagnose(self) -> Diagnosis:
         """The estimated error with its parts.
 
-        The first use costs two gradients of each function and three solves by CG of at most 100 steps: on with the linear solve, a step of
-        Newton's method from phi (at most seven more where phi is far from the solution), and the linear solve there; and ten products.
+        The first use costs three gradients of G and two of L, and three solves by CG of at most 100 steps: on with the linear solve, a step
+        of Newton's method from phi (at most seven more where phi is far from the solution), and the linear solve there; and 15 products.
         Later uses cost nothing.
 
         Raises:
@@ -326,4 +326,4 @@ class Hypergradient:
                 + (" With theta_batched or reduction='none' the gradient has a task axis." if own == structure else "")
             )
         for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
+            leaf.grad = grad.clone()  # clipping it leaves the result as it is

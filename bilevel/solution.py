@@ -156,6 +156,8 @@ def _of_equations(
     check: Check,
     report: Callable[[Result], None] | None,
 ) -> Tree:
+    if isinstance(fn, Condition):  # as a black box is handed it
+        fn = fn.fn
     if not callable(fn) or isinstance(fn, BilevelProblem):
         raise TypeError(f"{name}: expected a function of (phi, theta, data), got {type(fn).__name__}.")
     check_solver(solver)

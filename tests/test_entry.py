@@ -112,7 +112,11 @@ def test_the_problem(name: str, wrong: Any) -> None:
         pytest.param([ONES, {"x": None}], r"theta\[1\]\['x'\]: expected a tensor, got NoneType", id="None leaf"),
         pytest.param({}, "theta: expected at least one tensor, got an empty tree", id="empty dict"),
         pytest.param([(), {}], "theta: expected at least one tensor, got an empty tree", id="empty nest"),
-        pytest.param(torch.nn.Linear(2, 2), "theta: expected a tensor, got Linear", id="module"),
+        pytest.param(
+            torch.nn.Linear(2, 2), r"theta: .*got Linear.*it is dict\(module.named_parameters\(\)\)", id="module"
+        ),
+        pytest.param(torch.nn.Linear(2, 2).parameters(), r"theta: .*got generator.*list\(\.\.\.\)", id="iterator"),
+        pytest.param(torch.nn.ParameterDict(), r"theta: .*got ParameterDict.*dict\(\.\.\.\)", id="parameter dict"),
     ],
 )
 def test_theta(name: str, theta: Any, match: str) -> None:

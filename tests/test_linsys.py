@@ -454,6 +454,16 @@ def test_several_right_hand_sides(name: str, batch: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", LINSYS_NAMES)
+def test_zero_right_hand_side_of_any_matrix(name: str) -> None:
+    singular = torch.diag(torch.tensor([1.0, 2.0, 0.0, 0.0], dtype=torch.float64))
+    expected = Status.SINGULAR if name == "exact" else Status.CONVERGED  # it has the matrix, and does not answer
+    for matrix in (singular, 0 * singular):
+        result = linear_solvers(1e-9)[name].solve(lambda v, a=matrix: v @ a, torch.zeros(2, 4, dtype=torch.float64))
+        assert status_of(result.codes) == [expected] * 2
+        assert name == "exact" or not (result.value.any() or result.residual.any())
+
+
+@pytest.mark.parametrize("name", LINSYS_NAMES)
 def test_zero_right_hand_side(name: str) -> None:
     system = build(np.linspace(1, 5, 4), batch=(3,)).with_problem(1, b=torch.zeros(4, dtype=torch.float64))
     for solver in (linear_solvers(1e-9)[name], linear_solvers(0.0)[name]):

@@ -177,3 +177,17 @@ def test_scipy_minimize_is_a_value() -> None:
     assert solver.options == {"maxiter": 5}
     assert {solver: 1}[ScipyMinimize(options={"maxiter": 5})] == 1
     assert solver != ScipyMinimize(options={"maxiter": 6})
+
+
+def test_a_task_whose_objective_is_no_number_leaves_the_others_alone() -> None:
+    """The line search of torch.optim.LBFGS raises IndexError there; a log of a negative number has a gradient all the same."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi * data - theta * (phi * data).log()).sum(), lambda phi, theta, data: phi.sum()
+    )
+    data, start = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [3.0, 1.0]]).double(), torch.full((3, 2), 0.5).double()
+    solver = TorchOptim(lambda params: torch.optim.LBFGS(params, line_search_fn="strong_wolfe"), 20, tol=1e-8)
+    found = bilevel.solve(problem, torch.ones(()).double(), data, solver=solver, init=start, batched=True)
+    rest = [0, 2]
+    alone = bilevel.solve(problem, torch.ones(()).double(), data[rest], solver=solver, init=start[rest], batched=True)
+    assert torch.equal(found.value[rest], alone.value) and torch.equal(found.codes[rest], alone.codes)
+    assert (alone.residual < 0.1 * torch.tensor([2.2, 2.2])).all()  # of 1 and more at the start

@@ -192,6 +192,9 @@ def test_assign_grad_is_what_an_optimizer_takes() -> None:
     outer = torch.optim.SGD(bilevel.tree_leaves(theta), lr=0.5)
     for _ in range(2):  # the second time in the place of the first, not on top of it
         found.assign_grad(theta)
+    torch.nn.utils.clip_grad_norm_(bilevel.tree_leaves(theta), 1e-3)
+    assert found.grad["a"].norm() > 1  # the gradient of the result is its own
+    found.assign_grad(theta)
     outer.step()
     torch.testing.assert_close(theta["a"], before - 0.5 * torch.full((2,), 6.0, dtype=torch.float64))
     torch.testing.assert_close(theta["b"], torch.full((2,), 4.0, dtype=torch.float64))
@@ -211,3 +214,10 @@ def test_assign_grad_writes_nothing_that_is_wrong() -> None:
     ):
         found.assign_grad(theta["a"])
     assert theta["a"].grad is None
+
+
+def test_results_are_compared_as_objects() -> None:
+    _, found = meta()
+    _, other = meta()
+    assert found != other and found == found and other in [found, other]
+    assert found.linear != other.linear and len({found, other, found.linear}) == 3

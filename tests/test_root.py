@@ -1279,3 +1279,14 @@ def test_a_start_that_is_good_enough_has_converged(solver: Any) -> None:
     )
     assert reports[0].status is Status.CONVERGED and reports[0].num_steps == 0
     assert x.item() == pytest.approx(2.0, abs=2e-7)
+
+
+def test_a_black_box_may_solve_its_equation_with_another_call() -> None:
+    """It is handed F as the user wrote it, or as good as that."""
+
+    def inner(fn: Any, theta: Tensor, data: Any, init: Tensor) -> Tensor:
+        return root(fn, theta, data, solver=Newton(max_steps=20), linsys=Exact(), init=init)
+
+    theta = tensor([2.0, 3.0])
+    got = root(lambda x, t, _: x**3 - t, theta, solver=BlackBox(inner), linsys=Exact(), init=torch.ones_like(theta))
+    torch.testing.assert_close(got, theta ** (1 / 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,8 +49,10 @@ from applications.meta_learning.predict import Prediction, predict
 from applications.meta_learning.presets import DEFAULT_PRESET, PRESETS, preset
 from applications.meta_learning.report import adaptation_figure, evaluation_table, prediction_table, training_figure
 from applications.meta_learning.run import (
+    CHECKPOINT,
     Ending,
     Run,
+    alone,
     check_resumable,
     clear_folder,
     matching_source,
@@ -133,14 +136,19 @@ def train(
     imaml train --dataset folder --data-dir PATH --ways 3    your own images
     imaml train --resume --out runs/mine
     """
-    with reported_errors():
+    with reported_errors(), ExitStack() as held:
         if resume and overwrite:
             raise ConfigError("expected one of --resume and --overwrite, got both")
         chosen = _Chosen(settings, preset_name, data_dir, download)
         folder = folder or Path("runs") / chosen.name
+        known = (folder / CHECKPOINT).exists()
+        if known and (resume or overwrite):  # before it is read
+            held.enter_context(alone(folder))
         stored = prepare_folder(folder, resume=resume, overwrite=overwrite)
         trainer, data_dir, changes = _begin(chosen) if stored is None else _go_on(chosen, stored)
         trainer.require_tests(final=final_test)
+        if not known:
+            held.enter_context(alone(folder))
         if stored is None:
             clear_folder(folder)
         _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)
@@ -226,17 +234,22 @@ def _train(
         err.print("[bold red]Training ended:[/bold red] ", end="")
         err.print(str(failure), markup=False, highlight=False, soft_wrap=True)
         err.print(
-            f"The checkpoint is {folder / 'checkpoint.pt'} (step {progress.step}).", highlight=False, soft_wrap=True
+            f"The checkpoint is {folder / CHECKPOINT} (step {progress.step}).",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(1)
     if ending is Ending.STOPPED:
         err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
-        err.print(f"  {_resume(folder)}", highlight=False, soft_wrap=True)
+        err.print(f"  {_resume(folder)}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
     if ending is Ending.DONE and progress.step == began:
         out.print("Nothing was left to do. For more steps, name their sum:", highlight=False)
-        out.print(f"  {_resume(folder)} --outer-steps {2 * progress.step}", highlight=False, soft_wrap=True)
+        out.print(
+            f"  {_resume(folder)} --outer-steps {2 * progress.step}", markup=False, highlight=False, soft_wrap=True
+        )
     _finish(trainer, folder, final_test)
 
 
@@ -255,7 +268,9 @@ def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
             {"step": progress.step, "seconds": progress.seconds, "evaluations": {PAPER.name: asdict(result)}},
         )
         out.print(
-            evaluation_table([("held-out, paper's protocol", result)], title=f"{folder.name}, step {progress.step}")
+            evaluation_table(
+                [("held-out, paper's protocol", result)], title=f"{escape(folder.name)}, step {progress.step}"
+            )
         )
     if config.is_regression:
         curve = trainer.test_over_inner_steps(tasks=100, query_shots=config.eval_query_shots, seed=config.seed)
@@ -264,8 +279,8 @@ def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
         )
     _draw(folder, config)
     out.print(counts_table(trainer))
-    out.print(f"Figures, log and checkpoint: {folder}", highlight=False, soft_wrap=True)
-    out.print(f"Next: imaml evaluate {shlex.quote(str(folder))}", highlight=False, soft_wrap=True)
+    out.print(f"Figures, log and checkpoint: {folder}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"Next: imaml evaluate {shlex.quote(str(folder))}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _draw(folder: Path, config: Config) -> None:
@@ -328,9 +343,16 @@ def evaluate_command(
                     raise
                 err.print(f"{each.name}: left out, {error}", highlight=False)
         step = stored["progress"]["step"]
+    hopeless = [each.name for each, result in results if result.failed == result.tasks]
     if as_json:
         print(to_json(_evaluation_report(config, step, seed, results)))
-        return
+    if hopeless:
+        err.print(
+            f"no task of {' and '.join(hopeless)} could be adapted: what the inner solver found is no number",
+            highlight=False,
+        )
+    if as_json or hopeless:
+        raise typer.Exit(1 if hopeless else 0)
     rows = [(each.name, result) for each, result in results]
     out.print(evaluation_table(rows, title=f"{config.dataset}, held-out ({config.split} split), step {step}"))
     out.print(f"inner solver {trainer.method.solver}, lambda {config.lam}", highlight=False)
@@ -458,7 +480,7 @@ def info(
 @app.command("demo")
 def demo_command(
     folder: Annotated[Path, typer.Option("--out", help="where figures and numbers go")] = Path("demo-results"),
-    seconds: Annotated[float, typer.Option(help="time for all of it", min=10)] = Plan.seconds,
+    seconds: Annotated[float, typer.Option(help="time for all of it; half a minute at least", min=10)] = Plan.seconds,
     seed: Annotated[int, typer.Option(help="of the characters, the network and the tasks", min=0)] = 0,
 ) -> None:
     """Train first-order MAML and iMAML on generated characters, and compare.
@@ -523,4 +545,4 @@ def experiment(
             path = one.record(
                 folder, quick=quick, seed=seed, data_dir=data_dir_for("omniglot", data_dir), only=only, console=out
             )
-            out.print(f"{path}, and beside it the figure (.png) and the page (.md)", highlight=False)
+            out.print(f"{path}, and beside it the figure (.png) and the page (.md)", markup=False, highlight=False)

@@ -121,7 +121,9 @@ def run_demo(first_order: Config, imaml: Config, plan: Plan, folder: Path, conso
     for line in verdict(rows):
         console.print(line, highlight=False)
     console.print(
-        f"Figures (curves.png, task.png) and results.json: {folder}. All of it took {seconds:.0f} s.", highlight=False
+        f"Figures (curves.png, task.png) and results.json: {folder}. All of it took {seconds:.0f} s.",
+        markup=False,
+        highlight=False,
     )
     return all(row.result.mean > untrained.mean for row in rows[1:])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 import bilevel
@@ -70,9 +71,9 @@ def print_checkpoint(path: Path) -> None:
 
 def two_columns(title: str, rows: list[tuple[str, Any]]) -> Table:
     """Names and values."""
-    table = Table(title=title, show_header=False)
+    table = Table(title=escape(title), show_header=False)
     for name, value in rows:
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     return table
 
 

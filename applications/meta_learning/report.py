@@ -37,7 +37,10 @@ STYLE: Any = {
 
 def evaluation_table(rows: list[tuple[str, Evaluation]], title: str) -> Table:
     """One row per evaluation."""
-    table = Table(title=title, caption=f"batch norm: {REGIME}" if rows[0][1].metric == "accuracy" else None)
+    caption = [f"batch norm: {REGIME}"] if rows[0][1].metric == "accuracy" else []
+    if any(result.failed for _, result in rows):
+        caption.append("a failed task counts as 0 %" if caption else "failed tasks are in no mean")
+    table = Table(title=title, caption="; ".join(caption) or None)
     table.add_column("")
     table.add_column(
         "accuracy, 95 % interval" if rows[0][1].metric == "accuracy" else "mean squared error", justify="right"

@@ -13,6 +13,7 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
+import filelock
 import torch
 
 from applications.meta_learning.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -26,6 +27,8 @@ from applications.meta_learning.tasks import TaskSource, load_source
 from applications.meta_learning.train import Trainer, TrainingFailed
 
 CHECKPOINT = "checkpoint.pt"
+FILES = ("log.jsonl", "config.json", "environment.json")
+OF_THE_LAST_STEP = ("results.json", "curves.png", "adaptation.png")
 
 
 class RunError(RuntimeError):
@@ -108,17 +111,32 @@ def require_writable(folder: Path) -> None:
         raise RunError(f"{folder} cannot be written: {nearest} {reason}; name another folder with --out")
 
 
-def clear_folder(folder: Path) -> None:
-    """Make the folder, and remove checkpoint, log and TensorBoard events of an earlier run.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """No other process trains in the folder. It is made if it is missing. A process that dies leaves no lock behind.
 
     Raises:
-        RunError: it cannot be made.
+        RunError: another one does, or the folder cannot be made.
     """
+    require_writable(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be made ({error.strerror}); name another folder with --out") from error
-    for path in [folder / CHECKPOINT, folder / "log.jsonl", *(folder / "tensorboard").glob("events.*")]:
+    try:
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise RunError(
+            f"{folder} is in use: another process trains there; wait for it, or name another folder with --out"
+        ) from None
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove checkpoint, log, results, figures and TensorBoard events of an earlier run."""
+    for path in [folder / name for name in (CHECKPOINT, *OF_THE_LAST_STEP, *FILES)]:
+        path.unlink(missing_ok=True)
+    for path in (folder / "tensorboard").glob("events.*"):
         path.unlink(missing_ok=True)
 
 
@@ -174,7 +192,12 @@ class Run:
         self.data_dir = str(data_dir.expanduser().resolve()) if data_dir and needs_files else None
 
     def start(self) -> None:
-        """Write what is known before the first step, a first checkpoint included: the disk fails now or never."""
+        """Write what is known before the first step, a first checkpoint included: the disk fails now or never. What is there of an
+        earlier last step is no longer true.
+        """
+        if self.trainer.progress.step < self.trainer.config.outer_steps:
+            for name in OF_THE_LAST_STEP:
+                (self.folder / name).unlink(missing_ok=True)
         facts = {**environment(self.trainer.device), **conditions(self.trainer.config)}
         write_json(self.folder / "config.json", self.trainer.config.to_dict())
         write_json(self.folder / "environment.json", facts)

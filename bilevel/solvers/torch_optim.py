@@ -58,7 +58,8 @@ class TorchOptim(TaskByTask):
         def closure() -> Tensor:
             point = layout.ravel([leaf.detach() for leaf in leaves])
             if not seen or not torch.equal(seen[0], point):  # an optimizer asks for where it starts, which was measured
-                seen[:] = point.clone(), *objective.value_and_grad(point)
+                found = objective.value_and_grad(point)
+                seen[:] = point.clone(), *found
             for leaf, grad in zip(leaves, flatten(layout.unravel(seen[2]))[0], strict=True):
                 leaf.grad = grad.clone()
             return seen[1]
@@ -70,6 +71,11 @@ class TorchOptim(TaskByTask):
             start = size if k == 0 else start
             if not self.tol < size < torch.inf:  # done, or NaN
                 break
-            optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its own optimizers take tensors
+            try:
+                optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, its own optimizers take tensors
+            except IndexError:  # the line search of torch.optim.LBFGS, where G was no number
+                if seen[1].isfinite():
+                    raise
+                break
             k += 1
         return Answer(layout.ravel([leaf.detach() for leaf in leaves]).clone(), k, start)

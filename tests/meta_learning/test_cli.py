@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -22,8 +23,11 @@ from applications.meta_learning.__main__ import main
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.cli import app
 from applications.meta_learning.config import Config
+from applications.meta_learning.evaluate import Evaluation
 from applications.meta_learning.logs import read_log
 from applications.meta_learning.presets import preset
+from applications.meta_learning.report import evaluation_table
+from applications.meta_learning.run import alone
 from tests.meta_learning.tiny import TINY, TINY_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +146,57 @@ def test_stop_and_resume_and_overwrite(tmp_path: Path) -> None:
     assert train(folder, "--overwrite", "--outer-steps", "2").exit_code == 0
     assert load_checkpoint(folder)["progress"]["step"] == 2
     assert max(entry["step"] for entry in read_log(folder / "log.jsonl")) == 2
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with alone(folder):
+        for option in ("--resume", "--overwrite"):
+            refused = train(folder, option)
+            assert refused.exit_code == 2 and "another process trains there" in squeezed(refused.output)
+    assert {path: path.read_bytes() for path in before} == before
+    assert train(folder, "--overwrite", "--outer-steps", "2").exit_code == 0
+    with alone(tmp_path / "new"):
+        refused = train(tmp_path / "new")
+        assert refused.exit_code == 2 and "another process trains there" in squeezed(refused.output)
+
+
+def test_results_of_another_step_do_not_stay(finished: Path, tmp_path: Path) -> None:
+    """`finished` has results and figures of step 6."""
+    for number, options in enumerate((("--overwrite", "--outer-steps", "2"), ("--resume", "--outer-steps", "8"))):
+        folder = tmp_path / str(number)
+        shutil.copytree(finished, folder)
+        assert (folder / "results.json").exists()
+        assert train(folder, *options).exit_code == 0
+        assert not (folder / "results.json").exists() and (folder / "curves.png").exists()
+
+
+def test_names_in_brackets_are_no_markup(tmp_path: Path) -> None:
+    folder = tmp_path / "a [b] [/x]"
+    trained = imaml("train", "--out", folder, *TINY_OPTIONS, "--no-tensorboard")
+    assert trained.exit_code == 0, trained.output
+    assert f"Figures, log and checkpoint: {folder}" in trained.output.replace("\n", "")
+    assert f"imaml evaluate '{folder}'" in trained.output.replace("\n", "")
+    shown = imaml("info", folder)
+    assert shown.exit_code == 0 and "a [b] [/x]" in squeezed(shown.output)
+    stopped = imaml("train", "--out", folder, "--resume", "--no-final-test", "--no-tensorboard")  # nothing is left
+    assert f"--resume --out '{folder}' --outer-steps" in stopped.output.replace("\n", "")
+
+
+def test_an_evaluation_without_a_task_that_could_be_adapted_fails(finished: Path) -> None:
+    for more in ((), ("--json",)):
+        found = imaml("evaluate", finished, "--protocol", "paper", "--tasks", "4", "--inner-step-size", "1e6", *more)
+        assert found.exit_code == 1
+        assert "no task of paper could be adapted" in squeezed(found.output)
+
+
+def test_the_table_says_what_became_of_failed_tasks() -> None:
+    for metric, words in (("accuracy", "a failed task counts as 0 %"), ("mse", "failed tasks are in no mean")):
+        found = Evaluation(metric=metric, mean=0.5, interval=0.1, tasks=4, query_shots=1, failed=1, inner_residual=0.1)
+        assert words in str(evaluation_table([("x", found)], "").caption)
+        assert "failed" not in str(evaluation_table([("x", replace(found, failed=0))], "").caption)
 
 
 def test_sinusoids(tmp_path: Path) -> None:
