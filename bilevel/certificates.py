@@ -31,8 +31,8 @@ that is the size of its terms; in a sum of smooth terms >= 0 it is at most sqrt(
 functions, which nothing here can see; it matters only within some orders of the rounding floor.
 
 **Estimate.** The same two parts, computed instead of bounded: CG goes on at phi for the linear part; Newton's method from phi, mostly one
-step, and CG there, for the inner part. What is below the rounding of a gradient or a product is zero; how much that is, two of them right beside
-each other show, because the model above is one of the worst case.
+step, and CG there, for the inner part. What is below the rounding of a gradient or a product is zero; how much that is, two of them right
+beside each other show, because the model above is one of the worst case.
 """
 
 from __future__ import annotations
