@@ -151,6 +151,9 @@ class _TensorLeaf:
     def __repr__(self) -> str:
         return "<tensor>"
 
+    def __reduce__(self) -> str:
+        return "TENSOR"  # there is one only, in copies too
+
 
 TENSOR = _TensorLeaf()
 

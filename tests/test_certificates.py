@@ -1214,3 +1214,15 @@ def test_a_copy_can_be_asked_and_a_changed_one_not():
         copy.deepcopy(result).diagnose()
     assert copied.error_estimate == expected
     assert "linear solve" in copied.explain().lower()
+
+
+def test_a_copy_of_a_result_with_data_can_be_asked():
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (data * (phi - theta)).square().sum(),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta, data = t(np.array([1.0, 2.0])), t(np.array([1.0, 3.0]))
+    options = {"solver": GradientDescent(step_size=0.1, max_steps=20), "linsys": CG(max_steps=1)}
+    result = bilevel.hypergradient(problem, theta, data, **options)
+    assert copy.deepcopy(result).diagnose().error == result.diagnose().error > 0

@@ -132,3 +132,54 @@ def test_newton_steps_that_are_too_long_by_orders_of_magnitude() -> None:
         torch.tensor([1.0, 2.0], dtype=torch.float64),
     )
     assert not found.failed and found.value.abs().max() < 0.1
+
+
+def quadratics(condition: float, count: int = 40, d: int = 8) -> tuple[bilevel.BilevelProblem, Tensor, Tensor]:
+    """1/2 (phi - x)^T H (phi - x) as 1/2 phi^T H phi - b^T phi + c, whose terms cancel at the minimum 0; H, b, c and x, in float32."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(count, d, d, generator=g).double()).Q
+    H = (q * torch.logspace(0, -condition, d, dtype=torch.float64)) @ q.mT
+    x = torch.randn(count, d, generator=g).double()
+    b = (H @ x.unsqueeze(-1)).squeeze(-1)
+    data = (H.float(), b.float(), 0.5 * (x * b).sum(-1).float())
+
+    def objective(phi: Tensor, theta: Tensor, data: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        H, b, c = data
+        return 0.5 * phi @ (H @ phi) - b @ phi + c
+
+    return bilevel.BilevelProblem.from_functions(objective, lambda phi, theta, data: phi.sum()), data, x.float()  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "name, tol, share", [("agd", 2e-5, 1.0), ("agd", 1e-3, 1.0), ("gd", 1e-3, 0.8), ("lbfgs", 1e-3, 0.7)]
+)
+def test_rounding_of_terms_that_cancel_is_not_uphill(name: str, tol: float, share: float) -> None:
+    """From a start so near that G cannot tell it from the minimum; the shares are what a line search in float32 allows."""
+    problem, data, x = quadratics(2.0)
+    start = x + 1e-3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    found = bilevel.solve(problem, torch.zeros(()), data, solver=SOLVERS[name](tol), init=start, batched=True)
+    assert (found.codes == int(Status.CONVERGED)).float().mean() >= share
+
+
+@pytest.mark.parametrize("condition", [2.0, 3.0])
+def test_steps_of_an_ulp_do_not_let_the_step_size_grow(condition: float) -> None:
+    """The gradient is the same before and after them, bit by bit, which says nothing of the curvature."""
+    problem, data, x = quadratics(condition)
+    solver = NesterovAGD(step_size=None, max_steps=1000)
+    found = bilevel.solve(problem, torch.zeros(()), data, solver=solver, init=torch.zeros_like(x), batched=True)
+    assert found.residual.max() < 2e-4
+
+
+def test_a_line_search_ends_at_the_rounding_floor() -> None:
+    g = torch.Generator().manual_seed(0)
+    X, y = torch.randn(40, 50, 6, generator=g), torch.randn(40, 50, generator=g).sign()
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            torch.nn.functional.softplus(-(data[0] @ phi) * data[1]).mean() + 0.01 * phi.square().sum()
+        ),
+        lambda phi, theta, data: phi.sum(),
+    )
+    found = bilevel.solve(
+        problem, torch.zeros(()), (X, y), solver=LBFGS(max_steps=400), init=torch.zeros(40, 6), batched=True
+    )
+    assert (found.codes == int(Status.LINE_SEARCH_FAILED)).all() and found.residual.max() < 1e-5

@@ -536,6 +536,20 @@ def test_the_units_of_a_system_do_not_matter(name: str, log_a: int, log_b: int, 
     torch.testing.assert_close(found.value / 2.0**log_b * 2.0**log_a, plain.value, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in LINSYS_NAMES if name not in ("exact", "nystrom", "neumann", "cg-nystrom")]
+)
+@pytest.mark.parametrize("size", [1e-22, 1.0, 1e25])
+def test_a_start_that_is_not_used_says_nothing_of_the_units(name: str, size: float) -> None:
+    """Zero, and one that A maps to next to nothing."""
+    diagonal = torch.tensor([1e-10, 1.0, 2.0, 3.0]) * size
+    for start in ([0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]):
+        b = torch.tensor([0.0, 1.0, 1.0, 1.0])
+        found = linear_solvers(1e-5)[name].solve(lambda v: diagonal * v, b, torch.tensor(start))
+        assert found.status is Status.CONVERGED
+        torch.testing.assert_close(found.value * size, torch.tensor([0.0, 1.0, 1 / 2, 1 / 3]), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_too_small_a_rank_is_no_solution_in_any_unit(scale: float) -> None:
     system = build(np.linspace(1, 10, 6), dtype=torch.float32)

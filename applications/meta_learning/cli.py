@@ -149,6 +149,9 @@ def train(
         trainer.require_tests(final=final_test)
         if not known:
             held.enter_context(alone(folder))
+            prepare_folder(
+                folder, resume=resume, overwrite=overwrite
+            )  # again: meanwhile another process may have trained there
         if stored is None:
             clear_folder(folder)
         _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)

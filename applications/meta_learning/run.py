@@ -123,13 +123,17 @@ def alone(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be made ({error.strerror}); name another folder with --out") from error
+    lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        with filelock.FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise RunError(
             f"{folder} is in use: another process trains there; wait for it, or name another folder with --out"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clear_folder(folder: Path) -> None:

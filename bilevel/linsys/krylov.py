@@ -164,24 +164,21 @@ class KrylovSolver(LinearSolver):
         # units are powers of two: the numbers are the same, and their squares are neither lost nor too large
         unit = unit_of(largest(b))
         system = self._system(operator, m, b / unit, unit.squeeze(-1), spent)
-        u, r = torch.zeros_like(b), system.b
-        if init is not None:
-            image = operator(init)
+        size, zero = norm(system.b), torch.zeros_like(b)
+        start = None
+        if init is not None:  # what is solved for is the way from there
+            left = system.b - operator(init) / unit
             system.num_matvecs += 1
-            if system.in_units:
-                system.unit = unit_of_matrix(init, image)
-            start, left = init / unit, r - image / unit
-            helps = norm(left) < norm(r)  # not where it is NaN
+            helps = norm(left) < size  # not where it is NaN
             if not self.reduces_residual:  # but u^T A u / 2 - b^T u, which is 0 at zero
-                helps = helps | (dot(start, r + left) > 0)
-            u = select(helps, start if system.unit is None else start * system.unit, u)
-            r = select(helps, left, r)
-        end = self.iterate(system, u, r)
+                helps = helps | (dot(init / unit, system.b + left) > 0)
+            start, system.b = select(helps, init, zero), select(helps, left, system.b)
+        end = self.iterate(system, zero, system.b)
         if not (system.fixed_steps or end.measured):
             end = self._refine(system, end)
-        found = self._result(system, end, norm(system.b))
+        found = self._result(system, end, size)
         value = found.value if system.unit is None else found.value / system.unit
-        value = value * unit
+        value = value * unit if start is None else start + value * unit
         codes = mark(found.codes, ~value.isfinite().all(-1), Status.NON_FINITE)
         return replace(found, value=value, codes=codes, residual=found.residual * unit.squeeze(-1))
 
@@ -233,8 +230,8 @@ class KrylovSolver(LinearSolver):
         for mask, status in end.found:
             codes = mark(codes, mask, status)
         if end.size is not None:
-            # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} r0: so the least singular value is at most that over |u|
-            most = norm(system.b) + residual if self.reduces_residual else start
+            # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} b: so the least singular value is at most that over |u|
+            most = norm(system.b) + (residual if self.reduces_residual else 0)
             # what has diverged has failed by any name: the usual bound of the rank tells why
             bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), ROUNDING * eps)
             lost = most <= bound * end.size * norm(u)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import largest, norm, select
+from bilevel.linsys.base import dot, largest, norm, select
 from bilevel.result import Result, Status
 from bilevel.trees import Tree
 
@@ -292,6 +292,11 @@ class Local:
 def not_above(value: Tensor, other: Tensor) -> Tensor:
     """Where G is no larger, as far as rounding lets it be told; not where it is NaN."""
     return value <= other + 1e3 * torch.finfo(value.dtype).eps * other.abs()
+
+
+def hidden_in_terms(phi: Tensor, step_size: Tensor) -> Tensor:
+    """What rounding may change of G where its terms cancel ``(*batch,)``: they are as large as phi^T H phi, and 1 / |H| as this step."""
+    return 10 * torch.finfo(phi.dtype).eps * dot(phi, phi) / step_size
 
 
 def choose(mask: Tensor, new: S, old: S) -> S:

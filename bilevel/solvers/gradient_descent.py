@@ -9,7 +9,16 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, Run, State, initial_step_size, not_above, nowhere
+from bilevel.solvers.base import (
+    IterativeSolver,
+    Local,
+    Run,
+    State,
+    hidden_in_terms,
+    initial_step_size,
+    not_above,
+    nowhere,
+)
 
 GROW, SHRINK = 1.25, 0.5
 SUFFICIENT_DECREASE = 1e-4
@@ -76,7 +85,9 @@ class GradientDescent(IterativeSolver):
         return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
 
     def ceiling(self, state: State) -> Tensor | None:
-        return state.value if isinstance(state, _State) else None
+        if not isinstance(state, _State):
+            return None
+        return state.value + hidden_in_terms(state.phi, state.step_size)
 
     def evaluate(self, objective: Objective, point: Tensor) -> Local | _Slope:
         if self.step_size is not None and self.tol == 0:  # a step that does not look at G
@@ -100,7 +111,8 @@ class GradientDescent(IterativeSolver):
         # near the rounding floor of G, where the test on G says nothing, the gradient decides: smaller, or no less steep along the step,
         # as on the way down from a saddle
         at_floor = slope <= 10 * torch.finfo(slope.dtype).eps * state.value.abs()
-        falls = (norm(trial.grad) < norm(state.grad)) & not_above(trial.value, state.value)
+        highest = state.value + hidden_in_terms(state.phi, state.step_size)
+        falls = (norm(trial.grad) < norm(state.grad)) & not_above(trial.value, highest)
         moves = state.step_size * norm(state.grad) > torch.finfo(slope.dtype).eps * norm(state.phi)
         falls = falls | ((dot(trial.grad, state.grad) >= square) & moves & (trial.value <= state.value))
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from bilevel.derivatives import Objective, is_transformed
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, choose, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, State, choose, hidden_in_terms, nowhere
 from bilevel.solvers.wolfe import Search
 
 
@@ -136,7 +136,7 @@ class LBFGS(IterativeSolver):
         return _State(phi, phi, nowhere(phi), infinite, infinite, still, still, infinite, search, memory)
 
     def ceiling(self, state: _State) -> Tensor:
-        return state.lowest
+        return state.lowest + hidden_in_terms(state.phi, state.memory.scale)
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         eps = torch.finfo(state.phi.dtype).eps
@@ -145,11 +145,11 @@ class LBFGS(IterativeSolver):
         is_probe = is_pair & (state.memory.count == 0)
         slope = dot(local.grad, state.direction)
         accept, search = state.search.tried(
-            local.value, state.value, state.lowest, slope, is_probe, self.max_backtracks
+            local.value, state.value, self.ceiling(state), slope, is_probe, self.max_backtracks
         )
         accept = accept & ~state.stalled
         ended = (search.rejected > self.max_backtracks) | ~search.has_room(norm(state.direction), eps * norm(state.phi))
-        rescue = ended & ~accept & (search.low > 0)
+        rescue = ended & ~accept & search.has_lowered(search.low, state.value)
         search = search.back_to_low(rescue, self.max_backtracks)
         failed = ended & ~accept & ~rescue
         size = norm(state.grad)

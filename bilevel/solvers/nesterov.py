@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, initial_step_size, not_above, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, State, hidden_in_terms, initial_step_size, not_above, nowhere
 
 # a step size grows by at most this factor, and stays below this part of 1 / (local Lipschitz constant)
 GROW, SAFETY = 1.1, 0.9
@@ -90,7 +90,7 @@ class NesterovAGD(IterativeSolver):
         return _Adaptive(phi, phi, no, step_size, one, phi, infinite, torch.zeros_like(phi), phi, 0 * one, no)
 
     def ceiling(self, state: _State) -> Tensor | None:
-        return state.value if isinstance(state, _Adaptive) else None
+        return state.value + hidden_in_terms(state.base, state.step_size) if isinstance(state, _Adaptive) else None
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         if isinstance(state, _Adaptive):
@@ -122,10 +122,10 @@ class NesterovAGD(IterativeSolver):
         inverse, decided = _inverse_lipschitz(local.grad - state.grad, moved, eps * norm(state.base))
         decided = decided & ~first
         # uphill of the start there may be a plateau, with no curvature to tell that the step was too long
-        uphill = finite & ~not_above(local.value, state.value)
+        uphill = finite & ~not_above(local.value, state.value + hidden_in_terms(state.base, old))
         again = ~first & (~finite | uphill | (decided & (old > TOO_LONG * inverse)))
         shorter = torch.where(finite, torch.minimum(SAFETY * inverse, 0.5 * old), 0.1 * old)
-        unseen = (norm(moved) > 0) & (norm(local.grad - state.grad) == 0)  # no curvature at all
+        unseen = (norm(moved) > 1e3 * eps * norm(state.base)) & (norm(local.grad - state.grad) == 0)  # no curvature
         longer = torch.where(decided, torch.minimum(SAFETY * inverse, GROW * old), torch.where(unseen, 2 * old, old))
         step_size = torch.where(again, torch.maximum(shorter, 0.1 * old), longer)
 

@@ -52,7 +52,7 @@ class NewtonCG(IterativeSolver):
     The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature
     it goes on with the direction found so far, or with the negative gradient at the first. The step length 1, 1/2, 1/4,
     .. is the first that lowers G enough (Armijo). Near the rounding floor of G, where that test says nothing, the full
-    step is taken while it lowers the gradient norm, and the method stops at the best point when it does not.
+    step is taken while it lowers the gradient norm, or G falls along the whole of it; else the method stops.
 
     Args:
         max_steps: Newton steps, >= 1.

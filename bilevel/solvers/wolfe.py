@@ -10,7 +10,7 @@ from torch import Tensor
 SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c1 and c2 of the Wolfe conditions
 # a trial keeps this distance to the ends of its bracket, as a part of the width; a bracket without upper end grows at most so much
 MARGIN, LENGTHEN = 0.1, 10.0
-NOISE = 100  # a difference of this many eps |G| may be rounding
+NOISE = 1000  # a difference of this many eps |G| may be rounding
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,20 @@ class Search:
         return Search(length, slope, zero, slope, infinite, infinite, zero)
 
     def tried(
-        self, value: Tensor, value_at_0: Tensor, lowest: Tensor, slope: Tensor, short_will_do: Tensor, max_rejected: int
+        self,
+        value: Tensor,
+        value_at_0: Tensor,
+        ceiling: Tensor,
+        slope: Tensor,
+        short_will_do: Tensor,
+        max_rejected: int,
     ) -> tuple[Tensor, Search]:
         """Whether the trial is taken, and the search that goes on where it is not.
 
         Args:
             value, slope: of the objective at the trial.
             value_at_0: infinite takes any finite value.
-            lowest: value so far, of all searches: what rounding may hide must not add up.
+            ceiling: the lowest value so far, of all searches, and what rounding may hide in it: that must not add up.
             short_will_do: where a trial that is too short is taken as well.
             max_rejected: after so many a trial that is too short is taken as well: the objective falls for ever, or its slope at length 0
                 is next to nothing, as at a saddle.
@@ -51,9 +57,11 @@ class Search:
         finite = (value.abs() < torch.inf) & (slope.abs() < torch.inf)  # not so for NaN
         # changes this small may be rounding, and the slopes decide (Hager and Zhang 2005, section 4)
         change, noise = value - value_at_0, NOISE * torch.finfo(value.dtype).eps * value_at_0.abs()
-        low_enough = (change <= SUFFICIENT_DECREASE * self.length * self.slope + noise) & (value <= lowest + noise)
+        low_enough = (change <= SUFFICIENT_DECREASE * self.length * self.slope + noise) & (value <= ceiling + noise)
         too_long = ~(finite & low_enough & (slope <= -CURVATURE * self.slope))
-        long_enough = (slope >= CURVATURE * self.slope) | short_will_do | (self.rejected >= max_rejected)
+        last_resort = (self.high == torch.inf) | self.has_lowered(self.length, value_at_0)
+        last_resort = last_resort & (self.rejected >= max_rejected)
+        long_enough = (slope >= CURVATURE * self.slope) | short_will_do | last_resort
         # from here on quotients and roots of ones where they are not used: infinity would be NaN in the derivative of a solver's
         # path, mask or not
         known = finite & (change.abs() > noise)
@@ -79,6 +87,11 @@ class Search:
         ahead = torch.where(rise > 0, ahead.clamp(2 * self.length, LENGTHEN * self.length), LENGTHEN * self.length)
         length = torch.where(closed, inside, ahead)
         return Search(length, self.slope, low, low_slope, high, high_slope, self.rejected + 1)
+
+    def has_lowered(self, length: Tensor, value_at_0: Tensor) -> Tensor:
+        """Whether a trial of this length that was low enough has lowered the objective by more than rounding."""
+        noise = NOISE * torch.finfo(length.dtype).eps * value_at_0.abs()
+        return -SUFFICIENT_DECREASE * length * self.slope > noise
 
     def back_to_low(self, mask: Tensor, max_rejected: int) -> Search:
         """With the best length so far as the last trial, where the mask is set."""

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import filelock
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 import bilevel
-from applications.meta_learning import logs
+from applications.meta_learning import cli, logs
 from applications.meta_learning.__main__ import main
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.cli import app
@@ -161,6 +162,28 @@ def test_a_folder_in_which_another_process_trains_is_refused(finished: Path, tmp
     with alone(tmp_path / "new"):
         refused = train(tmp_path / "new")
         assert refused.exit_code == 2 and "another process trains there" in squeezed(refused.output)
+
+
+def test_a_run_that_appears_while_the_data_are_loaded_is_kept(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, begin = tmp_path / "run", cli._begin
+
+    def slow(chosen: cli._Chosen) -> object:
+        shutil.copytree(finished, folder)  # another process trains, and ends
+        return begin(chosen)
+
+    monkeypatch.setattr(cli, "_begin", slow)
+    refused = train(folder)
+    assert refused.exit_code == 2 and "holds a run already" in squeezed(refused.output)
+    assert (folder / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+
+
+def test_the_lock_of_another_thing_is_not_that_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(filelock.Timeout), alone(tmp_path):
+        raise filelock.Timeout("elsewhere")
+    with alone(tmp_path):  # free again
+        pass
 
 
 def test_results_of_another_step_do_not_stay(finished: Path, tmp_path: Path) -> None:
