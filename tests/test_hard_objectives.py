@@ -161,13 +161,12 @@ def test_rounding_of_terms_that_cancel_is_not_uphill(name: str, tol: float, shar
     assert (found.codes == int(Status.CONVERGED)).float().mean() >= share
 
 
-@pytest.mark.parametrize("condition", [2.0, 3.0])
-def test_steps_of_an_ulp_do_not_let_the_step_size_grow(condition: float) -> None:
+def test_steps_of_an_ulp_do_not_let_the_step_size_grow() -> None:
     """The gradient is the same before and after them, bit by bit, which says nothing of the curvature."""
-    problem, data, x = quadratics(condition)
+    problem, data, x = quadratics(-3.0, 100)  # eigenvalues of 1 to 1000
     solver = NesterovAGD(step_size=None, max_steps=1000)
     found = bilevel.solve(problem, torch.zeros(()), data, solver=solver, init=torch.zeros_like(x), batched=True)
-    assert found.residual.max() < 2e-4
+    assert found.residual.max() < 1e-3  # 2e-4, of 1000 at the start
 
 
 def test_a_line_search_ends_at_the_rounding_floor() -> None:
