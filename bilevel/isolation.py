@@ -1,4 +1,4 @@
-"""What is around a call and does not enter: the tracer of ``torch.compile``, and autocast.
+"""What is around a call and does not enter: the tracer of ``torch.compile``, and autocast. And what errors of PyTorch mean here.
 
 The tracer cannot see through a solve that asks for numbers to know when to stop. Autocast would take the sums of the solvers in half
 precision, and none would reach its tolerance.
@@ -27,6 +27,10 @@ COMPILED = (
     "bilevel: a solve differentiates the objective twice, which PyTorch cannot do with compiled code. Hand over the network that was "
     "compiled: module._orig_mod of module = torch.compile(...)."
 )
+RANDOM = (
+    "bilevel: a function of the problem draws random numbers, so no two evaluations agree. Dropout does in training mode: call .eval() "
+    "on the module. Numbers that are wanted are drawn before the call, and handed over in data."
+)
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
@@ -50,6 +54,13 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+NOTES = (
+    (("aot_autograd", "donated buffer"), COMPILED),
+    (("randomness error mode",), RANDOM),
+)
+"""Words of PyTorch's, and what they mean here."""
+
+
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which ``torch.compile`` does not look into, and in which the caller's autocast is off.
 
@@ -62,8 +73,9 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return inner(*args, **kwargs)
         except RuntimeError as error:
-            if "aot_autograd" in str(error) or "donated buffer" in str(error):
-                error.add_note(COMPILED)
+            for words, note in NOTES:
+                if any(part in str(error) for part in words):
+                    error.add_note(note)
             raise
 
     @functools.wraps(function)

@@ -352,3 +352,18 @@ bilevel.argmin(problem, torch.ones(2), **options)
 assert "torch._dynamo" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_dropout_in_training_mode_gets_a_note() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (torch.func.functional_call(net, phi, (data,)) - theta).square().sum(),
+        lambda phi, theta, data: phi["0.bias"].square().sum(),
+        lambda theta, data: dict(net.named_parameters()),
+    )
+    options = {"solver": bilevel.solvers.GradientDescent(step_size=0.1, max_steps=3), "batched": True}
+    with pytest.raises(RuntimeError, match="randomness") as caught:
+        bilevel.solve(problem, torch.zeros(3), torch.ones(4, 3), **options)
+    assert ".eval() on the module" in caught.value.__notes__[0]
+    net.eval()
+    assert bilevel.solve(problem, torch.zeros(3), torch.ones(4, 3), **options).steps.tolist() == [3] * 4
