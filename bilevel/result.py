@@ -270,7 +270,7 @@ class Hypergradient:
         """The estimated error with its parts.
 
         The first use costs three gradients of G and two of L, and three solves by CG of at most 100 steps: on with the linear solve, a step
-        of Newton's method from phi (at most seven more where phi is far from the solution), and the linear solve there; and 15 products.
+        of Newton's method from phi (at most seven more where phi is far from the solution), and the linear solve there; and 14 products.
         Later uses cost nothing.
 
         Raises:

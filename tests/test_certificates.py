@@ -633,7 +633,7 @@ def test_estimate_counts_its_work(monkeypatch):
     counting(Objective, "gradient")
     found = result.diagnose()
     assert (found.num_matvecs, found.num_grads) == (counted["matvec"], counted["linearise"] + counted["gradient"])
-    assert found.num_matvecs <= 8 + 2 + 3 * 101
+    assert found.num_matvecs <= 8 + 2 + 4 + 3 * 101
     assert result.diagnose() is found and counted["matvec"] == found.num_matvecs  # asked twice, done once
 
 
