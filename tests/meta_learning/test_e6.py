@@ -126,7 +126,9 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
     assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(e6.LONGER) == len(e6.ROWS) * 3 == len(steps) / 3
-    assert {c.outer_steps for c in configs["trained"]} == {e6.OUTER_STEPS, e6.LONGER * e6.OUTER_STEPS}
+    assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in (1, e6.LONGER, e6.LONGEST)}
+    longest = [c for c in configs["trained"] if c.outer_steps == e6.LONGEST * e6.OUTER_STEPS]
+    assert [one["row"] for one in result["longest"]] == list(e6.LONGEST_ROWS) and {c.seed for c in longest} == {0}
     assert {c.shots for c in configs["trained"] if c.outer_steps > e6.OUTER_STEPS} == {10}
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
@@ -179,6 +181,17 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} |" in lines
     assert "the order of the algorithms there is not the same after both" in lines[0]  # equal before, and then not
     assert e6._convergence({"runs": short, "settings": settings}) == []
+
+
+def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
+    """Errors proportional to steps to the power of -1/2: 1, 1/2 and 1/4 after 10, 40 and 160."""
+    settings = {"hf": {"inner_steps": 1}}
+    runs = [made_up("hf", s, (9.0, (2.0 + s) / factor**0.5), factor) for s in range(3) for factor in (1, e6.LONGER)]
+    longest = [made_up("hf", 0, (9.0, 0.5), e6.LONGEST)]
+    lines = e6._longest({"runs": runs, "settings": settings, "longest": longest})
+    assert "One seed, 160 outer steps; the error after 10 inner steps." in lines[0] and "from 40 to 160" in lines[0]
+    assert lines[-2] == "| iMAML, Hessian-free | 2 | 1 | 0.5 | -0.50 |"
+    assert e6._longest({"runs": runs, "settings": settings}) == []
 
 
 def test_the_longest_training_is_reported() -> None:

@@ -154,19 +154,21 @@ class E6(Experiment):
             figure.legend(
                 *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS), fontsize=8
             )
-            for run in result["runs"]:
+            dashes = {1: "-", LONGER: ":", LONGEST: "-."}
+            for run in result["runs"] + result.get("longest", []):
                 if run["shots"] == shots[-1] and run["seed"] == 0:
                     points = [(p["step"], p["error"]) for p in run["training"]]
-                    dashes = "-" if run["factor"] == 1 else ":"
-                    panels[-1].loglog(*zip(*points, strict=True), dashes, color=COLOURS[run["row"]])
-            panels[-1].set(title=f"training, K = {shots[-1]} (dotted: {LONGER} times as long)", xlabel="outer steps")
+                    panels[-1].loglog(*zip(*points, strict=True), dashes[run["factor"]], color=COLOURS[run["row"]])
+            title = f"training, K = {shots[-1]} (dots: {LONGER} times, dashes and dots: {LONGEST} times as long)"
+            panels[-1].set_title(title, fontsize=9)
+            panels[-1].set_xlabel("outer steps")
             panels[-1].xaxis.set_minor_formatter(NullFormatter())
             figure.savefig(path)
             plt.close(figure)
 
     def sources(self, stored: Numbers) -> str:
         """Hours lie between the first run and the last, and maybe commits that change nothing here: each run has its own."""
-        runs = stored["result"]["runs"]
+        runs = stored["result"]["runs"] + stored["result"].get("longest", [])
         commits = [f"`{commit[:12]}`" for commit in dict.fromkeys(run.get("commit") for run in runs) if commit]
         return super().sources(stored) + (f"; runs of the commits {', '.join(commits)}" if len(commits) > 1 else "")
 
@@ -178,6 +180,7 @@ class E6(Experiment):
             *_comparison(result),
             *_inner_solves(result),
             *_convergence(result),
+            *_longest(result),
             *_settings(result),
         ]
 
@@ -401,6 +404,27 @@ def _convergence(result: Numbers) -> list[str]:
             ],
             rows,
         ),
+        "",
+    ]
+
+
+def _longest(result: Numbers) -> list[str]:
+    """One seed: what the error does where training goes on and on."""
+    if not (longest := result.get("longest", [])):
+        return []
+    rows = []
+    for run in longest:
+        row = run["row"]
+        all_runs = [*(select(result, row, run["shots"], factor)[run["seed"]] for factor in (1, LONGER)), run]
+        ends = [_ends([one], result["settings"][row]["inner_steps"])[0][1] for one in all_runs]
+        slope = math.log(ends[-1] / ends[-2]) / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
+        rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
+    steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
+    return [
+        f"Does it come to a floor at all? One seed, {steps[-1]} outer steps; the error after {most} inner steps. The last column is the "
+        f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would be 0.",
+        "",
+        *table(["algorithm", *(f"after {step}" for step in steps), "power"], rows),
         "",
     ]
 
