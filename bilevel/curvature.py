@@ -19,12 +19,12 @@ class ForwardOverReverse:
 class FiniteDifference:
     """A Hessian product as a central difference of two gradients, for operators that have first derivatives only.
 
-    Its relative error is about 1e-10 in float64 and 1e-4 in float32, so no rigorous bound is given with it. That is for a G that changes
-    its shape over lengths near 1 or more: where the variables are much smaller (1e-3, say) and G curves over such lengths, the
-    step is too long for it, which nothing shows; measure phi in other units, or give a ``step`` that much smaller.
+    Its relative error is about 1e-10 in float64 and 1e-4 in float32, so no rigorous bound is given with it.
 
     Args:
-        step: length of the step relative to ``1 + |phi|``, > 0; None: the cube root of the machine epsilon.
+        step: length of the step relative to ``1 + |phi|``, > 0; None: the cube root of the machine epsilon, or what is shorter where
+            the first product at a point shows that G curves over shorter lengths (two gradients more for each point). One length serves
+            all directions: measure variables of very different size in units of their own. The log warns where no step gives one digit.
     """
 
     step: float | None = None

@@ -35,7 +35,7 @@ from bilevel.curvature import (
     ReverseOverReverse,
 )
 from bilevel.problem import BilevelProblem
-from bilevel.products import FALL_BACK, OF_A_MODEL, finite_difference, next_after
+from bilevel.products import FALL_BACK, OF_A_MODEL, Differences, next_after
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
 Levels = tuple[tuple[bool, ...], ...]
@@ -434,8 +434,7 @@ class Linearisation:
         phi = self._phi.detach()
         extra = v.shape[: v.ndim - phi.ndim]
         if isinstance(self._product, FiniteDifference):
-            step = self._product.step
-            rows = [finite_difference(self._gradients, phi, row, step)[0] for row in v.reshape(-1, *phi.shape)]
+            rows = [self._differences(row)[0] for row in v.reshape(-1, *phi.shape)]
             return torch.stack([row for row in rows if row is not None]).reshape(v.shape)
         gradient = over_levels(self._objective.flat.condition, with_axis(self._levels))
 
@@ -455,10 +454,15 @@ class Linearisation:
             return list(torch.autograd.grad(parts, self._theta, cotangents, allow_unused=True, retain_graph=keep))
         phi, n = self._phi.detach(), len(self._theta)
         if isinstance(self._product, FiniteDifference):
-            return finite_difference(self._gradients, phi, u, self._product.step)[1:]
+            return self._differences(u)[1:]
         of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
         gradient = over_levels(of_theta, with_axis(self._levels))
         return list(torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))[1])
+
+    @cached_property
+    def _differences(self) -> Differences:
+        assert isinstance(self._product, FiniteDifference)
+        return Differences(self._gradients, self._phi.detach(), self._product.step)
 
     def _slope(self) -> Tensor | None:
         """The gradient of the quadratic part that the problem splits off, as a function of theta."""
@@ -497,6 +501,7 @@ class _GaussNewtonProduct:
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
         self._known = objective.curvature_product
         self._transposed: tuple[Tensor, Tensor] | None = None
+        self._differences: Differences | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         product = backward_product(
@@ -527,9 +532,9 @@ class _GaussNewtonProduct:
     def _along(self, v: Tensor) -> Tensor:
         if isinstance(self._way, FiniteDifference):
             phi = self._phi.detach()
-            rows = [
-                finite_difference(lambda x: [self._predict(x)], phi, row, None)[0] for row in v.reshape(-1, *phi.shape)
-            ]
+            if self._differences is None:
+                self._differences = Differences(lambda x: [self._predict(x)], phi, None)
+            rows = [self._differences(row)[0] for row in v.reshape(-1, *phi.shape)]
             found = torch.stack([row for row in rows if row is not None])
             return found.reshape(*v.shape[: v.ndim - phi.ndim], *found.shape[1:])
         if isinstance(self._way, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
@@ -726,6 +731,15 @@ def _strip(tensor: Tensor) -> Tensor:
             inner = inner.select(axis, 0)
         tensor = inner
     return tensor.detach()
+
+
+def refuse_batched_gradients(tensors: Sequence[Tensor]) -> None:
+    """``torch.autograd`` has a vmap of its own, older than ``torch.func``, which a Function cannot answer."""
+    if any(torch._C._functorch.is_legacy_batchedtensor(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            "torch.autograd.functional with vectorize=True, and torch.autograd.grad with is_grads_batched=True, are not supported. Use "
+            "torch.func.jacrev or torch.func.hessian, or leave these arguments out."
+        )
 
 
 def refuse_nested_forward_mode(tensors: Sequence[Tensor]) -> None:

@@ -32,6 +32,11 @@ RANDOM = (
     "on the module. Numbers that are wanted are drawn before the call, and handed over in data."
 )
 
+SPARSE = (
+    "bilevel: torch.func and torch.vmap take sparse tensors in the COO layout only: hand over X.to_sparse_coo(). Batches of tasks need "
+    "dense tensors, or sparse ones in the problem itself and not in data."
+)
+
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, in which the caller's autocast is off."""
@@ -57,6 +62,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 NOTES = (
     (("aot_autograd", "donated buffer"), COMPILED),
     (("randomness error mode",), RANDOM),
+    (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )
 """Words of PyTorch's, and what they mean here."""
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -67,6 +67,15 @@ class BilevelProblem(ABC):
     """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner
     solve.
     """
+
+    def __new__(cls, *_args: Any, **_options: Any) -> Self:
+        """Python's own words for an abstract class do not say that there are functions for this."""
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            ready = " or ".join(f"{cls.__name__}.{name}(...)" for name in vars(cls) if name.startswith("from_"))
+            raise TypeError(
+                f"{cls.__name__} is a base class: {f'use {ready}, or ' if ready else ''}write a subclass with {' and '.join(missing)}."
+            )
+        return super().__new__(cls)
 
     @abstractmethod
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:

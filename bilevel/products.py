@@ -57,15 +57,76 @@ def next_after(
     return following[0]
 
 
-def finite_difference(gradient: Gradient, phi: Tensor, v: Tensor, step: float | None) -> list[Tensor | None]:
-    """(g(phi + h v) - g(phi - h v)) / 2 h with h |v| = step (1 + |phi|)."""
-    eps = torch.finfo(phi.dtype).eps
-    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    h = (step or eps ** (1 / 3)) * (1 + torch.linalg.vector_norm(phi, dim=-1, keepdim=True)) / length
-    h = torch.where(length > 0, h, 1.0)
+class Differences:
+    """v -> (g(phi + h v) - g(phi - h v)) / 2 h with h |v| = step (1 + |phi|).
 
-    def scaled(difference: Tensor) -> Tensor:
-        return difference / (2 * h).reshape(h.shape[:-1] + (1,) * (difference.ndim - h.ndim + 1))
+    Without a step, it starts with the cube root of the machine epsilon and compares the first difference with one of an eighth of the
+    step. Where they disagree, g curves over shorter lengths, and the step is made shorter while that brings them nearer to each other.
+    """
 
-    ahead, behind = gradient(phi + h * v), gradient(phi - h * v)
-    return [None if a is None or b is None else scaled(a - b) for a, b in zip(ahead, behind, strict=True)]
+    def __init__(self, gradient: Gradient, phi: Tensor, step: float | None) -> None:
+        self._gradient, self._phi = gradient, phi
+        self._eps = torch.finfo(phi.dtype).eps
+        self._length = (step or self._eps ** (1 / 3)) * (1 + _norm(phi))
+        self._settled = step is not None
+
+    def __call__(self, v: Tensor) -> list[Tensor | None]:
+        if not self._settled:
+            self._settle(v)
+            self._settled = True
+        return self._along(v, self._length)
+
+    def _along(self, v: Tensor, length: Tensor) -> list[Tensor | None]:
+        size = _norm(v)
+        h = torch.where(size > 0, length / size, 1.0)
+
+        def scaled(difference: Tensor) -> Tensor:
+            return difference / (2 * h).reshape(h.shape[:-1] + (1,) * (difference.ndim - h.ndim + 1))
+
+        ahead, behind = self._gradient(self._phi + h * v), self._gradient(self._phi - h * v)
+        return [None if a is None or b is None else scaled(a - b) for a, b in zip(ahead, behind, strict=True)]
+
+    def _settle(self, v: Tensor) -> None:
+        def first(length: Tensor) -> Tensor:
+            """Of dG/dphi, or of the outputs of a model, as one vector for each problem."""
+            return _vector(self._along(v, length)[0], length)
+
+        def gap(one: Tensor, other: Tensor) -> Tensor:
+            # not finite: a step left the domain of g
+            return torch.nan_to_num(_norm(one - other) / _norm(other), nan=torch.inf)
+
+        shorter = self._length / 8
+        here = first(shorter)
+        apart = gap(first(self._length), here)
+        enough = self._eps ** (1 / 3)
+        searching = (apart > enough) & (_norm(v) > 0)
+        if bool(searching.any()):
+            searching &= _vector(self._gradient(self._phi)[0], shorter).isfinite().all(-1, keepdim=True)
+        known = ~searching
+        for _ in range(12):
+            if not bool(searching.any()):
+                break
+            self._length = torch.where(searching, shorter, self._length)
+            shorter = self._length / 8
+            there = first(shorter)
+            now = gap(here, there)
+            searching &= (now < apart / 4) | apart.isinf()
+            here, apart = torch.where(searching, there, here), torch.where(searching, now, apart)
+            found = searching & (apart <= enough)
+            self._length = torch.where(found, shorter, self._length)  # which is off by a 64th of what they are apart
+            searching &= ~found
+        if bool((apart[~known] > 0.1).any()):
+            _logger.warning(
+                "FiniteDifference(): differences of two steps differ by %.0f %%: products with the Hessian are not known to one digit. "
+                "Use float64, smooth operators, or another product.",
+                100 * float(apart[~known].max()),
+            )
+
+
+def _vector(found: Tensor | None, like: Tensor) -> Tensor:
+    assert found is not None  # the first is that of phi
+    return found.reshape(*like.shape[:-1], -1)
+
+
+def _norm(v: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(v, dim=-1, keepdim=True)

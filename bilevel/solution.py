@@ -25,6 +25,7 @@ from bilevel.derivatives import (
     condition_product,
     pullback,
     pushforward,
+    refuse_batched_gradients,
     refuse_captured_under_transforms,
     refuse_eager_forward_mode,
     refuse_nested_forward_mode,
@@ -247,6 +248,7 @@ class _Mapped:
 
 def _guarded(tensors: Sequence[Tensor]) -> list[Tensor]:
     refuse_nested_forward_mode(tensors)
+    refuse_batched_gradients(tensors)
     return list(tensors)
 
 

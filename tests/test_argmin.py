@@ -256,6 +256,20 @@ def test_third_derivatives_are_right_or_raise(case: Case, order: str) -> None:
         assert_same(third_derivatives(ours.f)[order](case.theta), expected, 1e-7)
 
 
+def test_the_older_vmap_of_torch_autograd_raises_with_advice() -> None:
+    """Before: "Batching rule not implemented for aten::detach"."""
+    s = subject(RIDGE, "theta", lambda theta, data: argmin(RIDGE.problem, theta, data, solver=NEWTON, linsys=Exact()))
+    plain = torch.autograd.functional.jacobian(s.f, s.x)
+    assert_same(plain, jacrev(s.f)(s.x))
+    advice = r"^torch.autograd.functional with vectorize=True, and .* are not supported. Use torch.func.jacrev"
+    for batched in (
+        lambda: torch.autograd.functional.jacobian(s.f, s.x, vectorize=True),
+        lambda: torch.autograd.functional.hessian(lambda x: s.f(x).sum(), s.x, vectorize=True),
+    ):
+        with pytest.raises(NotImplementedError, match=advice):
+            batched()
+
+
 @pytest.mark.parametrize("wrt", ["theta", "data"])
 @pytest.mark.parametrize("case", PROBLEMS, **IDS)
 def test_forward_over_forward_raises_with_advice(case: Case, wrt: str) -> None:

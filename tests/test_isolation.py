@@ -367,3 +367,27 @@ def test_dropout_in_training_mode_gets_a_note() -> None:
     assert ".eval() on the module" in caught.value.__notes__[0]
     net.eval()
     assert bilevel.solve(problem, torch.zeros(3), torch.ones(4, 3), **options).steps.tolist() == [3] * 4
+
+
+def test_sparse_data_that_cannot_be_mapped_come_with_a_note() -> None:
+    """COO works for one problem; PyTorch's words for the rest ("do not have strides") do not say so."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, X: ((X @ phi - 1) ** 2).sum() + (theta.exp() * phi**2).sum(),
+        lambda phi, theta, X: (phi**2).sum(),
+        lambda theta, X: torch.zeros_like(theta),
+    )
+    X = torch.randn(3, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = torch.zeros(2, dtype=torch.float64)
+    options: dict[str, Any] = {"solver": NewtonCG(max_steps=9, tol=1e-10), "linsys": CG(max_steps=9, rtol=1e-12)}
+    dense = bilevel.hypergradient(problem, theta, X[0], **options).unwrap()
+    sparse = bilevel.hypergradient(problem, theta, X[0].to_sparse(), **options).unwrap()
+    torch.testing.assert_close(sparse, dense, rtol=1e-10, atol=0)
+    leaf = theta.clone().requires_grad_()
+    layer = bilevel.argmin(problem, leaf, X[0].to_sparse(), **options)
+    torch.testing.assert_close(torch.autograd.grad(layer.square().sum(), leaf)[0], dense, rtol=1e-10, atol=0)
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.argmin(problem, leaf, X[0].to_sparse_csr(), **options).sum().backward()
+    assert "X.to_sparse_coo()" in caught.value.__notes__[0]
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.hypergradient(problem, theta, X.to_sparse(), batched=True, **options)
+    assert "need dense tensors" in caught.value.__notes__[0]

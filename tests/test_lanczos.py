@@ -153,3 +153,9 @@ def test_the_spread_start_has_a_part_of_every_axis_and_of_b():
     blind, _ = look(a, [1.0, 1.0, 0.0], 3)
     seen, _ = look(a, spread(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)), 3)
     assert blind[0] > 0 and seen[0] < -2.9
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_nothing_has_no_eigenvalues(batch):
+    values, residuals = ritz_values(lambda v: v, torch.zeros(*batch, 0), 5)
+    assert values.shape == residuals.shape == (*batch, 1) and values.isnan().all()

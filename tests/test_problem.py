@@ -279,8 +279,26 @@ def test_a_subclass_needs_two_methods() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Forgetful must define train_loss\(phi, data\)"):
         Forgetful(lam=1.0).inner_objective(torch.ones(2), torch.ones(2))
-    with pytest.raises(TypeError, match="abstract"):
-        BilevelProblem()  # type: ignore[abstract]
+
+
+def test_a_base_class_says_what_to_use() -> None:
+    words = (
+        r"^BilevelProblem is a base class: use BilevelProblem.from_functions\(...\), or write a subclass with inner_objective "
+        r"and outer_loss.$"
+    )
+    with pytest.raises(TypeError, match=words):
+        BilevelProblem(lambda phi, theta, data: phi.sum())  # type: ignore[abstract,call-arg]
+    with pytest.raises(
+        TypeError, match=r"use ProximalProblem.from_losses\(...\) or ProximalProblem.from_model\(...\), or write"
+    ):
+        ProximalProblem(1.0)  # type: ignore[abstract]
+
+    class Half(BilevelProblem):
+        def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return phi.sum()
+
+    with pytest.raises(TypeError, match=r"^Half is a base class: write a subclass with outer_loss.$"):
+        Half()  # type: ignore[abstract]
 
 
 def test_a_problem_without_a_start_asks_for_one() -> None:

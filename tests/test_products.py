@@ -232,6 +232,83 @@ def test_an_error_of_the_users_own_is_not_taken_for_a_missing_derivative() -> No
         )
 
 
+UNITS = torch.tensor([[1e-8], [1e-6], [1e-4], [1.0], [1e4]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-5), (torch.float32, 2e-2)])
+def test_the_step_of_differences_knows_no_units(
+    dtype: torch.dtype, rtol: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same curved problem with phi in five units, against its Hessian by hand."""
+    weights = torch.tensor([1.0, 2.0, 0.5], dtype=dtype)
+
+    def inner(phi: Tensor, theta: Tensor, unit: Tensor) -> Tensor:
+        psi = phi / unit
+        return psi.cosh().sum() + (psi.sum() - 1).square() / 2 + (psi * theta.sin()).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, unit: (phi / unit * weights).sum(), lambda theta, unit: torch.zeros_like(theta)
+    )
+    theta = torch.tensor([0.3, -0.4, 1.2], dtype=dtype)
+    psi = torch.tensor([0.2, 0.4, -0.3], dtype=dtype)  # near the solution
+    hessian = psi.cosh().diag() + 1
+    expected = -theta.cos() * torch.linalg.solve(hessian, weights)
+    units = UNITS.to(dtype)
+    with caplog.at_level(logging.WARNING):
+        found = bilevel.implicit_gradient(
+            problem,
+            psi * units,
+            theta,
+            units,
+            linsys=Exact(),
+            curvature=Hessian(product=FiniteDifference()),
+            batched=True,
+            reduction="none",
+        )
+    torch.testing.assert_close(found.grad, expected.expand(5, 3), rtol=rtol, atol=0)
+    assert not caplog.messages
+
+
+def test_a_step_that_is_asked_for_is_kept() -> None:
+    """A cubic along one direction: the central difference is off by its step squared, exactly."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi**4 / 4 + phi**2 / 2 - phi * theta).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    phi = torch.tensor([1.0], dtype=torch.float64)
+    found = bilevel.implicit_gradient(
+        problem, phi, 2 * phi, linsys=Exact(), curvature=Hessian(product=FiniteDifference(step=0.05))
+    )
+    torch.testing.assert_close(found.grad, 1 / (3 * phi**2 + 1 + 0.1**2), rtol=1e-10, atol=0)
+
+
+def test_differences_that_would_leave_the_domain_of_the_gradient() -> None:
+    """sqrt(phi) has no value below 0, and phi is 2.5e-7: the first two steps are longer than that."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (theta * phi - phi.sqrt()).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.ones_like(theta),
+    )
+    theta = torch.tensor([1e3], dtype=torch.float64)
+    found = bilevel.implicit_gradient(
+        problem, 1 / (4 * theta**2), theta, linsys=Exact(), curvature=Hessian(product=FiniteDifference())
+    )
+    torch.testing.assert_close(found.grad, -1 / (2 * theta**3), rtol=1e-5, atol=0)
+
+
+def test_differences_of_a_kink_say_that_they_know_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: phi.abs().sum() + (phi * theta).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    zero = torch.zeros(2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        bilevel.implicit_gradient(problem, zero, zero, linsys=Exact(), curvature=Hessian(product=FiniteDifference()))
+    assert any("differences of two steps differ by 88 %" in message for message in caplog.messages)
+
+
 def test_no_rigorous_bound_with_differences() -> None:
     case = PROBLEMS[0]
     case.problem.constants = bilevel.Constants(mu=0.1, rho=1.0, L=50.0, C=10.0)

@@ -36,10 +36,13 @@ def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> RitzValues:
 
     Returns:
         :class:`RitzValues` with k <= num_steps. A Krylov space that ends earlier repeats its largest value; NaN where a product is
-        not finite, or b is zero.
+        not finite, or b is zero (one, where it has no entries).
     """
     check_system(b, None)
     check_count("num_steps", num_steps)
+    if b.shape[-1] == 0:
+        nothing = b.new_full((*b.shape[:-1], 1), torch.nan)
+        return RitzValues(nothing, nothing.clone())
     num_steps = min(num_steps, b.shape[-1])
     q = b / norm(b).unsqueeze(-1)
     basis, diagonal, off = [q], [], []
