@@ -119,8 +119,8 @@ class Flat:
 
     def predict(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """The model's outputs, any shape."""
-        assert self.problem.model is not None
-        outputs = self.problem.model[0](self.phi.unravel(phi), self.trees(tensors)[1])
+        assert self.problem.composition is not None
+        outputs = self.problem.composition.predict(self.phi.unravel(phi), *self.trees(tensors))
         if not isinstance(outputs, Tensor):
             raise TypeError(
                 f"predict: expected one tensor, got {type(outputs).__name__}. GaussNewton() needs a single "
@@ -130,8 +130,13 @@ class Flat:
 
     def output_loss(self, outputs: Tensor, *tensors: Tensor) -> Tensor:
         """The training loss as a function of the outputs, 0-d."""
-        assert self.problem.model is not None
-        return _scalar(self.problem.model[1](outputs, self.trees(tensors)[1]), "output_loss", outputs)
+        assert self.problem.composition is not None
+        return _scalar(self.problem.composition.output_loss(outputs, *self.trees(tensors)), "output_loss", outputs)
+
+    def penalty(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """What G has beside the loss of the outputs, 0-d."""
+        assert self.problem.composition is not None and self.problem.composition.penalty is not None
+        return _scalar(self.problem.composition.penalty(self.phi.unravel(phi), *self.trees(tensors)), "penalty", phi)
 
     def curvature_product(self, v: Tensor, *theta: Tensor) -> Tensor:
         """(known part of the Hessian) v, for one vector ``(d,)`` and the leaves of theta."""
@@ -482,13 +487,14 @@ class Linearisation:
 
 
 class _GaussNewtonProduct:
-    """v -> J^T H_out J v + (known part) v, with J the Jacobian of predict and H_out the Hessian of output_loss."""
+    """v -> J^T H_out J v + (known part) v + (Hessian of the penalty) v, J the Jacobian of predict, H_out the Hessian of output_loss."""
 
     def __init__(self, objective: Objective, phi: Tensor) -> None:
         flat = objective.flat
-        if flat.problem.model is None:
+        composition = flat.problem.composition
+        if composition is None:
             raise ValueError(
-                "GaussNewton() needs a problem of the form output_loss(predict(phi, data), data): build it with "
+                "GaussNewton() needs a problem of the form output_loss(predict(phi, ...), ...): build it with BilevelProblem.from_model, "
                 "ProximalProblem.from_model or LearnedProximalProblem.from_model, or use Hessian()."
             )
         levels = with_axis(objective.levels)
@@ -499,7 +505,13 @@ class _GaussNewtonProduct:
         self._z = self._outputs.detach().requires_grad_()
         loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
-        self._known = objective.curvature_product
+        self._known = objective.curvature_product if flat.problem.knows_curvature else None
+        self._penalty_slope: Tensor | None = None
+        if composition.penalty is not None:
+            penalty = _total(over_levels(flat.penalty, levels)(phi, *objective.tensors))
+            if penalty.requires_grad:
+                (slope,) = torch.autograd.grad(penalty, phi, create_graph=True, allow_unused=True)
+                self._penalty_slope = slope
         self._transposed: tuple[Tensor, Tensor] | None = None
         self._differences: Differences | None = None
 
@@ -507,7 +519,9 @@ class _GaussNewtonProduct:
         product = backward_product(
             self._outputs, self._phi, backward_product(self._dz, self._z, self._jacobian_product(v))
         )
-        return product + self._known(v)
+        if self._penalty_slope is not None:  # zero where it is linear
+            product = product + backward_product(self._penalty_slope, self._phi, v)
+        return product if self._known is None else product + self._known(v)
 
     @property
     def exact(self) -> bool:

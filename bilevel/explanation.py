@@ -246,7 +246,7 @@ def _up(x: float) -> str:
 
 def _other_remedies(result: Hypergradient, problem: BilevelProblem) -> str:
     ways = ["Or solve the inner problem further"]
-    if problem.model is not None and not isinstance(result.curvature, GaussNewton):
+    if problem.composition is not None and not isinstance(result.curvature, GaussNewton):
         ways.append("use GaussNewton(), which is never negative for a convex output loss")
     ways.append("or let CG(steihaug=True) keep what it found before")
     return ", ".join(ways) + "."

@@ -63,6 +63,26 @@ class Constants:
                 )
 
 
+@dataclass(frozen=True)
+class Composition:
+    """An inner objective that is a loss of a network's outputs, and a rest: the parts of :meth:`BilevelProblem.from_model`.
+
+    Attributes:
+        predict: (phi, theta, data) -> outputs, one tensor.
+        output_loss: (outputs, theta, data) -> 0-d tensor.
+        penalty: (phi, theta, data) -> 0-d tensor, the rest of G apart from what the problem knows in closed form; None: nothing.
+    """
+
+    predict: Callable[..., Tensor]
+    output_loss: Callable[..., Tensor]
+    penalty: Callable[..., Tensor] | None = None
+
+    def objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+        """The sum."""
+        value = self.output_loss(self.predict(phi, theta, data), theta, data)
+        return value if self.penalty is None else value + self.penalty(phi, theta, data)
+
+
 class BilevelProblem(ABC):
     """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner
     solve.
@@ -128,6 +148,16 @@ class BilevelProblem(ABC):
         return None
 
     @property
+    def composition(self) -> Composition | None:
+        """G as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
+        if self.model is None:
+            return None
+        predict, output_loss = self.model
+        return Composition(
+            lambda phi, theta, data: predict(phi, data), lambda outputs, theta, data: output_loss(outputs, data)
+        )
+
+    @property
     def split(self) -> tuple[Callable[[Tree, Tree, Any], Tensor], Callable[[Tree], Tree]] | None:
         """``(remainder, centre)`` where G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with c = centre(theta) and K the
         known part of the inner Hessian; else None. The library then differentiates the remainder only.
@@ -150,6 +180,33 @@ class BilevelProblem(ABC):
         problem.quadratic = quadratic
         return problem
 
+    @staticmethod
+    def from_model(
+        predict: Callable[..., Tensor],
+        output_loss: Callable[..., Tensor],
+        outer_loss: Callable[..., Tensor],
+        initial_phi: Callable[..., Tree] | None = None,
+        *,
+        penalty: Callable[..., Tensor] | None = None,
+    ) -> BilevelProblem:
+        """A problem with G(phi, theta, data) = output_loss(predict(phi, theta, data), theta, data) + penalty(phi, theta, data).
+
+        This form allows :class:`bilevel.curvature.GaussNewton` where theta is anything: penalties, weights of examples, a part of the
+        network. Its matrix is J^T H_out J of the first term and the Hessian of the penalty, so it is positive semi-definite where
+        ``output_loss`` is convex in the outputs (squared error, cross-entropy) and the penalty is convex in phi.
+
+        Args:
+            predict: the outputs, one tensor of any shape.
+            output_loss: a function of (outputs, theta, data), 0-d.
+            outer_loss: L, a function of (phi, theta, data), 0-d.
+            initial_phi: the start, of (theta, data). Without it every call needs ``init=``.
+            penalty: what of G is no function of the outputs, 0-d; None: nothing.
+        """
+        require_callables(predict=predict, output_loss=output_loss)
+        if penalty is not None:
+            require_callables(penalty=penalty)
+        return _ComposedProblem(Composition(predict, output_loss, penalty), outer_loss, initial_phi)
+
 
 class _FunctionProblem(BilevelProblem):
     def __init__(
@@ -168,6 +225,16 @@ class _FunctionProblem(BilevelProblem):
 
     def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
         return super().initial_phi(theta, data) if self._initial is None else self._initial(theta, data)
+
+
+class _ComposedProblem(_FunctionProblem):
+    def __init__(self, composition: Composition, outer: Callable[..., Tensor], initial: Any) -> None:
+        super().__init__(composition.objective, outer, initial)
+        self._composition = composition
+
+    @property
+    def composition(self) -> Composition:
+        return self._composition
 
 
 class ProximalProblem(BilevelProblem):
@@ -319,7 +386,9 @@ class ProximalProblem(BilevelProblem):
         return _LossesProblem(train_loss, test_loss, lam)
 
     @staticmethod
-    def from_model(predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
+    def from_model(  # type: ignore[override]  # another kind of problem, another signature
+        predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any
+    ) -> ProximalProblem:
         """A proximal problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.

@@ -207,7 +207,9 @@ class LearnedProximalProblem(BilevelProblem):
         self.train_loss, self.test_loss, self.kind = train_loss, test_loss, kind
 
     @staticmethod
-    def from_model(predict: Loss, output_loss: Loss, test_loss: Loss, kind: Kind) -> LearnedProximalProblem:
+    def from_model(  # type: ignore[override]  # another kind of problem, another signature
+        predict: Loss, output_loss: Loss, test_loss: Loss, kind: Kind
+    ) -> LearnedProximalProblem:
         """The problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.

@@ -283,8 +283,8 @@ def test_a_subclass_needs_two_methods() -> None:
 
 def test_a_base_class_says_what_to_use() -> None:
     words = (
-        r"^BilevelProblem is a base class: use BilevelProblem.from_functions\(...\), or write a subclass with inner_objective "
-        r"and outer_loss.$"
+        r"^BilevelProblem is a base class: use BilevelProblem.from_functions\(...\) or BilevelProblem.from_model\(...\), or write a "
+        r"subclass with inner_objective and outer_loss.$"
     )
     with pytest.raises(TypeError, match=words):
         BilevelProblem(lambda phi, theta, data: phi.sum())  # type: ignore[abstract,call-arg]

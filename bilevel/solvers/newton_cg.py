@@ -24,6 +24,7 @@ from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, 
 from bilevel.solvers.base import IterativeSolver, State, not_above, nowhere, put, taken, without_those_that_are_done
 
 SUFFICIENT_DECREASE = 1e-4
+FLOOR_TRIALS = 5  # lengths of a step that gradients judge
 HALVINGS = 8  # where these are not enough, the step is wrong by orders of magnitude
 
 
@@ -191,11 +192,16 @@ class NewtonCG(IterativeSolver):
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle
         undecided = ~state.stalled & (at_floor | searching)
-        if bool(undecided.any()):
-            trial = point + direction
+        length = torch.ones_like(slope)
+        for _ in range(FLOOR_TRIALS):
+            if not bool(undecided.any()):
+                break
+            trial = point + length.unsqueeze(-1) * direction
             value, grad = objective.value_and_grad(trial)
+            along = dot(grad, direction)
             falls = (norm(grad) < norm(local.grad)) & not_above(value, local.value)
-            falls = falls | ((dot(grad, direction) < 0.01 * slope.abs()) & (value <= local.value))
+            falls = falls | ((along < 0.01 * slope.abs()) & (value <= local.value))
             best = select(undecided & falls, trial, best)
-            return best, state.stalled | (undecided & ~falls)
-        return best, state.stalled
+            undecided = undecided & ~falls
+            length = 0.5 * length  # a step with Gauss-Newton may be too long
+        return best, state.stalled | undecided

@@ -68,16 +68,27 @@ class Point:
         return self.view.phi.ravel(flatten(known)[0])
 
     def _gauss_newton(self) -> Product:
-        """v -> J^T H_out J v + (known part) v."""
-        assert self.view.problem.model is not None
-        predict, output_loss = self.view.problem.model
+        """v -> J^T H_out J v + (known part, Hessian of the penalty) v."""
+        composition = self.view.problem.composition
+        assert composition is not None
+        theta = self.view.theta.unravel(self._theta.detach())
         with torch.enable_grad():
-            outputs = predict(self.view.phi.unravel(self._phi), self.view.data)
+            phi = self.view.phi.unravel(self._phi)
+            outputs = composition.predict(phi, theta, self.view.data)
             z = outputs.detach().requires_grad_()
-            dz = backward(output_loss(z, self.view.data), z, graph=True)
+            dz = backward(composition.output_loss(z, theta, self.view.data), z, graph=True)
             w = torch.zeros_like(outputs, requires_grad=True)
             jt_w = backward(outputs, self._phi, w, graph=True)  # its derivative in w is J
-        return lambda v: backward(outputs, self._phi, backward(dz, z, backward(jt_w, w, v))) + self._known(v)
+            rest = None if composition.penalty is None else composition.penalty(phi, theta, self.view.data)
+            slope = None if rest is None else backward(rest, self._phi, graph=True)
+
+        def product(v: Tensor) -> Tensor:
+            found = backward(outputs, self._phi, backward(dz, z, backward(jt_w, w, v)))
+            if slope is not None and slope.requires_grad:
+                found = found + backward(slope, self._phi, v)
+            return found + self._known(v) if self.view.problem.knows_curvature else found
+
+        return product
 
 
 @dataclass(frozen=True)
