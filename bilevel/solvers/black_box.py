@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -93,8 +93,14 @@ class BlackBox(TaskByTask):
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         flat, layout = objective.flat, objective.flat.phi
         theta, data = flat.trees(objective.tensors)
+        versions = _versions(objective.tensors)
         with torch.enable_grad():
             answer = self.fn(flat.problem, theta, data, layout.unravel(phi))
+        if _versions(objective.tensors) != versions:
+            raise ValueError(
+                "BlackBox: fn writes to theta or data in place. They are the caller's own, and the gradient would be that of other "
+                "numbers: let it work on clones."
+            )
         leaves, structure = flatten(answer)
         if structure != layout.structure:
             raise ValueError(
@@ -108,3 +114,8 @@ class BlackBox(TaskByTask):
                     f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}."
                 )
         return Answer(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; what was made in inference mode does not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

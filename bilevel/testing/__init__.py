@@ -5,6 +5,6 @@ Nothing of this is imported by ``import bilevel``. ``bilevel.testing.strategies`
 
 from bilevel.testing.check import check_hypergradient
 from bilevel.testing.determinism import check_deterministic
-from bilevel.testing.report import Part, Report, Verdict
+from bilevel.testing.report import CheckFailed, Part, Report, Verdict
 
-__all__ = ["Part", "Report", "Verdict", "check_deterministic", "check_hypergradient"]
+__all__ = ["CheckFailed", "Part", "Report", "Verdict", "check_deterministic", "check_hypergradient"]

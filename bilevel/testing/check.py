@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_number
 from bilevel.testing.determinism import check_deterministic
 from bilevel.testing.pieces import derivative_parts
-from bilevel.testing.report import Part, Report, Verdict, not_judged
+from bilevel.testing.report import CheckFailed, Part, Report, Verdict, not_judged
 from bilevel.testing.solves import Answer, Choices, Sum, find_minimum
-from bilevel.testing.view import View, view
+from bilevel.testing.view import View, cast, view
 from bilevel.trees import Tree, flatten, tree_map
 
 DEFAULT_RTOL = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -36,6 +36,7 @@ def check_hypergradient(
     curvature: Curvature = Hessian(),
     damping: float = 0.0,
     batched: bool = False,
+    allow_unused: bool = False,
     rtol: float | None = None,
 ) -> Report:
     """Check ``bilevel.hypergradient(...)`` with these arguments against values of G and L, and name the part that is at fault.
@@ -49,8 +50,8 @@ def check_hypergradient(
     ``Identity()`` is measured and shown as "by choice", and is no fault: ``report["curvature"].error`` is its size.
 
     Args:
-        problem, theta, data, solver, linsys, init, curvature, damping, batched: as in :func:`bilevel.hypergradient`. Of a batch
-            the first 3 tasks are checked, each as it comes out of the batched call.
+        problem, theta, data, solver, linsys, init, curvature, damping, batched, allow_unused: as in :func:`bilevel.hypergradient`. Of a
+            batch 3 tasks are checked, each as it comes out of the batched call: those that failed, then the first.
         rtol: the largest error that is no fault, relative to the larger of the two terms of the gradient. None: 1e-5 for float64 and
             1e-3 for float32, or 16 eps times the condition number of the inner Hessian where that is more (at most 0.1).
 
@@ -58,14 +59,18 @@ def check_hypergradient(
         The :class:`~bilevel.testing.Report`; of a batch, that of the worst task.
 
     Raises:
-        AssertionError: something is at fault; the message is the report.
-        ValueError: the problem is no deterministic function (:func:`~bilevel.testing.check_deterministic`).
+        CheckFailed: something is at fault, an ``AssertionError``; the message is the report, which it has as ``report``.
+        ValueError: the problem is no deterministic function (:func:`~bilevel.testing.check_deterministic`), or the solver writes to theta
+            or data.
         TypeError, ValueError: an argument that ``hypergradient`` refuses.
     """
     if rtol is not None:
         check_number("rtol", rtol, positive=True)
-    if not batched:  # first of all, so that a module is not changed by the call that follows
-        check_deterministic(problem, theta, data, init=init)
+    # first of all, so that neither a module nor an argument is changed by the call that follows
+    first = 0 if batched else None
+    if not batched or any(isinstance(leaf, Tensor) for leaf in flatten(data)[0]):  # else the call says what is missing
+        check_deterministic(problem, theta, _of_task(data, first), init=_of_task(init, first))
+    before = cast((theta, data), None)
     found = bilevel.hypergradient(
         problem,
         theta,
@@ -77,18 +82,38 @@ def check_hypergradient(
         damping=damping,
         batched=batched,
         reduction="none",
+        allow_unused=allow_unused,
     )
+    _refuse_changes(before, (theta, data))
     reports = []
-    for index in range(min(len(found.outer_per_task), TASKS)) if batched else [None]:
+    for index in _tasks(found) if batched else [None]:
         own, start = _of_task(data, index), _of_task(init, index)
         if batched:
             check_deterministic(problem, theta, own, init=start)
         start = problem.initial_phi(theta, own) if start is None else start
         report = _examine(_Task(problem, theta, own, start, found, index), Choices(linsys, curvature, damping), rtol)
         if not report.ok:
-            raise AssertionError(str(report))
+            raise CheckFailed(report)
         reports.append(report)
-    return max(reports, key=lambda report: report["hypergradient"].error)
+    worst = max(reports, key=lambda report: report["hypergradient"].error)
+    unseen = len(found.outer_per_task) - len(reports) if batched else 0
+    return (
+        replace(worst, notes=(*worst.notes, f"{unseen} more tasks of the batch were not checked.")) if unseen else worst
+    )
+
+
+def _tasks(found: Hypergradient) -> list[int]:
+    """Which tasks of a batch to check: what failed comes first."""
+    return torch.argsort(found.ok_per_task.long(), stable=True)[:TASKS].tolist()
+
+
+def _refuse_changes(before: Any, after: Any) -> None:
+    for path, old, new in zip(flatten(before)[1].paths(), flatten(before)[0], flatten(after)[0], strict=True):
+        if isinstance(old, Tensor) and not torch.equal(old, new.detach()) and not (old != old).any():
+            raise ValueError(
+                f"{'data' if path.startswith('[1]') else 'theta'}{path[3:]}: changed during the call. A procedure of yours (solver, "
+                "linsys) writes to its arguments in place, so every answer is that of other numbers. Let it work on a copy."
+            )
 
 
 def _of_task(tree: Any, index: int | None) -> Any:

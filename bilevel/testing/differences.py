@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FIRST, RATIO, LEVELS = 2.0**-6, 8.0, 8  # steps: FIRST times the size of the variable, then each RATIO times shorter
+RESOLVED = 1e-3  # a leaf whose derivative is this well known is judged by itself
 ENOUGH = 1e-7  # a relative error with which no further level is spent
 EVERY_COORDINATE = 50  # up to so many variables each of them is a direction of its own
 RANDOM_DIRECTIONS = 16  # for more variables
@@ -125,12 +126,15 @@ class Gap:
         uncertainty: norm of the error of the differences themselves.
         size: norm of the derivative by differences, or the smallest derivative that rounding lets them see.
         where: the name of the leaf with the largest deviation.
+        leaf: the name of the leaf that is furthest off relative to itself, and that error and its uncertainty: a small leaf may be
+            wrong altogether without a trace in the norm of all. Leaves that differences do not see are left out.
     """
 
     error: float
     uncertainty: float
     size: float
     where: str = ""
+    leaf: tuple[str, float, float] = ("", 0.0, 0.0)
 
     @property
     def relative(self) -> tuple[float, float]:
@@ -141,7 +145,8 @@ class Gap:
         """The worst of both."""
         worst = self if self.error >= other.error else other
         uncertainty = max(self.uncertainty, other.uncertainty)
-        return Gap(worst.error, uncertainty, max(self.size, other.size), worst.where)
+        leaf = self.leaf if self.leaf[1] >= other.leaf[1] else other.leaf
+        return Gap(worst.error, uncertainty, max(self.size, other.size), worst.where, leaf)
 
 
 @dataclass(frozen=True)
@@ -173,11 +178,17 @@ class Differences:
 
     def gap(self, rows: Tensor) -> Gap:
         """To a Jacobian ``(k, n)``, or the gradient ``(n,)`` of a scalar f."""
-        by_name = dict.fromkeys(self.along.names, 0.0)
-        uncertainty, size = 0.0, 0.0
+        leaves = {name: [0.0, 0.0, 0.0] for name in self.along.names}  # squares of error, uncertainty and size
         for i, (column, weight) in enumerate(zip(self.columns, self.along.weights.tolist(), strict=True)):
-            by_name[self.along.names[i]] += weight * float((rows @ self.along.vectors[i] - column).square().sum())
-            uncertainty += weight * self.uncertainties[i] * self.uncertainties[i]  # ** raises where this overflows
-            size += weight * float(column.square().sum())
-        where = max(by_name, key=lambda name: by_name[name])
-        return Gap(sum(by_name.values()) ** 0.5, uncertainty**0.5, max(size**0.5, self.floor), where)
+            squares = leaves[self.along.names[i]]
+            squares[0] += weight * float((rows @ self.along.vectors[i] - column).square().sum())
+            squares[1] += weight * self.uncertainties[i] * self.uncertainties[i]  # ** raises where this overflows
+            squares[2] += weight * float(column.square().sum())
+        error, uncertainty, size = (sum(squares) ** 0.5 for squares in zip(*leaves.values(), strict=True))
+        own = [("", 0.0, 0.0)]
+        for name, squares in leaves.items():
+            off, unsure, large = (square**0.5 for square in squares)
+            if large > self.floor and unsure < RESOLVED * large:
+                own.append((name, off / large, unsure / large))
+        where = max(leaves, key=lambda name: leaves[name][0])
+        return Gap(error, uncertainty, max(size, self.floor), where, max(own, key=lambda leaf: leaf[1]))

@@ -14,7 +14,9 @@ from torch import Tensor
 from bilevel.testing.differences import Differences, Directions, Gap
 from bilevel.testing.reference import Point
 from bilevel.testing.report import Part, Verdict, judged
-from bilevel.testing.view import View, aside, moves
+from bilevel.testing.view import View, aside, moves_of_phi, moves_of_theta
+
+LEAF = 1e-2  # a leaf of its own is judged for what is wrong in it, and not for its last digits
 
 FIRST_ORDER = (
     "the gradient by autograd is not that of the values. Look in {function} for .detach(), .data, torch.no_grad() or a tensor made "
@@ -31,7 +33,7 @@ SECOND_ORDER = (
 def derivative_parts(view: View, phis: Sequence[Tensor], theta: Tensor, rtol: float) -> list[Part]:
     """The five comparisons, each at its worst over the points ``phis``; the first is the point that was solved for."""
     points = [*phis, *aside(view, phis, theta)]
-    along_phi, along_theta = moves(view.phi, "phi", points), moves(view.theta, "theta", [theta])
+    along_phi, along_theta = moves_of_phi(view, points, theta), moves_of_theta(view, points[0], theta)
     firsts = [_first(view, phi, theta, along_phi, along_theta) for phi in points]
     # at the solution, and at the point without special zeros
     seconds = [_second(view, phi, theta, along_phi, along_theta) for phi in [points[0], *points[len(phis) :]]]
@@ -101,4 +103,9 @@ def _worst(gaps: Sequence[Gap]) -> Gap:
 def _part(name: str, gap: Gap, rtol: float, compared: str, remark: str) -> Part:
     where = f"largest in {gap.where}; " if gap.where not in ("", "phi", "theta") else ""
     error, uncertainty = gap.relative
-    return judged(name, error, rtol, uncertainty, compared, where + remark)
+    found = judged(name, error, rtol, uncertainty, compared, where + remark)
+    leaf, error, uncertainty = gap.leaf
+    if found.verdict is Verdict.OK and error > LEAF + uncertainty:
+        remark = f"in {leaf}, which is small beside the others, and relative to that leaf alone; {remark}"
+        found = judged(name, error, LEAF, uncertainty, compared, remark)
+    return found

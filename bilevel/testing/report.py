@@ -7,12 +7,14 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 TOO_UNCERTAIN = 0.1  # a reference that is less certain than this decides nothing
 ROUGH = (
     "differences give no reliable number here: the function is too rough (a kink, noise, a result that was rounded to less than the "
-    "precision of the references), or its variable changes on a scale far from its own size. In float32: let the problem run in "
-    "float64 as well, by tensors in data instead of captured ones."
+    "precision of the references, as by .float() or tensors of float32 inside), the inner problem is nearly singular (the condition number "
+    "stands in the second line), or its variable changes on a scale far from its own size. In float32: let the problem run in float64 as "
+    "well, by tensors in data instead of captured ones."
 )
 
 
@@ -61,7 +63,9 @@ def judged(name: str, error: float, rtol: float, uncertainty: float, compared: s
     """A part whose error counts where it is larger than ``rtol`` and the uncertainty of the reference. NaN counts."""
     verdict = Verdict.OK
     uncertainty = 0.0 if error == 0 else uncertainty  # both are exactly zero
-    if not error <= rtol + uncertainty:
+    if math.isnan(error) and math.isinf(uncertainty):  # there is no reference
+        verdict, remark = Verdict.UNCLEAR, ROUGH
+    elif not error <= rtol + uncertainty:
         verdict = Verdict.FAULT
     elif not uncertainty <= TOO_UNCERTAIN:
         verdict, remark = Verdict.UNCLEAR, ROUGH
@@ -122,6 +126,21 @@ class Report:
         told = (Verdict.FAULT, Verdict.UNCLEAR, Verdict.CHOICE)
         lines += _items([f"{part.name}: {part.remark}" for part in self.parts if part.verdict in told and part.remark])
         return "\n".join(lines + _items(self.notes))
+
+
+class CheckFailed(AssertionError):
+    """What :func:`bilevel.testing.check_hypergradient` raises; the message is the report.
+
+    Attributes:
+        report: the :class:`~bilevel.testing.Report`.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(str(report))
+        self.report = report
+
+    def __reduce__(self) -> Any:
+        return (CheckFailed, (self.report,))
 
 
 def _items(texts: Iterable[str]) -> list[str]:

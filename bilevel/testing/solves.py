@@ -26,7 +26,7 @@ from bilevel.testing.differences import Differences, relative
 from bilevel.testing.minimum import Minimum, minimise, solved_outer
 from bilevel.testing.reference import Formula, Point, System, reattached
 from bilevel.testing.report import Part, Verdict, judged, not_judged
-from bilevel.testing.view import View, aside, moves
+from bilevel.testing.view import View, aside, moves_of_theta
 
 INDEFINITE = (Status.NEGATIVE_CURVATURE, Status.SINGULAR)
 UNEXPLAINED = (
@@ -116,7 +116,7 @@ class Sum:
         true, chosen = Formula.at(exact, hessian), self.choices.formula(exact)
         bias, scale = chosen.grad - true.grad, self._scale(true)
         few = hessian.dense is None  # then each value of F takes many products
-        along = moves(self.view.theta, "theta", [self.theta], few=few)
+        along = moves_of_theta(self.view, self.minimum.phi, self.theta, few=few)
         outer = Differences.of(
             solved_outer(self.view, self.minimum, hessian), self.theta, along, self._noise(true, hessian)
         )
@@ -165,7 +165,7 @@ class Sum:
         errors = [relative(float(gap.norm()), scale) for gap in gaps]
         remarks = [
             self._inner_remark(point),
-            f"{answer.linear.describe(repr(choices.linsys))} Allow more steps, or ask for a smaller residual.",
+            self._linear_remark(point),
             ARITHMETIC,
         ]
         names = ["inner solve", "linear solve", "arithmetic"]
@@ -200,6 +200,15 @@ class Sum:
             + (f"The Hessian of G at phi has the eigenvalue {low:.1e}: this is near no minimum. " if low <= 0 else "")
             + self.answer.inner.describe("The solver")
         )
+
+    def _linear_remark(self, point: Point) -> str:
+        answer, choices = self.answer, self.choices
+        product = point.chosen(choices.curvature, choices.damping, choices.linsys)
+        residual, claimed = float((point.b - product(answer.u)).norm()), float(answer.linear.residual)
+        told = answer.linear.describe(repr(choices.linsys))
+        if residual > 10 * claimed + 1e3 * torch.finfo(point.b.dtype).eps * float(point.b.norm()):
+            return f"{told} That is not so: |b - A u| = {residual:.1e}, with |b| = {float(point.b.norm()):.1e}."
+        return f"{told} Allow more steps, or ask for a smaller residual."
 
     def _bias(self, error: float) -> Part:
         remark = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,34 +85,59 @@ def backward(outputs: Tensor, inputs: Tensor, v: Tensor | None = None, *, graph:
     return torch.zeros_like(inputs) if product is None else product
 
 
-def moves(layout: Layout, name: str, values: Sequence[Tensor], *, few: bool = False) -> Directions:
-    """Directions for differences in a variable of this layout that takes these values; ``few``: at most 4, over all leaves."""
-    lengths, names, sizes = (
-        layout.sizes,
-        [name + path for path in layout.structure.paths()],
-        typical_sizes(layout, values),
-    )
+def moves_of_phi(view: View, phis: Sequence[Tensor], theta: Tensor) -> Directions:
+    """Directions for differences in phi, which takes these values."""
+    return _moves(view.phi, "phi", phis, typical_sizes(view.phi, phis, unit_of_phi(view, phis[0], theta)))
+
+
+def moves_of_theta(view: View, phi: Tensor, theta: Tensor, *, few: bool = False) -> Directions:
+    """The same in theta; ``few``: at most 4, over all leaves."""
+    unit = min(_unit(lambda t: view.inner(phi, t), theta), _unit(lambda t: view.outer(phi, t), theta))
+    return _moves(view.theta, "theta", [theta], typical_sizes(view.theta, [theta], unit), few=few)
+
+
+def unit_of_phi(view: View, phi: Tensor, theta: Tensor) -> float:
+    """The length over which G changes by its own size."""
+    return _unit(lambda x: view.inner(x, theta), phi)
+
+
+def _unit(f: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The length over which f changes by its own size, by its first and second derivative along one direction; at most 1."""
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x)
+    v = v / v.norm().clamp_min(1e-30)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = f(x)
+        slope = backward(value, x, graph=True)
+        bend = backward(slope, x, v)
+    size, first, second = (abs(float(number)) for number in (value.detach(), slope.detach() @ v, bend @ v))
+    lengths = [size / first if first else 1.0, (size / second) ** 0.5 if second else 1.0]
+    return min([1.0, *(length for length in lengths if 0 < length < math.inf)])
+
+
+def _moves(layout: Layout, name: str, values: Sequence[Tensor], sizes: list[float], *, few: bool = False) -> Directions:
+    lengths, names = layout.sizes, [name + path for path in layout.structure.paths()]
     if few:
         smallest = max(min(sizes), 1e-3 * max(sizes))
         return directions(values[0], [sum(lengths)], [name], [smallest], every=4, count=4)
     return directions(values[0], lengths, names, sizes)
 
 
-def typical_sizes(layout: Layout, values: Sequence[Tensor]) -> list[float]:
-    """The size of an entry of each leaf, over several values; that of all leaves, or 1, where it is about zero."""
+def typical_sizes(layout: Layout, values: Sequence[Tensor], unit: float) -> list[float]:
+    """The size of an entry of each leaf, over several values; that of all leaves where it is about zero, and ``unit`` where all are."""
 
     def size(parts: Sequence[Tensor]) -> float:
         return max(float(part.square().mean().sqrt()) for part in parts) if parts[0].numel() else 0.0
 
     whole = size(values)
-    whole = whole if whole > 1e-8 else 1.0
+    whole = whole if whole > 1e-8 else unit
     leaves = [size(parts) for parts in zip(*(value.split(layout.sizes) for value in values), strict=True)]
     return [leaf if leaf > 1e-3 * whole else whole for leaf in leaves]
 
 
 def aside(view: View, phis: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """A point near the first, where nothing is zero by chance or by optimality; none if G is finite nowhere around."""
-    sizes = typical_sizes(view.phi, phis)
+    sizes = typical_sizes(view.phi, phis, unit_of_phi(view, phis[0], theta))
     scale = torch.cat([phis[0].new_full((n,), size) for n, size in zip(view.phi.sizes, sizes, strict=True)])
     noise = torch.randn(scale.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(scale)
     for length in (0.1, 0.01, 0.001):

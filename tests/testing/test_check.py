@@ -5,6 +5,8 @@ That a fault is found is half of it: the part must be named, and the numbers in 
 
 from __future__ import annotations
 
+import dataclasses
+import pickle
 import re
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import bilevel
 from bilevel import BilevelProblem, GaussNewton, ProximalProblem
 from bilevel.linsys import CG, Exact, Identity
 from bilevel.solvers import BlackBox, GradientDescent, NewtonCG
-from bilevel.testing import Verdict, check_hypergradient
+from bilevel.testing import CheckFailed, Verdict, check_hypergradient
 from bilevel.trees import flatten
 from tests import cases
 from tests.testing import planted
@@ -512,8 +514,9 @@ def test_the_first_tasks_of_a_batch_are_checked_as_they_come_out_of_the_batched_
     data[2] = torch.nan
     with pytest.raises(AssertionError, match="task 2 of 5: .* not finite"):
         check_hypergradient(tasks(), theta, data, batched=True, **accurate(F64))
-    data[2], data[3] = 0.0, torch.nan
-    assert check_hypergradient(tasks(), theta, data, batched=True, **accurate(F64)).ok
+    data[2], data[3] = 0.0, torch.nan  # beyond the first three, but it failed
+    with pytest.raises(AssertionError, match="task 3 of 5: .* not finite"):
+        check_hypergradient(tasks(), theta, data, batched=True, **accurate(F64))
 
 
 def test_a_function_whose_vmap_is_wrong_is_found() -> None:
@@ -604,3 +607,155 @@ def test_it_can_be_imported_without_the_extra() -> None:
         "import bilevel.testing; bilevel.testing.check_hypergradient"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_small_leaf_that_is_wrong_altogether() -> None:
+    """The derivative in log_wd has the wrong sign, and 3e-4 of the norm of all: in float32 the whole is right to the tolerance."""
+
+    def inner(phi: Tensor, theta: Any, data: Any) -> Tensor:
+        decay = theta["log_wd"] if right else 2 * theta["log_wd"].detach() - theta["log_wd"]
+        return (data["x"] @ phi - data["y"] * theta["unit"]).square().mean() + 0.5 * decay.exp() * phi.square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner,
+        lambda phi, theta, data: (data["xv"] @ phi - 1).square().mean(),
+        lambda theta, data: data["x"].new_zeros(3),
+    )
+    data = {
+        "x": planted.normal(0, 20, 3).float(),
+        "y": planted.normal(1, 20).float(),
+        "xv": planted.normal(2, 10, 3).float(),
+    }
+    theta = {"unit": torch.tensor(1.0), "log_wd": torch.tensor(-7.6)}
+    options: dict[str, Any] = {"solver": NewtonCG(max_steps=30, cg_steps=12, tol=1e-5), "linsys": Exact()}
+    right = True
+    assert check_hypergradient(problem, theta, data, **options).ok
+    right = False
+    with pytest.raises(
+        CheckFailed, match=r"d2G/dphi dtheta: in theta\['log_wd'\], which is small beside the others"
+    ) as caught:
+        check_hypergradient(problem, theta, data, **options)
+    report = caught.value.report
+    assert report.at_fault == ("d2G/dphi dtheta",) and report["d2G/dphi dtheta"].error == pytest.approx(2, rel=1e-4)
+    assert report["implicit formula"].verdict is Verdict.OK  # in norm nothing is to be seen
+    assert pickle.loads(pickle.dumps(caught.value)).report["hypergradient"].error == report["hypergradient"].error
+
+
+def least_squares() -> tuple[bilevel.BilevelProblem, Tensor, dict[str, Tensor], dict[str, Any]]:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (data["x"] @ phi - data["y"]).square().mean() + (theta.exp() * phi.square()).sum(),
+        lambda phi, theta, data: (data["x"] @ phi).square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    data = {"x": planted.normal(3, 5, 9, 2), "y": planted.normal(4, 5, 9)}
+    return (
+        problem,
+        planted.normal(5, 2),
+        data,
+        {"solver": NewtonCG(max_steps=9, cg_steps=9, tol=1e-10), "linsys": Exact()},
+    )
+
+
+@pytest.mark.parametrize("numpy", [False, True])
+def test_a_procedure_that_writes_to_data_is_refused(numpy: bool) -> None:
+    problem, theta, data, options = least_squares()
+    one = {key: leaf[0].clone() for key, leaf in data.items()}
+
+    def centred(problem: Any, theta: Tensor, data: Any, init: Tensor) -> Tensor:
+        if numpy:  # PyTorch does not see it
+            x = data["x"].numpy()
+            x -= x.mean(0)
+        else:
+            data["x"] -= data["x"].mean(0)
+        return bilevel.solve(problem, theta, data, solver=options["solver"]).value
+
+    words = r"^data\['x'\]: changed during the call" if numpy else "^BlackBox: fn writes to theta or data in place"
+    with pytest.raises(ValueError, match=words):
+        check_hypergradient(problem, theta, one, solver=BlackBox(centred), linsys=Exact())
+
+
+def test_of_a_batch_the_tasks_that_failed_come_first() -> None:
+    problem, theta, data, options = least_squares()
+    report = check_hypergradient(problem, theta, data, batched=True, **options)
+    assert report.ok and report.notes == ("2 more tasks of the batch were not checked.",)
+    data["y"][4, 0] = torch.nan
+    with pytest.raises(AssertionError, match="task 4 of 5: .* not finite"):
+        check_hypergradient(problem, theta, data, batched=True, **options)
+
+
+def test_a_batch_is_left_alone_by_an_objective_that_writes_to_it() -> None:
+    """Before, the call came first, and with it the damage."""
+    _, theta, data, options = least_squares()
+
+    def writes(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        data["x"].mul_(0.5)
+        return (data["x"] @ phi - data["y"]).square().mean() + (theta.exp() * phi.square()).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        writes, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
+    )
+    before = data["x"].clone()
+    with pytest.raises(ValueError, match="writes to its arguments|writes to"):
+        check_hypergradient(problem, theta, data, batched=True, **options)
+    assert torch.equal(data["x"], before)
+
+
+def test_an_unused_leaf_of_theta() -> None:
+    problem, theta, data, options = least_squares()
+    one = {key: leaf[0] for key, leaf in data.items()}
+    both = {"used": theta, "unused": torch.ones(3, dtype=F64)}
+    wrapped = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: problem.inner_objective(phi, theta["used"], data),
+        lambda phi, theta, data: problem.outer_loss(phi, theta["used"], data),
+        lambda theta, data: torch.zeros_like(theta["used"]),
+    )
+    with pytest.raises(ValueError, match="allow_unused=True"):
+        check_hypergradient(wrapped, both, one, **options)
+    assert check_hypergradient(wrapped, both, one, allow_unused=True, **options).ok
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-9, 1.0])
+def test_variables_in_any_unit(unit: float) -> None:
+    """Logistic regression of features in units of 1e-9, as nanoseconds are: right, and well-conditioned."""
+    x, y = planted.normal(6, 12, 2) / unit, (planted.normal(7, 12) > 0).to(F64)
+
+    def loss(phi: Tensor, y: Tensor) -> Tensor:
+        return (torch.nn.functional.softplus(x @ phi) - y * (x @ phi)).mean()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: loss(phi, y) + 0.5 * ((theta / unit).sigmoid() * (phi / unit).square()).sum(),
+        lambda phi, theta, data: loss(phi, 1 - y),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = unit * torch.tensor([1.0, -0.5], dtype=F64)
+    solver = NewtonCG(max_steps=50, cg_steps=10, tol=1e-9 / unit)
+    assert check_hypergradient(problem, theta, solver=solver, linsys=Exact()).ok
+
+
+def test_a_linear_solver_that_lies_is_contradicted() -> None:
+    problem, theta, data, options = least_squares()
+    one = {key: leaf[0] for key, leaf in data.items()}
+
+    class Lies(CG):
+        def solve(self, *arguments: Any, **options: Any) -> Any:
+            found = super().solve(*arguments, **options)
+            zero = torch.zeros_like(found.residual)
+            return dataclasses.replace(found, codes=torch.zeros_like(found.codes), residual=zero)
+
+    with pytest.raises(AssertionError, match=r"(?s)CONVERGED after 1 steps.*That is not\s+so: \|b - A u\| = "):
+        check_hypergradient(problem, theta, one, solver=options["solver"], linsys=Lies(max_steps=1))
+
+
+def test_float32_inside_is_unclear_and_not_a_fault() -> None:
+    problem, theta, data, _ = least_squares()
+    one = {key: leaf[0] for key, leaf in data.items()}
+    rounded = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: problem.inner_objective(phi.float().double(), theta, data),
+        problem.outer_loss,
+        problem.initial_phi,
+    )
+    with pytest.raises(
+        CheckFailed, match=r"rounded to less than the\s+precision of the references, as by .float\(\)"
+    ) as caught:
+        check_hypergradient(rounded, theta, one, solver=NewtonCG(max_steps=9, cg_steps=9, tol=1e-4), linsys=Exact())
+    assert Verdict.UNCLEAR in {part.verdict for part in caught.value.report.parts}

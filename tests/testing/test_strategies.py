@@ -660,17 +660,21 @@ def test_a_case_is_printed_as_what_it_is() -> None:
         ({"dtype": torch.float16}, r"dtype: expected torch.float32 or torch.float64, got torch.float16"),
         ({"min_dim": 0}, r"expected 1 <= min_dim <= max_dim, got min_dim=0"),
         ({"min_dim": 5, "max_dim": 4}, r"got min_dim=5, max_dim=4"),
-        ({"max_kappa": 0.5}, r"expected max_kappa >= 1, got 0.5"),
+        ({"max_kappa": 0.5}, r"max_kappa: expected a number >= 1, got 0.5"),
         ({"min_dim": 2, "min_kappa": 100.0, "max_kappa": 10.0}, r"expected max_kappa >= 100, got 10"),
         ({"min_kappa": 10.0}, r"min_kappa > 1 needs min_dim >= 2"),
         ({"max_kappa": 1e14}, r"expected max_kappa <= .* torch.float64 cannot store .* got 1e\+14. Lower max_kappa"),
         ({"dtype": F32, "max_kappa": 1e6}, r"torch.float32 cannot store .* Lower max_kappa or max_dim, or use float64"),
-        ({"min_kappa": float("nan")}, r"expected max_kappa >= nan"),
+        ({"min_kappa": float("nan")}, r"min_kappa: expected a number >= 1, got nan"),
+        ({"min_kappa": -5}, r"min_kappa: expected a number >= 1, got -5"),
+        ({"max_kappa": "10"}, r"max_kappa: expected a number >= 1, got '10'"),
+        ({"max_kappa": True}, r"max_kappa: expected a number >= 1, got True"),
+        ({"max_dim": 2.5}, r"max_dim: expected a whole number, got 2.5"),
     ],
 )
 def test_limits_that_cannot_be_met(options: dict[str, Any], message: str) -> None:
     for strategy in (strategies.spd_matrices, strategies.quadratic_problems):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             strategy(**options)
 
 
@@ -703,3 +707,36 @@ def test_without_hypothesis_the_rest_works_and_the_error_says_what_to_install() 
         "    print(error)\n"
     )
     assert 'pip install "bilevel[testing]"' in printed
+
+
+def test_singular_matrices_keep_to_the_condition_number() -> None:
+    def check(matrix: strategies.Matrix) -> None:
+        positive = matrix.eigenvalues[matrix.eigenvalues > 0]
+        assert len(positive) >= 2 and 0.99e3 < float(positive.max() / positive.min()) < 1.01e4
+
+    for_all(strategies.singular_matrices(min_dim=3, max_dim=6, min_kappa=1e3, max_kappa=1e4), check, 60)
+    with pytest.raises(ValueError, match="min_kappa > 1 needs min_dim >= 3"):
+        strategies.singular_matrices(min_kappa=10.0)
+
+
+def test_a_tree_is_printed_as_a_tree() -> None:
+    @settings(max_examples=20, deadline=None, database=None, derandomize=True)
+    @given(tree=strategies.trees())
+    def fails(tree: Any) -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    assert "tree=tensor(" in "".join(caught.value.__notes__) and "lambda" not in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"max_leaves": 1.5}, TypeError, "max_leaves: expected a whole number, got 1.5"),
+        ({"dtype": torch.int64}, ValueError, "dtype: expected a floating dtype such as torch.float64, got torch.int64"),
+    ],
+)
+def test_wrong_options_of_trees(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        strategies.trees(**options)

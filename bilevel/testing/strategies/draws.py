@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,32 @@ class Limits:
     dtype: torch.dtype
     least_dim: int = 1
     least_kappa: float = 1.0
+    num_zero: int = 0  # eigenvalues that are zero and do not count
 
     def __post_init__(self) -> None:
         if self.dtype not in DEFAULT_KAPPA:
             raise ValueError(f"dtype: expected torch.float32 or torch.float64, got {self.dtype}.")
+        for name in ("min_dim", "max_dim"):
+            if not isinstance(value := getattr(self, name), int) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected a whole number, got {value!r}.")
+        for name in ("min_kappa", "max_kappa"):
+            value = getattr(self, name)
+            if name == "max_kappa" and value is None:
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name}: expected a number >= 1, got {value!r}.")
+            if not 1 <= value < math.inf:
+                raise ValueError(f"{name}: expected a number >= 1, got {value!r}.")
         if not self.least_dim <= self.min_dim <= self.max_dim:
             raise ValueError(
                 f"expected {self.least_dim} <= min_dim <= max_dim, got min_dim={self.min_dim}, max_dim={self.max_dim}."
             )
         if not self.bottom <= self.top:
             raise ValueError(f"expected max_kappa >= {self.bottom:g}, got {self.top:g}.")
-        if self.min_kappa > 1 and self.min_dim == 1:
-            raise ValueError("min_kappa > 1 needs min_dim >= 2: the condition number of one number is 1.")
+        if self.min_kappa > 1 and self.min_dim < 2 + self.num_zero:
+            raise ValueError(
+                f"min_kappa > 1 needs min_dim >= {2 + self.num_zero}: the condition number of one number is 1."
+            )
         largest = 0.01 / (self.max_dim * torch.finfo(self.dtype).eps)
         if self.top > largest:
             raise ValueError(

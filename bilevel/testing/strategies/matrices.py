@@ -43,7 +43,10 @@ class Matrix:
 def _matrices(draw: st.DrawFn, limits: Limits, kind: str) -> Matrix:
     d, source = draw(limits.dims()), Source(draw(SEEDS))  # first what matters most in a small example
     kappa, shape, scale = draw(limits.kappas()), draw(st.sampled_from(SPECTRA)), draw(SCALES)
-    changed = 0 if kind == "spd" else draw(st.integers(1, d - 1))
+    most = (
+        d - 2 if kind == "singular" and limits.min_kappa > 1 else d - 1
+    )  # one positive eigenvalue has a condition number of 1
+    changed = 0 if kind == "spd" else draw(st.integers(1, most))
     if kind == "singular":
         eigenvalues = np.concatenate([np.zeros(changed), scale * source.spectrum(d - changed, kappa, shape)])
     else:
@@ -115,10 +118,18 @@ def singular_matrices(
 ) -> st.SearchStrategy[Matrix]:
     """Symmetric positive semi-definite matrices with at least one eigenvalue zero (to rounding) and one positive.
 
-    ``eigenvectors`` has the null space in its first columns. ``min_kappa`` and ``max_kappa`` are about the positive eigenvalues; the
-    rest is as in :func:`spd_matrices`.
+    ``eigenvectors`` has the null space in its first columns. ``min_kappa`` and ``max_kappa`` are about the positive eigenvalues
+    (``min_kappa`` > 1 needs at least two of them, so ``min_dim`` >= 3); the rest is as in :func:`spd_matrices`.
     """
     return _matrices(
-        Limits(min_dim=min_dim, max_dim=max_dim, min_kappa=min_kappa, max_kappa=max_kappa, dtype=dtype, least_dim=2),
+        Limits(
+            min_dim=min_dim,
+            max_dim=max_dim,
+            min_kappa=min_kappa,
+            max_kappa=max_kappa,
+            dtype=dtype,
+            least_dim=2,
+            num_zero=1,
+        ),
         "singular",
     )

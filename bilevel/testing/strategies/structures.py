@@ -32,11 +32,21 @@ def trees(
     Raises:
         ValueError: a limit that leaves nothing to draw.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating dtype such as torch.float64, got {dtype}.")
     for name, value, least in (("max_leaves", max_leaves, 1), ("max_size", max_size, 1), ("max_ndim", max_ndim, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a whole number, got {value!r}.")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}.")
     leaves = st.lists(st.integers(1, max_size), max_size=max_ndim).map(np.zeros)
-    return st.builds(lambda tree, seed: _filled(tree, Source(seed), dtype), _nested(leaves, max_leaves, 3), SEEDS)
+    return _of_normal_numbers(_nested(leaves, max_leaves, 3), dtype)
+
+
+@st.composite
+def _of_normal_numbers(draw: st.DrawFn, shapes: st.SearchStrategy[Tree], dtype: torch.dtype) -> Tree:
+    """Composite, so that Hypothesis prints the tree and not how it was made."""
+    return _filled(draw(shapes), Source(draw(SEEDS)), dtype)
 
 
 def _filled(tree: Tree, source: Source, dtype: torch.dtype) -> Tree:
