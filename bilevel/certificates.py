@@ -333,6 +333,7 @@ def _correct(look: _Look, ok: Tensor, per_task: bool) -> _Correction:
     before = look.gradient(look.u)
     residual, slope = look.b - look.local.matvec(look.u), look.local.grad
     lost, change = _solve(look.local.matvec, residual, hidden_r, ok, known)
+    lost = lost | (hidden_r > 0.01 * norm(look.b))  # rounding leaves few digits of b: H is nearly singular
     u = look.u + change
     after = look.gradient(u)
     lost_phi, there = _newton(look, hidden_slope, ok)

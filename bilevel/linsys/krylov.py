@@ -29,6 +29,9 @@ from bilevel.linsys.base import (
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.result import Result, Status
 
+UNFINISHED = 30
+"""In the place of ROUNDING for a solve that used all its steps: rounding in A u is then a tenth of b, and more steps do not help."""
+
 
 @dataclass
 class System:
@@ -227,15 +230,24 @@ class KrylovSolver(LinearSolver):
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
             codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
+        else:  # CG lowers the error in the norm of A, so that |r| <= sqrt(kappa) |b|: more than this is rounding of a huge u
+            codes = mark(codes, residual > norm(system.b) / eps**0.5, Status.DIVERGED)
         for mask, status in end.found:
             codes = mark(codes, mask, status)
         if end.size is not None:
             # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} b: so the least singular value is at most that over |u|
-            most = norm(system.b) + (residual if self.reduces_residual else 0)
+            unfinished = codes == int(Status.MAX_STEPS)
+            most = norm(system.b)
+            if self.reduces_residual or system.preconditioner is not None:
+                most = most + torch.where(unfinished, 0, residual)
+            bound = torch.where(unfinished, UNFINISHED * eps, ROUNDING * eps)
             # what has diverged has failed by any name: the usual bound of the rank tells why
-            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), ROUNDING * eps)
+            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
             lost = most <= bound * end.size * norm(u)
             codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
+        if self.reduces_residual:  # rounding led it astray: zero, where it began, is nearer
+            worse = residual > norm(system.b) / eps**0.5
+            u, residual = select(worse, torch.zeros_like(u), u), torch.where(worse, norm(system.b), residual)
         codes = mark(codes, converged, Status.CONVERGED)
         if end.negative_curvature is not None:
             codes = mark(codes, converged & end.negative_curvature, Status.SOLVED_INDEFINITE)

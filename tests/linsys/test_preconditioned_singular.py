@@ -1,0 +1,84 @@
+"""Singular systems under a preconditioner, and general ones: an answer of 1e16 is no answer, by whatever name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import bilevel
+from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Jacobi, NystromPreconditioner
+from bilevel.solvers import LBFGS
+
+PRECONDITIONERS = [Jacobi(), Jacobi(num_probes=4), NystromPreconditioner(rank=3)]
+
+
+def singular_least_squares(seed: int, dtype: torch.dtype = torch.float64) -> tuple[Any, torch.Tensor, float]:
+    """10 unknowns, 6 equations, and an outer gradient with a part in the null space."""
+    generator = torch.Generator().manual_seed(seed)
+    X, y, q = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for shape in ((6, 10), (6,), (10,))
+    )
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, data: (X @ w - theta * y).square().mean(),
+        lambda w, theta, data: q @ w,
+        lambda theta, data: torch.zeros(10, dtype=dtype),
+    )
+    return problem, torch.tensor(1.0, dtype=dtype), float(q.norm())
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_preconditioned_cg_does_not_answer_a_singular_system(dtype: torch.dtype, preconditioner: Any) -> None:
+    """Before: MAX_STEPS, ok, a gradient of 1e17 and an estimate of 0, for a quarter of the seeds."""
+    for seed in range(12):
+        problem, theta, _ = singular_least_squares(seed, dtype)
+        solver = LBFGS(max_steps=300, tol=1e-8 if dtype == torch.float64 else 1e-4)
+        found = bilevel.hypergradient(
+            problem, theta, solver=solver, linsys=CG(max_steps=50, preconditioner=preconditioner)
+        )
+        assert not found.ok, (seed, found.describe())
+
+
+@pytest.mark.parametrize(
+    "linsys",
+    [
+        BiCGStab(max_steps=50),
+        *(BiCGStab(max_steps=50, preconditioner=one) for one in (Jacobi(), NystromPreconditioner(rank=3))),
+        GMRES(max_steps=200, rtol=1e-10, preconditioner=NystromPreconditioner(rank=30)),
+    ],
+    ids=repr,
+)
+def test_a_huge_answer_has_no_estimate(linsys: Any) -> None:
+    """One eigenvalue is 0 and b has a part there: what is left of b after all steps cannot be known to be small in the gradient."""
+    for seed in range(8):
+        g = torch.Generator().manual_seed(seed)
+        Q = torch.linalg.qr(torch.randn(20, 20, generator=g, dtype=torch.float64)).Q
+        values = torch.logspace(0, -3, 20, dtype=torch.float64)
+        values[-1] = 0
+        H = Q @ values.diag() @ Q.T
+        H = (H + H.T) / 2
+        c, q = H @ torch.randn(20, generator=g, dtype=torch.float64), torch.randn(20, generator=g, dtype=torch.float64)
+        problem = bilevel.BilevelProblem.from_functions(
+            lambda w, theta, data, H=H, c=c: 0.5 * w @ H @ w - theta * (c @ w),
+            lambda w, theta, data, q=q: q @ w,
+            lambda theta, data: torch.zeros(20, dtype=torch.float64),
+        )
+        found = bilevel.hypergradient(
+            problem, torch.tensor(1.0, dtype=torch.float64), solver=LBFGS(max_steps=300, tol=1e-10), linsys=linsys
+        )
+        if found.ok and float(found.linear.value.norm()) > 1e12:
+            assert found.error_estimate.isinf() and "There is no estimate of the error" in found.explain()
+
+
+def test_an_ill_conditioned_system_is_still_answered_with_a_preconditioner() -> None:
+    """kappa = 1e10, b along the smallest eigenvalue: a huge u that is right, up to rounding in A u, eps |A| |u| = 2e-6."""
+    values = torch.logspace(-10, 0, 12, dtype=torch.float64)
+    Q = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)).Q
+    A, u = Q @ values.diag() @ Q.T, Q[:, 0] * 1e10
+    A = (A + A.T) / 2
+    b = A @ u
+    for solver in (CG, MINRES):
+        found = solver(max_steps=400, rtol=1e-9, preconditioner=lambda v: v).solve(lambda v: A @ v, b)
+        assert not found.failed and float((b - A @ found.value).norm()) <= 1e-5 * float(b.norm())
