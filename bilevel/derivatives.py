@@ -444,7 +444,7 @@ class Linearisation:
         gradient = over_levels(self._objective.flat.condition, with_axis(self._levels))
 
         def along(direction: Tensor) -> Tensor:
-            return torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,))[1]
+            return alike(*torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,)))
 
         for _ in extra:
             along = torch.func.vmap(along)
@@ -462,7 +462,8 @@ class Linearisation:
             return self._differences(u)[1:]
         of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
         gradient = over_levels(of_theta, with_axis(self._levels))
-        return list(torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))[1])
+        values, tangents = torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))  # type: ignore[misc]
+        return [alike(value, tangent) for value, tangent in zip(values, tangents, strict=True)]
 
     @cached_property
     def _differences(self) -> Differences:
@@ -565,11 +566,25 @@ class _GaussNewtonProduct:
 def _tangent(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     """The derivative of ``fn`` at x along v, by dual numbers: with them a model does what it does in eager mode."""
     if forward_ad._current_level >= 0:  # the user's; there is only one
-        return torch.func.jvp(fn, (x,), (v,))[1]
+        return alike(*torch.func.jvp(fn, (x,), (v,)))
     # a Function, that of argmin say, switches forward mode off
     with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level():
         primal, tangent = forward_ad.unpack_dual(fn(forward_ad.make_dual(x, v)))
-    return torch.zeros_like(primal) if tangent is None else tangent
+    return torch.zeros_like(primal) if tangent is None else alike(primal, tangent)
+
+
+def alike(value: Tensor, tangent: Tensor) -> Tensor:
+    """The tangent in the dtype of its value: PyTorch's of a Python number times a 0-d float32 is float64."""
+    return tangent.to(value.dtype)
+
+
+def with_tangent_alike(x: Tensor) -> Tensor:
+    """x, whose tangents, if it has any, are of its dtype: there and back again, for .to() alone sees the dtype of x."""
+    forward = any(
+        interpreter.key() == torch._C._functorch.TransformType.Jvp
+        for interpreter in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
+    )
+    return x.double().float() if forward and x.dtype == torch.float32 else x
 
 
 def _total(value: Tensor) -> Tensor:
@@ -636,6 +651,9 @@ def pullback(
             full[i] = value
         return fn(*full)
 
+    # vjp's own function may be called once its level is gone, and saved tensors still wear it
+    arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
+    cotangent = torch._C._functorch.unwrap_if_dead(cotangent)
     products = torch.func.vjp(of_chosen, *[arguments[i] for i in chosen])[1](cotangent)
     result: list[Tensor | None] = [None] * len(arguments)
     for i, product in zip(chosen, products, strict=True):
@@ -657,7 +675,8 @@ def pushforward(
             full[i] = value
         return fn(*full)
 
-    return torch.func.jvp(of_chosen, tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen))[1]
+    arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
+    return alike(*torch.func.jvp(of_chosen, tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -693,7 +712,8 @@ def refuse_eager_forward_mode(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]
         return
     if any(is_dual(tensor) for tensor in tensors):
         raise NotImplementedError(
-            "dual tensors of torch.autograd.forward_ad are not supported. Use torch.func.jvp or jacfwd."
+            "dual tensors of torch.autograd.forward_ad are not supported, and torch.func.linearize makes such. Use torch.func.jvp "
+            "or jacfwd."
         )
     if is_dual(flat.probe(phi.detach(), *[tensor.detach() for tensor in tensors])):
         raise ValueError(_CAPTURED.format(name=flat.source, what="a tangent of torch.autograd.forward_ad"))

@@ -127,6 +127,10 @@ def prepare(
     else:
         layout, phi_leaves = _given(phi, sizes, phi_name)
     _check_variable(phi_name, phi_leaves, layout.structure.paths(), like=theta_leaves[0])
+    if sum(layout.sizes) == 0:
+        raise ValueError(
+            f"{phi_name}: expected at least one number, got tensors without entries: there is nothing to solve for."
+        )
     start = layout.ravel(phi_leaves).detach().contiguous()  # what all tasks share is a view, which forward mode refuses
     return Call(
         flat_type(problem, layout, theta_structure, data_structure, static),

@@ -32,6 +32,10 @@ RANDOM = (
     "on the module. Numbers that are wanted are drawn before the call, and handed over in data."
 )
 
+HOOKS = (
+    "bilevel: torch.func is used here, which takes no hooks of saved tensors. Leave torch.autograd.graph.save_on_cpu() and "
+    "saved_tensors_hooks() before this call and its backward; within an objective, torch.utils.checkpoint works in hypergradient()."
+)
 SPARSE = (
     "bilevel: torch.func and torch.vmap take sparse tensors in the COO layout only: hand over X.to_sparse_coo(). Batches of tasks need "
     "dense tensors, or sparse ones in the problem itself and not in data."
@@ -62,6 +66,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 NOTES = (
     (("aot_autograd", "donated buffer"), COMPILED),
     (("randomness error mode",), RANDOM),
+    (("saved tensor hooks",), HOOKS),
     (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )
 """Words of PyTorch's, and what they mean here."""

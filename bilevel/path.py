@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
-from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis
+from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis, with_tangent_alike
 from bilevel.linsys.base import select
 
 
@@ -54,7 +54,8 @@ class PathObjective(Objective):
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
         gate = _Gate()
-        grad, value = self._both(gate(phi), *map(gate, self.tensors))
+        grad, value = self._both(gate(with_tangent_alike(phi)), *map(gate, self.tensors))
+        grad = with_tangent_alike(grad)
         gate.close(value, grad)
         self.num_grads += 1
         return value, grad
@@ -74,8 +75,9 @@ class _PathLinearisation:
         gate = _Gate()
         tensors = [gate(tensor) for tensor in objective.tensors]
         self.grad, self._pull, self.value = torch.func.vjp(  # type: ignore[misc]  # three with has_aux
-            lambda point: objective._both(point, *tensors), gate(phi), has_aux=True
+            lambda point: objective._both(point, *tensors), gate(with_tangent_alike(phi)), has_aux=True
         )
+        self.grad = with_tangent_alike(self.grad)
         gate.close(self.value, self.grad)
         objective.num_grads += 1
 
@@ -84,7 +86,7 @@ class _PathLinearisation:
         self._objective.num_matvecs += 1
         pull = lambda row: self._pull(row)[0]  # noqa: E731
         product = pull(v) if v.ndim == self.grad.ndim else torch.func.vmap(pull)(v)
-        return product + self._damping * v
+        return with_tangent_alike(product) + self._damping * v
 
 
 class _Gate:

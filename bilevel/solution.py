@@ -279,7 +279,7 @@ class _Solution(torch.autograd.Function):
         u = _LinearSolve.apply(
             _Mapped(mapped.rule, with_axis(levels), mapped.sizes, True), *_guarded([cotangent, phi, *tensors])
         )
-        wanted = [want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
+        wanted = [want and _has_derivatives(t) for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
         products = pullback(condition(mapped.rule.flat, levels), [phi, *tensors], -u, [False, *wanted])
         return (None, None, *products[1:])
 
@@ -347,7 +347,7 @@ class _LinearSolve(torch.autograd.Function):
         flipped = _Mapped(mapped.rule, levels, mapped.sizes, not mapped.transposed)
         w = _LinearSolve.apply(flipped, *_guarded([cotangent, phi, *tensors]))
         wanted = [
-            want and t.is_floating_point() for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)
+            want and _has_derivatives(t) for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)
         ]
         product = condition_product(mapped.rule.flat, levels, mapped.transposed)
         products = pullback(product, [u, phi, *tensors], -w, [False, *wanted])
@@ -389,5 +389,10 @@ def _sum_to(x: Tensor, levels: Levels) -> Tensor:
     return x.sum(axes) if axes else x
 
 
+def _has_derivatives(tensor: Tensor) -> bool:
+    """Not of labels and masks."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _floating(tangents: Sequence[Tensor | None], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [tangent if tensor.is_floating_point() else None for tangent, tensor in zip(tangents, tensors, strict=True)]
+    return [tangent if _has_derivatives(tensor) else None for tangent, tensor in zip(tangents, tensors, strict=True)]

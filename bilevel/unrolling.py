@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_finite
 from bilevel.curvature import Hessian
-from bilevel.derivatives import Levels, refuse_captured
+from bilevel.derivatives import Levels, alike, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare
 from bilevel.isolation import isolated
 from bilevel.linsys.base import check_count, dot, select
@@ -173,7 +173,7 @@ def _forwards(path: _Path, theta: Sequence[Tensor], slope: Tensor) -> list[Tenso
             def moved(value: Tensor) -> Tensor:
                 return path([*theta[:i], value, *theta[i + 1 :]])[0].phi
 
-            return dot(torch.func.jvp(moved, (leaf,), (direction.expand_as(leaf),))[1], slope)
+            return dot(alike(*torch.func.jvp(moved, (leaf,), (direction.expand_as(leaf),))), slope)
 
         columns = torch.func.vmap(along, chunk_size=DIRECTIONS)(basis)  # (size, *batch)
         grads.append(columns.movedim(0, -1).reshape(leaf.shape))
