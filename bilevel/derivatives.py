@@ -218,8 +218,9 @@ class Objective:
     measures: ClassVar[bool] = True
     """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
 
-    def begin_step(self, k: int) -> None:
-        """Told by a solver at the start of its step k."""
+    def begin_step(self, k: int, state: Any) -> Any:
+        """Told by a solver at the start of its step k, which goes on with the state that is returned."""
+        return state
 
     def verify(self, phi: Tensor) -> None:
         """Told where a solve has ended; for objectives that were recorded earlier."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class PathObjective(Objective):
         self._plain, self._live, self._skip = self.tensors, list(tensors), skip
         self._range = (0, 0) if skip is None else (int(skip.min()), int(skip.max()))
         self._both = over_levels(torch.func.grad_and_value(flat.inner), with_axis(levels))
-        self.begin_step(0)  # what a method evaluates before its first step belongs to it
+        self._choose_tensors(0)  # what a method evaluates before its first step belongs to it
 
-    def begin_step(self, k: int) -> None:
+    def begin_step(self, k: int, state: Any) -> Any:
         """Step k carries the derivatives of the problems that do not skip it."""
+        self._choose_tensors(k)
+        return _with_tangents_alike(state)
+
+    def _choose_tensors(self, k: int) -> None:
         first, last = self._range
         if k < first:
             self.tensors = self._plain
@@ -67,6 +72,17 @@ class PathObjective(Objective):
                 f"unrolled: the path through {curvature!r} is not implemented; use curvature=Hessian() in the solver."
             )
         return _PathLinearisation(self, phi, damping)
+
+
+def _with_tangents_alike(state: Any) -> Any:
+    """The state of a solver, whose own scalars are 0-d where there is no batch."""
+
+    def of_field(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return with_tangent_alike(value)
+        return _with_tangents_alike(value) if is_dataclass(value) else value
+
+    return replace(state, **{field.name: of_field(getattr(state, field.name)) for field in fields(state)})
 
 
 class _PathLinearisation:

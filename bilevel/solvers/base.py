@@ -195,7 +195,7 @@ class IterativeSolver(InnerSolver):
         # as Run.result measures it; elsewhere squares below the smallest number are below any tolerance
         exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
         for k in range(first, self.max_steps):
-            objective.begin_step(k)
+            state = objective.begin_step(k, state)
             local = self.evaluate(objective, state.point)
             if self.tol > 0:
                 residual = norm(local.grad)
