@@ -233,7 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--measure", nargs=2, metavar=("WORK", "PART"), help="one part, in this process")
     args = parser.parse_args(argv)
     if not (args.dry_run or torch.cuda.is_available()):
-        parser.error("expected a CUDA device, and there is none; --dry-run tries the script on the CPU")
+        parser.error(
+            f"expected a CUDA device, and there is none (torch {torch.__version__}, CUDA {torch.version.cuda}; with a driver older than that "
+            "there is none: TORCH_INDEX of the Makefile chooses another build); --dry-run tries the script on the CPU"
+        )
     if args.measure:
         measure(*args.measure, args)
         return 0

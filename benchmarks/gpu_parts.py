@@ -283,8 +283,7 @@ def memory_of(setting: Setting, config: Config) -> float | None:
     if setting.device.type != "cuda":
         step(data)
         return None
-    if not config.capture:
-        step(data)
+    step(data)  # so that the workspaces of libraries, which stay, are there
     free_what_nobody_holds()
     before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()

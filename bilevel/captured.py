@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -312,9 +312,9 @@ class CudaGraphs:
             return f"the tensors are on {device}, which is not the current device; see torch.cuda.set_device"
         return None
 
-    @cached_property
+    @property
     def _stream(self) -> Any:
-        return torch.cuda.Stream()
+        return _stream_of(torch.cuda.current_device())
 
     def aside(self, run: Callable[[], Any]) -> Any:
         """See :class:`Graphs`."""
@@ -348,11 +348,20 @@ class CudaGraphs:
         return out, graph.replay
 
 
+@functools.cache
+def _stream_of(device: int) -> Any:
+    """One for all captures: libraries keep a workspace for each stream that they have seen, and graphs point into it."""
+    return torch.cuda.Stream(device)
+
+
 def _close(pool: Any) -> None:
     """End a capture that failed for the allocator, too. Where PyTorch leaves that out, emptying the cache, and so every later capture,
-    fails with an internal error.
+    fails with an internal error. And for the random numbers: up to 2.11 their generator would go on as in a capture, and raise.
     """
     device = torch.cuda.current_device()
+    with suppress(AttributeError, IndexError, RuntimeError):
+        generator = torch.cuda.default_generators[device]
+        generator.graphsafe_set_state(generator.clone_state())  # a copy has no part in a capture
     with suppress(AttributeError, RuntimeError):  # of a PyTorch that has ended it already
         torch._C._cuda_endAllocateToPool(device, pool)
         torch._C._cuda_releasePool(device, pool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from bilevel import CapturedStep
+from bilevel import CapturedStep, captured
 from bilevel.captured import CudaGraphs
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG
@@ -372,6 +373,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.log: list[str] = []
+        monkeypatch.setattr(captured, "_stream_of", functools.cache(captured._stream_of.__wrapped__))
         self.current, self.mode, self.fails = Stream("main", self.log), 0, fails
         for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph", "current_device", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -382,7 +384,8 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
         monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
 
-    def Stream(self) -> Stream:
+    def Stream(self, device: int) -> Stream:
+        assert device == 0
         return Stream("side", self.log)
 
     def current_stream(self) -> Stream:
@@ -419,6 +422,7 @@ class FakeCuda:
 
 def test_warm_up_and_capture_share_a_stream_that_waits_and_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, graphs = FakeCuda(monkeypatch), CudaGraphs()
+    assert CudaGraphs()._stream is graphs._stream  # one for all: libraries keep a workspace for each
     run = lambda: cuda.log.append(f"run on {cuda.current.name}, mode {cuda.mode}")  # noqa: E731
     graphs.aside(run)
     graphs.watched(run)
@@ -445,14 +449,18 @@ def test_whatever_fails_the_stream_and_the_watch_are_as_before(monkeypatch: pyte
         graphs.watched(broken)
     assert cuda.log[-1] == "main waits for side"
     assert cuda.mode == 0 and cuda.current.name == "main"
+    generator = SimpleNamespace(
+        clone_state=lambda: "a copy", graphsafe_set_state=lambda state: cuda.log.append(f"random numbers: {state}")
+    )
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     with pytest.raises(RuntimeError, match="previous error"):
         graphs.capture(lambda: None)
-    assert cuda.current.name == "main"
+    assert cuda.current.name == "main" and "random numbers: a copy" in cuda.log
     assert cuda.log[-2:] == ["_cuda_endAllocateToPool(0, (0, 7))", "_cuda_releasePool(0, (0, 7))"]
     with pytest.raises(RuntimeError, match="previous error"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._C, "_cuda_endAllocateToPool", already_ended)
         graphs.capture(lambda: None)
-    assert cuda.log[-1] == "capture ends"
+    assert cuda.log[-2:] == ["capture ends", "random numbers: a copy"]
 
 
 def test_devices_that_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,6 +553,7 @@ class TestCuda:
         assert step.num_captures == 0 and len(lines()) == 1
         assert torch.cuda.current_stream() == before
         torch.cuda.empty_cache()  # fails with an internal error while the allocator waits for the end of a capture
+        assert 0 <= float(torch.rand(1, device="cuda")) < 1  # fails while the generator does
         later = CapturedStep(lambda x: x + 1)
         for _ in range(5):
             assert later(torch.ones(3, device="cuda")).tolist() == [2.0] * 3

@@ -270,6 +270,9 @@ class Run:
 
 
 def use_threads(config: Config) -> None:
-    """Set the number of CPU threads, where the settings name one."""
+    """Set the number of CPU threads, where the settings name one, and full precision for convolutions on CUDA, as products have it: a
+    chunk of one task is made of convolutions, others of products.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if config.threads:
         torch.set_num_threads(config.threads)

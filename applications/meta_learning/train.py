@@ -166,7 +166,7 @@ class Trainer:
             solver=self.method.solver,
             tasks=tasks,
             query_shots=query_shots,
-            chunk_size=self.config.chunk_size or None,
+            chunk_size=self.step.algorithm.chunk_size,  # as many as the memory held in training
             should_stop=should_stop,
         )
 
@@ -180,7 +180,7 @@ class Trainer:
             solver=self.method.solver,
             tasks=tasks,
             query_shots=query_shots,
-            chunk_size=self.config.chunk_size or None,
+            chunk_size=self.step.algorithm.chunk_size,  # as many as the memory held in training
         )
 
     def _held_out(self, query_shots: int, seed: int) -> Sampler:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from applications.meta_learning import train
 from applications.meta_learning.algorithms import Algorithm, ImplicitMAML, MetaGradient
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config
@@ -226,6 +227,16 @@ def test_tasks_in_chunks_that_fit(holds: int, expected: int | None, capture: boo
     assert len(lines()) == halvings and all("Out of memory; going on with" in line for line in lines())
 
 
+def test_tests_keep_to_the_chunks_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, asked = with_memory(PLAIN, 1), []
+    trainer.meta_step()
+    for name in ("evaluate", "adaptation_curve"):
+        monkeypatch.setattr(train, name, lambda *_, chunk_size, **__: asked.append(chunk_size))
+    trainer.test(tasks=4, query_shots=1, seed=0)
+    trainer.test_over_inner_steps(tasks=4, query_shots=1, seed=0)
+    assert asked == [1, 1]
+
+
 def test_a_number_that_was_asked_for_is_kept() -> None:
     trainer = with_memory(replace(PLAIN, chunk_size=3), holds=2)
     with pytest.raises(torch.OutOfMemoryError):
@@ -242,9 +253,11 @@ def test_a_number_that_was_asked_for_is_kept() -> None:
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
 class TestCuda:
-    @pytest.mark.parametrize("settings", ALGORITHMS.values(), ids=ALGORITHMS)
-    def test_a_captured_run_is_the_run(self, settings: dict[str, Any], lines: Any) -> None:
-        config = replace(TINY, device="cuda", outer_steps=8, **{"dtype": "float64", **settings})
+    @pytest.mark.parametrize("name", [name for name in ALGORITHMS if not ALGORITHMS[name].get("compile")])
+    def test_a_captured_run_is_the_run(self, name: str, lines: Any) -> None:
+        # the captured Adam keeps its rate in float32: one that it holds exactly
+        settings = {"dtype": "float64", "outer_rate": 2.0**-7, **ALGORITHMS[name]}
+        config = replace(TINY, device="cuda", outer_steps=8, **settings)
         plain = Trainer(config, tiny_source(config))
         captured = Trainer(replace(config, capture=True), tiny_source(config))
         for _ in range(8):
