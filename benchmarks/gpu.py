@@ -234,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not (args.dry_run or torch.cuda.is_available()):
         parser.error(
-            f"expected a CUDA device, and there is none (torch {torch.__version__}, CUDA {torch.version.cuda}; with a driver older than that "
-            "there is none: TORCH_INDEX of the Makefile chooses another build); --dry-run tries the script on the CPU"
+            f"expected a CUDA device, and there is none (torch {torch.__version__}, CUDA {torch.version.cuda}; an older driver "
+            "means none, and TORCH_INDEX of the Makefile chooses another build); --dry-run tries the script on the CPU"
         )
     if args.measure:
         measure(*args.measure, args)

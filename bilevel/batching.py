@@ -31,6 +31,7 @@ class Part:
     inner: Result | None
     linear: Result | None
     ok: Tensor
+    slope: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Gathered:
             ok_per_task=part.ok,
             reduction=reduction,
             grad_per_task=bool(call.sizes) and self.per_task,
+            slope=part.slope,
         )
 
 
@@ -95,6 +97,7 @@ def gather(
             inner=concatenate([part.inner for part in parts]),
             linear=concatenate([part.linear for part in parts]),
             ok=torch.cat([part.ok for part in parts]),
+            slope=None if joined.slope is None else torch.cat([part.slope for part in parts if part.slope is not None]),
         )
     outer = torch.where(joined.ok, joined.outer, torch.nan)
     scale = torch.ones((), dtype=outer.dtype, device=outer.device)

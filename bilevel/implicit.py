@@ -37,7 +37,7 @@ from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
 from bilevel.isolation import isolated
-from bilevel.linsys.base import LinearSolver, check_count, check_number
+from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
 from bilevel.result import Hypergradient, Result, Status
 from bilevel.tracing import with_programs
@@ -284,4 +284,4 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     finite = ok_where_finite(torch.ones_like(ok), outer, grads)
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
-    return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok)
+    return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok, norm(local.grad))

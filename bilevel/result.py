@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -86,6 +86,9 @@ class Status(IntEnum):
 
 
 FAILED_CODES = tuple(int(status) for status in Status if status.failed)
+
+
+SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
 
 
 def failed(codes: Tensor) -> Tensor:
@@ -218,6 +221,8 @@ class Hypergradient:
         num_ok: the number of tasks in ``grad`` and ``outer``.
         reduction: as asked for.
         grad_per_task: whether the leaves of ``grad`` have a task axis (``reduction="none"``, or ``theta_batched``).
+        slope: ``|dG/dphi|`` at phi ``(*batch,)``, which is zero at a solution: the gradient is no better than that is small. None from
+            :func:`bilevel.unrolled`.
         certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph; change none of these
             tensors in place before you ask.
     """
@@ -233,6 +238,7 @@ class Hypergradient:
     ok_per_task: Tensor
     reduction: str
     grad_per_task: bool = False
+    slope: Tensor | None = None
     certificate: Any = field(default=None, repr=False, compare=False)
 
     @property
@@ -296,17 +302,35 @@ class Hypergradient:
     def describe(self) -> str:
         """What happened in both solves, in sentences."""
         solves: tuple[tuple[str, Result | None], ...] = (("inner solve", self.inner), ("linear solve", self.linear))
-        return "\n".join(solve.describe(what) for what, solve in solves if solve is not None)
+        lines = [solve.describe(what) for what, solve in solves if solve is not None]
+        if self.inner is None and self.slope is not None:
+            size = float(torch.nan_to_num(self.slope, nan=torch.inf).max())
+            lines.insert(0, f"phi, as it was handed in: |dG/dphi| = {size:.3e}{' at most' if self.slope.ndim else ''}")
+        return "\n".join(lines)
 
-    def unwrap(self) -> Tree:
+    def unwrap(self, *, check: Literal["failed", "converged"] = "failed") -> Tree:
         """``grad``.
 
+        Args:
+            check: a solve that has used up its steps is no failure. With "converged" it raises there too: the gradient of every task
+                that enters is then one of two solves that met their tolerances. The same as ``check="converged"`` of :func:`argmin`.
+
         Raises:
-            SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok.
+            SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok. With
+                ``check="converged"`` also: a solve of a task that is ok has not converged.
         """
+        if check not in ("failed", "converged"):
+            raise ValueError(f'check: expected "failed" or "converged", got {check!r}.')
         ok = self.ok_per_task
         if not bool(ok.all() if self.grad_per_task else ok.any()):
             raise SolverError(self.describe())
+        if check == "converged":
+            for what, solve in (("inner solve", self.inner), ("linear solve", self.linear)):
+                if solve is None:
+                    continue
+                left = ok & ~torch.isin(solve.codes, solve.codes.new_tensor(SOLVED))
+                if bool(left.any()):
+                    raise SolverError(f"{what}: {int(left.sum())} of {left.numel()} not converged.\n{self.describe()}")
         return self.grad
 
     def assign_grad(self, theta: Tree) -> None:

@@ -37,11 +37,10 @@ from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
-from bilevel.result import Result, SolverError, Status, failed
+from bilevel.result import SOLVED, Result, SolverError, failed
 from bilevel.trees import Tree
 
 Check = bool | Literal["converged"]
-SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
 
 
 @isolated

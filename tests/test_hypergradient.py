@@ -1179,3 +1179,78 @@ def test_a_gradient_whose_square_is_no_number_is_not_zero() -> None:
     )
     found = bilevel.solve(problem, torch.ones(2), solver=GradientDescent(step_size=0.1, max_steps=3))
     assert found.status is bilevel.Status.MAX_STEPS and found.residual == pytest.approx(2e-25, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a result says of a point that is no solution.
+
+
+def quadratic(theta: Tensor, a: Tensor) -> tuple[bilevel.BilevelProblem, Tensor]:
+    """G = a (phi - theta)^2 / 2, L = phi^2 / 2: phi* = theta, F' = theta."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, a: 0.5 * (a * (phi - theta).square()).sum(),
+        lambda phi, theta, a: 0.5 * phi.square().sum(),
+        lambda theta, a: torch.zeros_like(theta),
+    )
+    return problem, a
+
+
+def test_unwrap_can_ask_for_solves_that_converged() -> None:
+    theta, a = torch.tensor([1.0, -2.0], dtype=F64), torch.tensor([[1.0, 3.0], [1.0, 1.0]], dtype=F64)
+    problem, data = quadratic(theta, a)
+    one_step = GradientDescent(step_size=1.0, max_steps=1, tol=1e-9)
+    linsys = CG(max_steps=5, rtol=1e-12)
+    # with a = (1, 1) one step of length 1 is enough; with (1, 3) it is not, and ends at 3 theta
+    short = hypergradient(problem, theta, data[0], solver=one_step, linsys=linsys)
+    assert short.ok and short.unwrap() is short.grad and short.inner is not None
+    assert short.inner.status is Status.MAX_STEPS or short.inner.failed
+    with pytest.raises(
+        bilevel.SolverError, match=r"^inner solve: 1 of 1 not converged.\ninner solve: MAX_STEPS after 1 steps"
+    ):
+        hypergradient(
+            problem, theta, data[0], solver=GradientDescent(step_size=0.1, max_steps=1, tol=1e-9), linsys=linsys
+        ).unwrap(check="converged")
+    good = hypergradient(
+        problem, theta, data[1], solver=GradientDescent(step_size=1.0, max_steps=3, tol=1e-9), linsys=linsys
+    )
+    torch.testing.assert_close(good.unwrap(check="converged"), theta)
+    slow = GradientDescent(step_size=0.9, max_steps=5, tol=1e-3)
+    both = hypergradient(problem, theta, torch.stack([a[1], 0.01 * a[1]]), solver=slow, linsys=linsys, batched=True)
+    assert both.num_ok == 2 and both.unwrap() is both.grad
+    with pytest.raises(bilevel.SolverError, match="^inner solve: 1 of 2 not converged."):
+        both.unwrap(check="converged")
+    cut = hypergradient(
+        problem, theta, data[0], solver=NewtonCG(max_steps=3, tol=1e-9), linsys=CG(max_steps=1, rtol=1e-12)
+    )
+    with pytest.raises(bilevel.SolverError, match="^linear solve: 1 of 1 not converged."):
+        cut.unwrap(check="converged")
+    with pytest.raises(ValueError, match='check: expected "failed" or "converged", got True'):
+        good.unwrap(check=True)  # type: ignore[arg-type]
+
+
+def test_a_task_that_failed_is_not_asked_whether_it_converged() -> None:
+    theta = torch.tensor([1.0, -2.0], dtype=F64)
+    problem, a = quadratic(theta, torch.tensor([[1.0, 3.0], [torch.nan, 1.0]], dtype=F64))
+    found = hypergradient(
+        problem, theta, a, solver=NewtonCG(max_steps=3, tol=1e-9), linsys=CG(max_steps=5, rtol=1e-12), batched=True
+    )
+    assert found.num_ok == 1
+    torch.testing.assert_close(found.unwrap(check="converged"), theta)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_the_slope_is_that_of_the_objective_at_phi(chunk_size: int | None) -> None:
+    theta = torch.tensor([1.0, -2.0], dtype=F64)
+    problem, a = quadratic(theta, 1 + torch.rand(3, 2, generator=torch.Generator().manual_seed(0), dtype=F64))
+    phi = normal(7, 3, 2)
+    found = implicit_gradient(problem, phi, theta, a, linsys=Exact(), batched=True, chunk_size=chunk_size)
+    expected = (a * (phi - theta)).norm(dim=-1)
+    assert found.slope is not None and found.inner is None
+    torch.testing.assert_close(found.slope, expected)
+    assert f"phi, as it was handed in: |dG/dphi| = {float(expected.max()):.3e} at most" in found.describe()
+    one = implicit_gradient(problem, phi[0], theta, a[0], linsys=Exact())
+    assert one.slope is not None and float(one.slope) == pytest.approx(float(expected[0]))
+    assert f"handed in: |dG/dphi| = {float(expected[0]):.3e}\n" in one.describe()
+    solved = hypergradient(problem, theta, a, solver=NewtonCG(max_steps=3, tol=1e-9), linsys=Exact(), batched=True)
+    assert solved.slope is not None and solved.inner is not None and "handed in" not in solved.describe()
+    torch.testing.assert_close(solved.slope, solved.inner.residual)
