@@ -5,7 +5,7 @@ from bilevel.accuracy import Tolerances, tolerances
 from bilevel.captured import CapturedStep
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.implicit import hypergradient, implicit_gradient, solve
-from bilevel.problem import BilevelProblem, Constants, ProximalProblem
+from bilevel.problem import BilevelProblem, Composition, Constants, ProximalProblem
 from bilevel.regularisation import LearnedProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 from bilevel.solution import argmin, fixed_point, root
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BilevelProblem",
     "CapturedStep",
+    "Composition",
     "Constants",
     "Diagnosis",
     "GaussNewton",

@@ -204,7 +204,7 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
         where = "" if at_phi.ndim == 0 else f" in {count} of {at_phi.numel()} tasks"
         seen = _remedy(result, spectrum, problem) if bool(negative.any()) else "Lanczos does not see how much."
         return [
-            f"The curvature at phi is negative{where}, so phi is no minimum of G: {seen} {_other_remedies(result, problem)}"
+            f"The curvature at phi is negative{where}, so phi is not a minimum of G: {seen} {_other_remedies(result, problem)}"
         ]
     if bool(on_the_way.any()):
         where = "" if on_the_way.ndim == 0 else f" in {int(on_the_way.sum())} of {on_the_way.numel()} tasks"

@@ -34,8 +34,8 @@ class Status(IntEnum):
     MAX_STEPS = (
         1,
         False,
-        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or the tolerance if "
-        "the residual is too large for you.",
+        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or loosen the "
+        "tolerance if the residual is too large for you.",
     )
     LINE_SEARCH_FAILED = (
         2,
@@ -69,7 +69,8 @@ class Status(IntEnum):
         7,
         True,
         "met negative curvature: the matrix is not positive definite, so the point is no strict minimum of the inner objective. "
-        "Solve the inner problem further, raise the regularisation or damping, use GaussNewton(), or CG(steihaug=True).",
+        "Solve the inner problem further, raise the regularisation or damping, use GaussNewton() (of a problem "
+        "made by from_model), or CG(steihaug=True), which keeps what it found before.",
     )
     SINGULAR = (
         8,

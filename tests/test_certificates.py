@@ -1034,7 +1034,7 @@ def test_remedy_for_negative_curvature_of_a_proximal_problem(linsys, d, b_sees_i
     problem, a, theta = saddle(low=-0.5, d=d, lam=lam, b_sees_it=b_sees_it)
     text = at(problem, np.ones(d), theta[:d], linsys).explain()
     if b_sees_it or not isinstance(linsys, CG):
-        assert "is negative, so phi is no minimum of G: the smallest eigenvalue is about -5.00e-01." in text
+        assert "is negative, so phi is not a minimum of G: the smallest eigenvalue is about -5.00e-01." in text
     more, damping = numbers(r"Raising lam, now 0\.3, by (\S+), or damping=(\S+), would make it positive", text)
     smallest = np.linalg.eigvalsh(a)[0]
     for shift in (more, damping):

@@ -32,7 +32,7 @@ class Exact(LinearSolver):
 
     Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below
     ``4 eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
-    failure: the implicit function theorem holds at any regular stationary point, but the point is no minimum.
+    failure: the implicit function theorem holds at any regular stationary point, but the point is not a minimum.
 
     General A (``Operator(..., symmetric=False)``): by LU. Singular where a singular value is below ``4 eps |A|``.
 

@@ -17,7 +17,7 @@ class MINRES(KrylovSolver):
     """The smallest residual in the Krylov space of a symmetric A that may be indefinite. One product per step.
 
     On a positive definite A it takes about the steps of CG. On an indefinite one it goes on where CG must stop, and ends with
-    ``Status.SOLVED_INDEFINITE``: solved, but the point is no minimum. It sees every negative eigenvalue that matters to b: where
+    ``Status.SOLVED_INDEFINITE``: solved, but the point is not a minimum. It sees every negative eigenvalue that matters to b: where
     r^T A r < 0 for a residual r on its way (Liu and Roosta 2022), which costs nothing.
 
     On a singular A it finds the solution of least norm if there is one (from a zero start, without preconditioner). If b is not in the

@@ -65,7 +65,7 @@ def test_double_well_maml_has_a_gradient_and_imaml_has_none() -> None:
     assert all(row["maml"] < 1e-7 for row in case["rows"])
     for row in case["rows"]:
         assert (row["imaml"] is None) == (row["eigenvalue"] < 0) == (row["status"] == "NEGATIVE_CURVATURE")
-    assert case["said"]["linear"] == "NEGATIVE_CURVATURE" and "phi is no minimum of G" in case["said"]["explain"][-1]
+    assert case["said"]["linear"] == "NEGATIVE_CURVATURE" and "phi is not a minimum of G" in case["said"]["explain"][-1]
 
 
 # --- B
