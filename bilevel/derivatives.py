@@ -702,7 +702,10 @@ def refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
         if variable is not None and id(variable) not in known:
             words = _CAPTURED.format(name=name, what=f"a gradient (shape {tuple(variable.shape)}, requires_grad=True)")
             if isinstance(variable, torch.nn.Parameter):
-                words += " With functional_call: phi has to have every parameter of the module; those that it lacks are the module's own."
+                words += (
+                    " With functional_call: phi has to have every parameter of the module, or {**theta, **phi} together; those that are in "
+                    "neither are the module's own."
+                )
             raise ValueError(words)
         stack.extend(parent for parent, _ in node.next_functions)
 

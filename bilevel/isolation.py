@@ -32,6 +32,10 @@ RANDOM = (
     "on the module. Numbers that are wanted are drawn before the call, and handed over in data."
 )
 
+STATISTICS = (
+    "bilevel: batch norm in training mode writes to its running statistics, and the tasks of a batch share them. Make the layers with "
+    "track_running_stats=False (each task then uses its own batch, as in few-shot learning), or call .eval() on the module."
+)
 HOOKS = (
     "bilevel: torch.func is used here, which takes no hooks of saved tensors. Leave torch.autograd.graph.save_on_cpu() and "
     "saved_tensors_hooks() before this call and its backward; within an objective, torch.utils.checkpoint works in hypergradient()."
@@ -66,6 +70,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 NOTES = (
     (("aot_autograd", "donated buffer"), COMPILED),
     (("randomness error mode",), RANDOM),
+    (("running_mean",), STATISTICS),
     (("saved tensor hooks",), HOOKS),
     (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )

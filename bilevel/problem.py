@@ -8,6 +8,7 @@ Everything here is written for *one* task; the library applies it to a batch of 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -202,9 +203,10 @@ class BilevelProblem(ABC):
             initial_phi: the start, of (theta, data). Without it every call needs ``init=``.
             penalty: what of G is no function of the outputs, 0-d; None: nothing.
         """
-        require_callables(predict=predict, output_loss=output_loss)
+        require_functions_of("phi", "theta", "data", predict=predict)
+        require_functions_of("outputs", "theta", "data", output_loss=output_loss)
         if penalty is not None:
-            require_callables(penalty=penalty)
+            require_functions_of("phi", "theta", "data", penalty=penalty)
         return _ComposedProblem(Composition(predict, output_loss, penalty), outer_loss, initial_phi)
 
 
@@ -212,9 +214,9 @@ class _FunctionProblem(BilevelProblem):
     def __init__(
         self, inner: Callable[..., Tensor], outer: Callable[..., Tensor], initial: Callable[..., Tree] | None
     ) -> None:
-        require_callables(inner_objective=inner, outer_loss=outer)
+        require_functions_of("phi", "theta", "data", inner_objective=inner, outer_loss=outer)
         if initial is not None:
-            require_callables(initial_phi=initial)
+            require_functions_of("theta", "data", initial_phi=initial)
         self._inner, self._outer, self._initial = inner, outer, initial
 
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -382,7 +384,7 @@ class ProximalProblem(BilevelProblem):
     @staticmethod
     def from_losses(train_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
         """A proximal problem from two functions of (phi, data)."""
-        require_callables(train_loss=train_loss, test_loss=test_loss)
+        require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)
         return _LossesProblem(train_loss, test_loss, lam)
 
     @staticmethod
@@ -393,7 +395,8 @@ class ProximalProblem(BilevelProblem):
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
         """
-        require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
+        require_functions_of("phi", "data", predict=predict, test_loss=test_loss)
+        require_functions_of("outputs", "data", output_loss=output_loss)
         return _ModelProblem(predict, output_loss, test_loss, lam)
 
 
@@ -466,8 +469,17 @@ def _like(x: Tensor, lam: float | Tensor) -> Any:
     return lam.to(dtype=x.dtype, device=x.device) if isinstance(lam, Tensor) else lam
 
 
-def require_callables(**functions: Any) -> None:
-    """Refuse what is no function, by the name of the argument."""
+def require_functions_of(*parameters: str, **functions: Any) -> None:
+    """Refuse what is no function of so many arguments, by the name of the argument."""
     for name, fn in functions.items():
+        wanted = f"{name}: expected a function of ({', '.join(parameters)})"
         if not callable(fn):
-            raise TypeError(f"{name}: expected a function, got {type(fn).__name__}.")
+            raise TypeError(f"{wanted}, got {type(fn).__name__}.")
+        try:
+            signature = inspect.signature(fn)
+        except ValueError:  # of a function in C
+            continue
+        try:
+            signature.bind(*parameters)
+        except TypeError:
+            raise TypeError(f"{wanted}, got one of {signature}.") from None

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Loss, described, is_positive_definite, require_callables
+from bilevel.problem import BilevelProblem, Loss, described, is_positive_definite, require_functions_of
 from bilevel.trees import LEAF, Layout, Tree, flatten, layout_of, tree_map, unflatten
 
 
@@ -200,7 +200,7 @@ class LearnedProximalProblem(BilevelProblem):
     knows_curvature = True
 
     def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
-        require_callables(train_loss=train_loss, test_loss=test_loss)
+        require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)
         if not isinstance(kind, Kind):
             hint = f" Did you mean {kind.__name__}()?" if isinstance(kind, type) else ""
             raise TypeError(f"kind: expected Scalar(), PerLeaf(), Diagonal() or Matrix(), got {kind!r}.{hint}")
@@ -214,7 +214,8 @@ class LearnedProximalProblem(BilevelProblem):
 
         This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
         """
-        require_callables(predict=predict, output_loss=output_loss, test_loss=test_loss)
+        require_functions_of("phi", "data", predict=predict, test_loss=test_loss)
+        require_functions_of("outputs", "data", output_loss=output_loss)
         return LearnedProximalProblem(_Composed(predict, output_loss), test_loss, kind)
 
     def initial_theta(self, centre: Tree, lam: Any = 1.0) -> dict[str, Tree]:

@@ -224,7 +224,7 @@ def test_words() -> None:
         match=r"GaussNewton\(\) needs a problem of the form .* build it with BilevelProblem.from_model, Prox",
     ):
         bilevel.implicit_gradient(plain, one, one, **arguments)
-    with pytest.raises(TypeError, match="penalty: expected a function"):
+    with pytest.raises(TypeError, match=r"penalty: expected a function of \(phi, theta, data\), got float"):
         BilevelProblem.from_model(predict, output_loss, outer_loss, penalty=0.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="outer_loss: expected a function"):
         BilevelProblem.from_model(predict, output_loss, None)  # type: ignore[arg-type]

@@ -391,3 +391,21 @@ def test_sparse_data_that_cannot_be_mapped_come_with_a_note() -> None:
     with pytest.raises(RuntimeError) as caught:
         bilevel.hypergradient(problem, theta, X.to_sparse(), batched=True, **options)
     assert "need dense tensors" in caught.value.__notes__[0]
+
+
+def test_running_statistics_in_a_batch_come_with_a_note() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, x: (
+            functional_call(net, phi, (x,)).square().mean() + theta * sum(p.square().sum() for p in phi.values())
+        ),
+        lambda phi, theta, x: sum(p.sum() for p in phi.values()),
+        lambda theta, x: {name: p.detach() for name, p in net.named_parameters()},
+    )
+    x, one = torch.randn(5, 6, 3, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    options: dict[str, Any] = {"solver": NewtonCG(max_steps=2), "linsys": CG(max_steps=3), "batched": True}
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.hypergradient(problem, one, x, **options)
+    assert "track_running_stats=False" in caught.value.__notes__[0]
+    net.eval()
+    assert bilevel.hypergradient(problem, one, x, **options).num_ok == 5

@@ -323,19 +323,57 @@ def fine(*args: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: BilevelProblem.from_functions(None, fine), "inner_objective: expected a function, got NoneType"),
-        (lambda: BilevelProblem.from_functions(fine, 3.0), "outer_loss: expected a function, got float"),
+        (
+            lambda: BilevelProblem.from_functions(None, fine),
+            r"inner_objective: expected a function of \([a-z, ]*\), got NoneType",
+        ),
+        (
+            lambda: BilevelProblem.from_functions(fine, 3.0),
+            r"outer_loss: expected a function of \([a-z, ]*\), got float",
+        ),
         (
             lambda: BilevelProblem.from_functions(fine, fine, torch.zeros(3)),
-            "initial_phi: expected a function, got Tensor",
+            r"initial_phi: expected a function of \([a-z, ]*\), got Tensor",
         ),
-        (lambda: ProximalProblem.from_losses("loss", fine, 1.0), "train_loss: expected a function, got str"),
-        (lambda: ProximalProblem.from_losses(fine, None, 1.0), "test_loss: expected a function, got NoneType"),
-        (lambda: ProximalProblem.from_model(None, fine, fine, 1.0), "predict: expected a function, got NoneType"),
-        (lambda: ProximalProblem.from_model(fine, 1, fine, 1.0), "output_loss: expected a function, got int"),
-        (lambda: ProximalProblem.from_model(fine, fine, 1, 1.0), "test_loss: expected a function, got int"),
+        (
+            lambda: ProximalProblem.from_losses("loss", fine, 1.0),
+            r"train_loss: expected a function of \([a-z, ]*\), got str",
+        ),
+        (
+            lambda: ProximalProblem.from_losses(fine, None, 1.0),
+            r"test_loss: expected a function of \([a-z, ]*\), got NoneType",
+        ),
+        (
+            lambda: ProximalProblem.from_model(None, fine, fine, 1.0),
+            r"predict: expected a function of \([a-z, ]*\), got NoneType",
+        ),
+        (
+            lambda: ProximalProblem.from_model(fine, 1, fine, 1.0),
+            r"output_loss: expected a function of \([a-z, ]*\), got int",
+        ),
+        (
+            lambda: ProximalProblem.from_model(fine, fine, 1, 1.0),
+            r"test_loss: expected a function of \([a-z, ]*\), got int",
+        ),
+        (
+            lambda: BilevelProblem.from_functions(fine, fine, lambda theta: theta),
+            r"initial_phi: expected a function of \(theta, data\), got one of \(theta\).$",
+        ),
+        (
+            lambda: BilevelProblem.from_functions(lambda phi, theta: phi.sum(), fine),
+            r"inner_objective: expected a function of \(phi, theta, data\), got one of \(phi, theta\).$",
+        ),
+        (
+            lambda: ProximalProblem.from_model(fine, lambda z: z.sum(), fine, 1.0),
+            r"output_loss: expected a function of \(outputs, data\), got one of \(z\).$",
+        ),
     ],
 )
 def test_functions_must_be_functions(make: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
         make()
+
+
+def test_functions_without_a_signature_and_with_defaults_are_taken() -> None:
+    ProximalProblem.from_losses(lambda phi, data=None, *, scale=1.0: phi.sum(), torch.dot, 1.0)
+    BilevelProblem.from_functions(max, fine, lambda theta, *rest: theta)

@@ -768,9 +768,13 @@ def test_the_range_of_lambda_is_that_of_the_dtype() -> None:
         (
             lambda: LearnedProximalProblem(None, test, Scalar()),
             TypeError,
-            "train_loss: expected a function, got NoneType",
+            r"train_loss: expected a function of \([a-z, ]*\), got NoneType",
         ),
-        (lambda: LearnedProximalProblem(train, 1, Scalar()), TypeError, "test_loss: expected a function, got int"),
+        (
+            lambda: LearnedProximalProblem(train, 1, Scalar()),
+            TypeError,
+            r"test_loss: expected a function of \([a-z, ]*\), got int",
+        ),
         (
             lambda: LearnedProximalProblem(train, test, "diagonal"),
             TypeError,
@@ -785,7 +789,7 @@ def test_the_range_of_lambda_is_that_of_the_dtype() -> None:
         (
             lambda: LearnedProximalProblem.from_model(predict, None, test, Scalar()),
             TypeError,
-            "output_loss: expected a function, got NoneType",
+            r"output_loss: expected a function of \([a-z, ]*\), got NoneType",
         ),
         (
             lambda: LearnedProximalProblem(train, test, Scalar()).initial_theta({"w": 1.0}),
