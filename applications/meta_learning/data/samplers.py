@@ -42,10 +42,13 @@ class TaskSampler:
         images: uint8 (num_classes, drawings, height, width), or with `counts` (images, channels, height, width), class after
             class; the classes in use are copied to `device` once.
         class_indices: the classes to draw from, e.g. `split.train`.
-        ways, shots, query_shots: classes of a task, and images of each to adapt to and to be judged on.
+        ways: classes of a task.
+        shots: images of each class to adapt to.
+        query_shots: images of each class to be judged on.
         rotations: see above.
         seed: the same tasks for the same seed.
-        device, dtype: of the images that are handed out.
+        device: where the images are, those in use and those that are handed out.
+        dtype: of the images that are handed out.
         counts: images of each class.
     """
 
