@@ -92,8 +92,9 @@ class Differences:
             return _vector(self._along(v, length)[0], length)
 
         def gap(one: Tensor, other: Tensor) -> Tensor:
-            # not finite: a step left the domain of g
-            return torch.nan_to_num(_norm(one - other) / _norm(other), nan=torch.inf)
+            # not finite: a step left the domain of g; both zero: they agree
+            off = _norm(one - other)
+            return torch.where(off == 0, off, torch.nan_to_num(off / _norm(other), nan=torch.inf))
 
         shorter = self._length / 8
         here = first(shorter)

@@ -297,6 +297,20 @@ def test_differences_that_would_leave_the_domain_of_the_gradient() -> None:
     torch.testing.assert_close(found.grad, -1 / (2 * theta**3), rtol=1e-5, atol=0)
 
 
+def test_a_hessian_of_zero_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi * theta).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    one = torch.ones(2, dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        found = bilevel.implicit_gradient(
+            problem, one, one, linsys=Exact(), curvature=Hessian(product=FiniteDifference())
+        )
+    assert not found.ok and not caplog.messages
+
+
 def test_differences_of_a_kink_say_that_they_know_nothing(caplog: pytest.LogCaptureFixture) -> None:
     problem = bilevel.BilevelProblem.from_functions(
         lambda phi, theta, data: phi.abs().sum() + (phi * theta).sum(),

@@ -42,7 +42,8 @@ class CG(KrylovSolver):
         steps = torch.zeros_like(active, dtype=torch.int64)
         preconditioned = system.preconditioner is not None
         size = norm(r)
-        sizes: list[Tensor] = []
+        lengths: list[Tensor] = []
+        size_of_a = torch.zeros_like(rz)  # a lower bound of |A|, where the lengths of the steps tell none
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -58,8 +59,10 @@ class CG(KrylovSolver):
             # one pass for each vector: a problem that is done keeps its iterate because its alpha is zero, and its direction, finite as
             # it is, does no harm
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
-            # lower bounds of the norm of A: 1 / length is below an entry on the diagonal of Lanczos's matrix
-            sizes.append(torch.where(active, norm(ap) / norm(p) if preconditioned else curvature / rz, 0))
+            if preconditioned:
+                size_of_a = torch.maximum(size_of_a, torch.where(active, norm(ap) / norm(p), 0))
+            else:
+                lengths.append(alpha)
             u = torch.addcmul(u, alpha, p)
             r = torch.addcmul(r, alpha, ap, value=-1)
             z = system.precondition(r)
@@ -80,5 +83,12 @@ class CG(KrylovSolver):
             found=tuple(found),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
-            size=torch.stack(sizes).amax(0) if sizes else None,
+            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else size_of_a,
         )
+
+
+def _largest_eigenvalue(lengths: Tensor) -> Tensor:
+    """A lower bound of that of A, from the lengths ``(*batch, steps)`` of the steps, 0 where none was taken: 1 / length is below an entry
+    on the diagonal of Lanczos's matrix.
+    """
+    return torch.where(lengths > 0, lengths, torch.inf).amin(-1).reciprocal()
