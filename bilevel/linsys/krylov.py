@@ -29,8 +29,8 @@ from bilevel.linsys.base import (
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.result import Result, Status
 
-UNFINISHED = 30
-"""In the place of ROUNDING for a solve that used all its steps: rounding in A u is then a tenth of b, and more steps do not help."""
+STUCK = 30
+"""In the place of ROUNDING where all steps have left much of b: rounding in A u is then as large as that, and more steps do not help."""
 
 
 @dataclass
@@ -236,11 +236,11 @@ class KrylovSolver(LinearSolver):
             codes = mark(codes, mask, status)
         if end.size is not None:
             # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} b: so the least singular value is at most that over |u|
-            unfinished = codes == int(Status.MAX_STEPS)
+            stuck = (codes == int(Status.MAX_STEPS)) & (residual > 0.1 * norm(system.b))
             most = norm(system.b)
             if self.reduces_residual or system.preconditioner is not None:
-                most = most + torch.where(unfinished, 0, residual)
-            bound = torch.where(unfinished, UNFINISHED * eps, ROUNDING * eps)
+                most = most + torch.where(stuck, 0, residual)
+            bound = torch.where(stuck, STUCK * eps, ROUNDING * eps)
             # what has diverged has failed by any name: the usual bound of the rank tells why
             bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
             lost = most <= bound * end.size * norm(u)
