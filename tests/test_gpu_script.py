@@ -44,6 +44,7 @@ def runner(gpu: ModuleType, folder: Path, commands: dict[str, str], **options: A
 
 @pytest.mark.parametrize("part", ["meta_step", "memory", "precision", "throughput"])
 def test_every_measurement(gpu: ModuleType, part: str, tmp_path: Path) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     assert gpu.main(["--dry-run", "--out", str(tmp_path), "--measure", "5w1s", part]) == 0
     stored = json.loads((tmp_path / f"5w1s-{part}.json").read_text())
     assert stored["environment"]["device"] == "cpu" and "/" not in stored["environment"]["command"].replace(
@@ -51,7 +52,7 @@ def test_every_measurement(gpu: ModuleType, part: str, tmp_path: Path) -> None:
     )
     text = "\n".join(gpu.page({f"5w1s-{part}": stored}, 5, True))
     assert "1 of 5 parts are done" in text and "nan" not in text and "None" not in text
-    assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32  # as PyTorch has it
+    assert before == (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
     if part == "meta_step":
         result = stored["result"]
         assert result["error_to_loop"] < 1e-10 and set(result["milliseconds"]) == {"captured", "plain", "loop"}

@@ -181,17 +181,19 @@ class NewtonCG(IterativeSolver):
         searching = ~(state.stalled | at_floor)
         length = torch.ones_like(slope)
         best = point
+        short = torch.zeros_like(searching)  # so short a step that rounding of G may have chosen it
         for k in range(self.max_backtracks + 1):
             trial = point + length.unsqueeze(-1) * direction
             accept = searching & (objective.value(trial) <= local.value + SUFFICIENT_DECREASE * length * slope)
             best = select(accept, trial, best)
+            short = short | accept if k >= HALVINGS else short
             searching = searching & ~accept
             if not bool(searching.any()):
                 break
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle
-        undecided = ~state.stalled & (at_floor | searching)
+        undecided = ~state.stalled & (at_floor | searching | short)
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):
             if not bool(undecided.any()):
@@ -204,4 +206,5 @@ class NewtonCG(IterativeSolver):
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long
-        return best, state.stalled | undecided
+        moved = short & (best != point).any(-1)
+        return best, state.stalled | (undecided & ~moved)
