@@ -159,8 +159,8 @@ class E6(Experiment):
                 if run["shots"] == shots[-1] and run["seed"] == 0:
                     points = [(p["step"], p["error"]) for p in run["training"]]
                     panels[-1].loglog(*zip(*points, strict=True), dashes[run["factor"]], color=COLOURS[run["row"]])
-            title = f"training, K = {shots[-1]} (dots: {LONGER} times, dashes and dots: {LONGEST} times as long)"
-            panels[-1].set_title(title, fontsize=9)
+            title = f"training, K = {shots[-1]} (:  {LONGER} times, -.  {LONGEST} times as long)"
+            panels[-1].set_title(title, fontsize=10)
             panels[-1].set_xlabel("outer steps")
             panels[-1].xaxis.set_minor_formatter(NullFormatter())
             figure.savefig(path)
@@ -422,7 +422,8 @@ def _longest(result: Numbers) -> list[str]:
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
     return [
         f"Does it come to a floor at all? One seed, {steps[-1]} outer steps; the error after {most} inner steps. The last column is the "
-        f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would be 0.",
+        f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would "
+        "be 0, and above 0 it rose.",
         "",
         *table(["algorithm", *(f"after {step}" for step in steps), "power"], rows),
         "",
