@@ -230,8 +230,6 @@ class KrylovSolver(LinearSolver):
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
             codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
-        else:  # CG lowers the error in the norm of A, so that |r| <= sqrt(kappa) |b|: more than this is rounding of a huge u
-            codes = mark(codes, residual > norm(system.b) / eps**0.5, Status.DIVERGED)
         for mask, status in end.found:
             codes = mark(codes, mask, status)
         if end.size is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bilevel
+from bilevel import Status
 from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Jacobi, NystromPreconditioner
 from bilevel.solvers import LBFGS
 
@@ -38,7 +39,7 @@ def test_preconditioned_cg_does_not_answer_a_singular_system(dtype: torch.dtype,
         found = bilevel.hypergradient(
             problem, theta, solver=solver, linsys=CG(max_steps=50, preconditioner=preconditioner)
         )
-        assert not found.ok, (seed, found.describe())
+        assert found.linear.status in (Status.SINGULAR, Status.NEGATIVE_CURVATURE), (seed, found.describe())
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,8 @@ def test_a_huge_answer_has_no_estimate(linsys: Any) -> None:
         found = bilevel.hypergradient(
             problem, torch.tensor(1.0, dtype=torch.float64), solver=LBFGS(max_steps=300, tol=1e-10), linsys=linsys
         )
+        if linsys.preconditioner is None:  # and so much is known of the norm of A
+            assert not (found.ok and float(found.linear.value.norm()) > 1e15)
         if found.ok and float(found.linear.value.norm()) > 1e12:
             assert found.error_estimate.isinf() and "There is no estimate of the error" in found.explain()
 
@@ -82,3 +85,14 @@ def test_an_ill_conditioned_system_is_still_answered_with_a_preconditioner() -> 
     for solver in (CG, MINRES):
         found = solver(max_steps=400, rtol=1e-9, preconditioner=lambda v: v).solve(lambda v: A @ v, b)
         assert not found.failed and float((b - A @ found.value).norm()) <= 1e-5 * float(b.norm())
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1.0, 1e20])
+def test_a_truncated_solve_of_a_small_matrix_is_not_singular(unit: float) -> None:
+    """u is huge because A is small: what counts is the size of A, and not that of the preconditioned matrix, which is about 1."""
+    g = torch.Generator().manual_seed(5)
+    Q = torch.linalg.qr(torch.randn(12, 12, generator=g, dtype=torch.float64)).Q
+    A = unit * (Q @ torch.linspace(1, 50, 12, dtype=torch.float64).diag() @ Q.T)
+    A, b = (A + A.T) / 2, torch.randn(12, generator=g, dtype=torch.float64)
+    found = CG(max_steps=2, rtol=1e-10, preconditioner=Jacobi()).solve(lambda v: v @ A, b)
+    assert found.status is Status.MAX_STEPS and float((b - A @ found.value).norm()) < float(b.norm())
