@@ -471,6 +471,8 @@ def _like(x: Tensor, lam: float | Tensor) -> Any:
 
 def require_functions_of(*parameters: str, **functions: Any) -> None:
     """Refuse what is no function of so many arguments, by the name of the argument."""
+    if torch.compiler.is_compiling():  # which cannot follow `inspect`, and would give up the caller's function
+        return
     for name, fn in functions.items():
         wanted = f"{name}: expected a function of ({', '.join(parameters)})"
         if not callable(fn):
