@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def page(result: dict[str, Any]) -> str:
-    """In Markdown; docs/choosing.md takes the first tables from between the marks."""
+    """In Markdown; docs/choosing.md takes the first table from between the marks."""
     problems, options = result["problems"], result["options"]
     lines = [
         "# Which solver, which linear solver, which tolerance: measured",
@@ -34,22 +34,14 @@ def page(result: dict[str, Any]) -> str:
         f"Every choice: the milliseconds until {_together(f'{LOOSE:g}')} and until {_together(f'{TIGHT:g}')}. A dash: not reached; where "
         "neither is, the smallest error.",
         "",
-        "<!-- all -->",
-        "",
         *_all(problems, "inner", "inner solver"),
         "",
         *_all(problems, "linear", "linear solver"),
         "",
-        "<!-- end of all -->",
-        "",
         "The relative error of the hypergradient over one tolerance, with the other one tight. The inner tolerance is relative to the "
         "gradient at the start, the linear one is `rtol`.",
         "",
-        "<!-- tolerances -->",
-        "",
         *_short_tolerances(problems, options),
-        "",
-        "<!-- end of tolerances -->",
         "",
         "![Error over processor time](choices.png)",
         "",

@@ -142,15 +142,13 @@ def benchmark_page(name: str, rows: dict[str, Any]) -> str:
 
 
 def preconditioning_page(name: str, result: dict[str, Any]) -> str:
-    """The page of benchmarks/preconditioning.py, in Markdown; docs/choosing.md takes the first table from between the marks."""
+    """The page of benchmarks/preconditioning.py, in Markdown."""
     rows, environment, options = result["rows"], result["environment"], result["options"]
     labels = list(next(iter(rows.values())))
     lines = [
         "# Preconditioners",
         "",
         "Products until the relative residual is 1e-8, those for building it included.",
-        "",
-        "<!-- short -->",
         "",
     ]
     lines += [f"| preconditioner of CG | {' | '.join(rows)} |", "|---" * (1 + len(rows)) + "|"]
@@ -160,7 +158,7 @@ def preconditioning_page(name: str, result: dict[str, Any]) -> str:
             for table in rows.values()
         ]
         lines.append(f"| {_code(label)} | {' | '.join(cells)} |")
-    lines += ["", "<!-- end of short -->", ""]
+    lines.append("")
     for spectrum, table in rows.items():
         lines += [
             f"## {spectrum[0].upper()}{spectrum[1:]}",
