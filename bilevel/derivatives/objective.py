@@ -1,0 +1,196 @@
+"""G over a batch: numbers at base level, with eager autograd."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bilevel.curvature import Curvature
+from bilevel.derivatives.backward import total
+from bilevel.derivatives.guards import refuse_captured
+from bilevel.derivatives.levels import Levels, over_levels, with_axis
+from bilevel.derivatives.linearisation import Linearisation
+
+if TYPE_CHECKING:
+    from bilevel.derivatives.flat import Flat
+
+
+class Objective:
+    """G over a batch at base level: what an inner solver sees, and the implicit gradient after it.
+
+    Args:
+        flat: the functions of one task.
+        levels: for each batch axis, which of ``tensors`` have it.
+        tensors: theta and data, detached.
+        sizes: the batch shape.
+    """
+
+    def __init__(self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
+        self.flat, self.levels, self.sizes = flat, levels, sizes
+        self.tensors = [tensor.detach() for tensor in tensors]
+        self.num_grads = 0
+        self.num_matvecs = 0
+        self._inner = over_levels(flat.inner, with_axis(levels))
+        self._remainder = over_levels(flat.remainder, with_axis(levels))
+        self._checked = False
+
+    measures: ClassVar[bool] = True
+    """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
+
+    def begin_step(self, k: int, state: Any) -> Any:
+        """Told by a solver at the start of its step k, which goes on with the state that is returned."""
+        return state
+
+    def verify(self, phi: Tensor) -> None:
+        """Told where a solve has ended; for objectives that were recorded earlier."""
+
+    def measure(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """G and dG/dphi where a solve has ended: what autograd says there, whatever the solver was told on its way."""
+        self.verify(phi)
+        return self.value_and_grad(phi)
+
+    def written_down(self, phi: Tensor, products: int) -> tuple[Tensor, Tensor] | None:
+        """``(H, dG/dphi)`` at phi, H ``(*batch, d, d)``, where G is quadratic and that is worth it for so many products; else None."""
+        return None
+
+    def value(self, phi: Tensor) -> Tensor:
+        """G ``(*batch,)`` at phi ``(*batch, d)``."""
+        with torch.no_grad():
+            return self._with_split(phi, self._remainder(phi, *self.tensors), phi.new_zeros(()))[0]
+
+    def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
+        with torch.enable_grad():
+            phi = phi.detach().requires_grad_()
+            value = self._remainder(phi, *self.tensors)
+            self._check(value, [phi])
+            grad = self._gradient(value, phi)
+        self.num_grads += 1
+        return self._with_split(phi.detach(), value.detach(), grad)
+
+    def gradient(self, phi: Tensor) -> Tensor:
+        """dG/dphi ``(*batch, d)`` alone, for methods that do not look at G."""
+        return self.value_and_grad(phi)[1]
+
+    def linearise(
+        self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
+    ) -> Linearisation:
+        """Gradient, products with the curvature and (``with_theta``) with the cross derivative, on one graph."""
+        self.num_grads += 1
+        return Linearisation(self, phi, curvature, damping, with_theta)
+
+    def outer_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """L ``(*batch,)``, dL/dphi ``(*batch, d)`` and dL/dtheta: a leaf ``(*batch, *shape)``, or None where L
+        does not depend on it.
+        """
+        n = self.flat.num_theta
+        with torch.enable_grad():
+            phi = phi.detach().requires_grad_()
+            theta = self.theta_per_task()
+            levels = tuple((True,) * (1 + n) + flags[n:] for flags in self.levels)
+            value = over_levels(self.flat.outer, levels)(phi, *theta, *self.tensors[n:])
+            if not value.requires_grad:
+                return value.detach(), torch.zeros_like(phi), [None] * n
+            refuse_captured(value, [phi, *theta], "outer_loss")
+            grad, *direct = torch.autograd.grad(total(value), [phi, *theta], allow_unused=True)
+        return value.detach(), torch.zeros_like(phi) if grad is None else grad, list(direct)
+
+    def theta_per_task(self) -> list[Tensor]:
+        """The leaves of theta with every batch axis, as fresh leaves of autograd (views where shared)."""
+        theta = []
+        for i, leaf in enumerate(self.tensors[: self.flat.num_theta]):
+            own = [axis for axis, flags in enumerate(self.levels) if flags[i]]
+            shape = [size if axis in own else 1 for axis, size in enumerate(self.sizes)]
+            event = leaf.shape[len(own) :]
+            theta.append(leaf.reshape([*shape, *event]).expand([*self.sizes, *event]).detach().requires_grad_())
+        return theta
+
+    def curvature_inverse(self, damping: float) -> Callable[[Tensor], Tensor] | None:
+        """The inverse of the known part of the Hessian over ``(*batch, d)``; None if the problem knows none."""
+        if not self.flat.problem.knows_curvature:
+            return None
+
+        scale = self.flat.problem.curvature_scale
+        if scale is not None:
+            return lambda v: v / (scale + damping)
+        return self.with_theta(partial(self.flat.curvature_inverse, damping))
+
+    def curvature_product(self, v: Tensor) -> Tensor:
+        """(known part of the Hessian) v for v ``(*batch, d)``, or with further axes in front."""
+        scale = self.flat.problem.curvature_scale
+        return self.with_theta(self.flat.curvature_product)(v) if scale is None else scale * v
+
+    def with_theta(self, fn: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        """``fn(v, *theta)`` of one problem as a function of v ``(*batch, d)``, or with further axes in front."""
+        n = self.flat.num_theta
+
+        def apply(v: Tensor) -> Tensor:
+            extra = ((True, *[False] * n),) * (v.ndim - 1 - len(self.levels))
+            levels = extra + tuple((True, *flags[:n]) for flags in self.levels)
+            return over_levels(fn, levels)(v, *self.tensors[:n])
+
+        return apply
+
+    def singles(self) -> Iterator[Objective]:
+        """The objective of each task alone, with the batch shape ``()``, in the order of the flattened batch."""
+        for index in itertools.product(*map(range, self.sizes)):
+            own = []
+            for i, tensor in enumerate(self.tensors):
+                own.append(
+                    tensor[tuple(position for position, flags in zip(index, self.levels, strict=True) if flags[i])]
+                )
+            yield self.flat.objective((), own, ())
+
+    def only(self, rows: Tensor) -> Objective | None:
+        """The objective of these tasks alone; None where that cannot be had. A solver goes on with it when the others are done."""
+        if len(self.sizes) != 1:
+            return None
+        (flags,) = self.levels
+        tensors = [
+            tensor.index_select(0, rows) if flag else tensor for tensor, flag in zip(self.tensors, flags, strict=True)
+        ]
+        return self._of(tensors, (len(rows),))
+
+    def _of(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        return self.flat.objective(self.levels, tensors, sizes)
+
+    @cached_property
+    def centre(self) -> Tensor | None:
+        """Of the quadratic part that the problem splits off ``(*batch, d)``; None if it does not."""
+        return None if self.flat.problem.split is None else over_levels(self.flat.centre, self.levels)(*self.tensors)
+
+    def _with_split(self, phi: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient of the remainder -> of G. The quadratic part is added in closed form, to whole vectors."""
+        if self.centre is None:
+            return value, grad
+        step, scale = phi - self.centre, self.flat.problem.curvature_scale
+        if scale is not None:  # fewer passes
+            return value + 0.5 * scale * torch.linalg.vector_norm(step, dim=-1) ** 2, torch.add(grad, step, alpha=scale)
+        slope = self.curvature_product(step)
+        return value + 0.5 * torch.linalg.vecdot(step, slope), grad + slope
+
+    def _gradient(self, value: Tensor, phi: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Of the remainder. Where that is all of G, it has to depend on phi."""
+        grad = None
+        if value.requires_grad:
+            (grad,) = torch.autograd.grad(total(value), phi, create_graph=create_graph, allow_unused=True)
+        return torch.zeros_like(phi) if grad is None and self.centre is not None else _of_phi(grad)
+
+    def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Once per call, on a graph that is there anyway."""
+        if not self._checked:
+            refuse_captured(value, inputs, "inner_objective")
+        self._checked = True
+
+
+def _of_phi(grad: Tensor | None) -> Tensor:
+    if grad is None:
+        raise ValueError(
+            "inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached?"
+        )
+    return grad
