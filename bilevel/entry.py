@@ -17,7 +17,6 @@ from bilevel.derivatives import (
     is_transformed,
     over_levels,
     transforms_active,
-    with_axis,
 )
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
@@ -70,10 +69,6 @@ class Call:
             return self.flat.objective(self.levels, self.tensors, self.sizes)
         traced = TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
         return QuadraticObjective(traced) if self.flat.problem.quadratic else traced
-
-    def outer_loss(self, phi: Tensor, tensors: Sequence[Tensor], levels: Levels) -> Tensor:
-        """L ``(*batch,)`` of these tensors, with its graph."""
-        return over_levels(self.flat.outer, with_axis(levels))(phi, *tensors)
 
     def outer_gradient(self, phi: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """L and its gradients at phi, for at most ``chunk_size`` tasks at once: :meth:`Objective.outer_gradient`."""
@@ -132,14 +127,8 @@ def prepare(
             f"{phi_name}: expected at least one number, got tensors without entries: there is nothing to solve for."
         )
     start = layout.ravel(phi_leaves).detach().contiguous()  # what all tasks share is a view, which forward mode refuses
-    return Call(
-        flat_type(problem, layout, theta_structure, data_structure, static),
-        tensors,
-        levels,
-        sizes,
-        start,
-        programs=Programs.of(problem) if compile else None,
-    )
+    programs = Programs.of(problem) if compile else None
+    return Call(replace(flat, phi=layout), tensors, levels, sizes, start, programs=programs)
 
 
 def _check_circumstances(problem: BilevelProblem, batched: bool, theta_batched: bool) -> None:
@@ -154,6 +143,16 @@ def _check_circumstances(problem: BilevelProblem, batched: bool, theta_batched: 
         )
     if theta_batched and not batched:
         raise ValueError("theta_batched=True needs batched=True: it says that theta has the task axis of the batch.")
+
+
+def refuse_unused(call: Call, unused: Sequence[int], where: str) -> None:
+    """A leaf of theta that enters nothing is a mistake, or wants to be told so. ``unused``: the numbers of such leaves."""
+    if unused:
+        paths = call.flat.theta.paths()
+        raise ValueError(
+            f"{', '.join(f'theta{paths[i]}' for i in unused)}: expected every leaf of theta to enter {where} or the outer loss, but the "
+            "graph shows no use. Remove it from theta, or pass allow_unused=True for a zero gradient."
+        )
 
 
 def refuse_transforms(call: Call, name: str) -> None:

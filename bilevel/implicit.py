@@ -35,7 +35,7 @@ from bilevel.batching import (
 )
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
-from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, run_solver
+from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, refuse_unused, run_solver
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
@@ -126,8 +126,7 @@ def implicit_gradient(
         curvature: what stands for H: ``Hessian()`` or ``GaussNewton()``.
         damping: added to the diagonal of H. Like Gauss-Newton it biases the gradient.
         batched, theta_batched, chunk_size: as in :func:`solve`.
-        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the
-            gradient keeps its
+        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``. With ``theta_batched`` the gradient keeps its
             task axis and is that of the reduced outer loss.
         outer_chunk_size: at most this many tasks at once in the outer loss alone: for tasks with more test data than
             training data, whose outer loss needs the most memory. Changes nothing else.
@@ -269,13 +268,8 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     )
     cross = local.cross(linear.value)
     unused = [i for i, (a, c) in enumerate(zip(direct, cross, strict=True)) if a is None and c is None]
-    if unused and not options.allow_unused:
-        paths = [f"theta{call.flat.theta.paths()[i]}" for i in unused]
-        raise ValueError(
-            f"{', '.join(paths)}: expected every leaf of theta to enter the inner objective or the outer "
-            f"loss, but the graph shows no use. "
-            "Remove it from theta, or pass allow_unused=True for a zero gradient."
-        )
+    if not options.allow_unused:
+        refuse_unused(call, unused, "the inner objective")
     ok = ~linear.failed if inner is None else ~(inner.failed | linear.failed)
     grads = []
     for leaf, a, c in zip(objective.theta_per_task(), direct, cross, strict=True):

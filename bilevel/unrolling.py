@@ -22,7 +22,7 @@ from torch import Tensor
 from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_finite
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Levels, alike, refuse_captured
-from bilevel.entry import Call, check_solver, initial, prepare
+from bilevel.entry import Call, check_solver, initial, prepare, refuse_unused
 from bilevel.isolation import isolated
 from bilevel.linsys.base import check_count, dot, select
 from bilevel.path import PathObjective
@@ -186,13 +186,6 @@ def _refuse_unused(
     """A leaf of theta that no graph shows to be used is an error. ``seen``: those that the path or L used; G and the start are asked
     again, because a path may have no steps, and forwards there is no graph."""
     of_gradient = call.objective().linearise(phi, Hessian(), 0.0, with_theta=True).cross(slope)
-    unused = [
-        f"theta{path}"
-        for path, *uses in zip(call.flat.theta.paths(), seen, of_gradient, of_start, strict=True)
-        if not uses[0] and uses[1] is None and uses[2] is None
-    ]
-    if unused:
-        raise ValueError(
-            f"{', '.join(unused)}: expected every leaf of theta to enter the path of the inner solver or the outer loss, but the graph "
-            "shows no use. Remove it from theta, or pass allow_unused=True for a zero gradient."
-        )
+    uses = zip(seen, of_gradient, of_start, strict=True)
+    unused = [i for i, (used, a, b) in enumerate(uses) if not used and a is None and b is None]
+    refuse_unused(call, unused, "the path of the inner solver")

@@ -900,6 +900,19 @@ def test_the_black_box_is_handed_the_function() -> None:
     assert seen == [False] * len(seen) and seen
 
 
+def test_functions_of_the_wrong_number_of_arguments_are_refused() -> None:
+    """By name, before anything is solved."""
+    x, options = tensor([1.0]), {"solver": Newton(tol=1e-12), "linsys": Exact(), "init": tensor([0.0])}
+    with pytest.raises(TypeError, match=r"F: expected a function of \(phi, theta, data\), got one of \(phi, theta\)"):
+        root(lambda phi, theta: phi - theta, x, **options)
+    with pytest.raises(TypeError, match=r"T: expected a function of \(phi, theta, data\), got one of \(phi\)"):
+        fixed_point(lambda phi: phi, x, **options)
+    with pytest.raises(
+        TypeError, match=r"fn: expected a function of \(problem, theta, data, init\), got one of \(a, b\)"
+    ):
+        BlackBox(lambda a, b: a)
+
+
 def test_a_solver_of_ones_own() -> None:
     """A class with `run` and no more: told from a minimiser by what it says of itself."""
 

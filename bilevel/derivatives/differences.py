@@ -36,6 +36,13 @@ class Differences:
             self._settled = True
         return self._along(v, self._length)
 
+    def rows(self, v: Tensor) -> Tensor:
+        """The first part alone, for v ``(*batch, d)`` or with further axes in front, one after the other."""
+        phi = self._phi
+        found = [self(row)[0] for row in v.reshape(-1, *phi.shape)]
+        stacked = torch.stack([row for row in found if row is not None])
+        return stacked.reshape(*v.shape[: v.ndim - phi.ndim], *stacked.shape[1:])
+
     def _along(self, v: Tensor, length: Tensor) -> list[Tensor | None]:
         size = _norm(v)
         h = torch.where(size > 0, length / size, 1.0)

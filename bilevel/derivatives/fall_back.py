@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from bilevel.curvature import FiniteDifference, ForwardOverReverse, HessianProduct, ReverseOverReverse
 
 _logger = logging.getLogger(__name__)
+R = TypeVar("R")
 
 FALL_BACK: tuple[HessianProduct, ...] = (ReverseOverReverse(), ForwardOverReverse(), FiniteDifference())
 
@@ -25,6 +29,46 @@ def is_missing(error: Exception) -> bool:
     ):  # PyTorch's own, of an autograd.Function without jvp under vmap; else the user's
         return "flat_bdims" in words
     return isinstance(error, NotImplementedError) or "not implemented" in words or "not support" in words
+
+
+class FallBack:
+    """The way in which products are taken: the one that was asked for, or the next in order that the operators of a problem allow.
+
+    Args:
+        asked: the first to try.
+        order: what comes after which.
+        what: for the log.
+        fallen, key: ``fallen[key]`` is where a call of the library keeps what it has fallen back to.
+        said: what the log has been told of this problem.
+    """
+
+    def __init__(
+        self,
+        asked: HessianProduct,
+        order: Sequence[HessianProduct],
+        what: str,
+        fallen: dict[Any, HessianProduct],
+        key: Any,
+        said: set[str],
+    ) -> None:
+        self._order, self._what, self._fallen, self._key, self._said = order, what, fallen, key, said
+        self.product = fallen.get(key, asked)
+
+    @property
+    def exact(self) -> bool:
+        """Whether all products so far were exact but for rounding."""
+        return not isinstance(self.product, FiniteDifference)
+
+    def __call__(self, fn: Callable[[Tensor], R], v: Tensor) -> R:
+        """``fn(v)``, which goes the way of :attr:`product`."""
+        while True:
+            try:
+                return fn(v)
+            except (NotImplementedError, RuntimeError, AssertionError) as error:
+                following = next_after(self.product, error, self._order, self._what, self._said)
+                if following is None:
+                    raise
+                self.product = self._fallen[self._key] = following
 
 
 def next_after(

@@ -38,16 +38,10 @@ def pullback(
     if not chosen:
         return [None] * len(arguments)
 
-    def of_chosen(*values: Tensor) -> Tensor:
-        full = list(arguments)
-        for i, value in zip(chosen, values, strict=True):
-            full[i] = value
-        return fn(*full)
-
     # vjp's own function may be called once its level is gone, and saved tensors still wear it
     arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
     cotangent = torch._C._functorch.unwrap_if_dead(cotangent)
-    products = torch.func.vjp(of_chosen, *[arguments[i] for i in chosen])[1](cotangent)
+    products = torch.func.vjp(_of(fn, arguments, chosen), *[arguments[i] for i in chosen])[1](cotangent)
     result: list[Tensor | None] = [None] * len(arguments)
     for i, product in zip(chosen, products, strict=True):
         result[i] = product
@@ -62,11 +56,18 @@ def pushforward(
     if not chosen:
         return None
 
+    arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
+    at, along = tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen)
+    return alike(*torch.func.jvp(_of(fn, arguments, chosen), at, along))
+
+
+def _of(fn: Callable[..., Tensor], arguments: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:
+    """``fn`` as a function of the chosen arguments alone."""
+
     def of_chosen(*values: Tensor) -> Tensor:
         full = list(arguments)
         for i, value in zip(chosen, values, strict=True):
             full[i] = value
         return fn(*full)
 
-    arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
-    return alike(*torch.func.jvp(of_chosen, tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen)))
+    return of_chosen

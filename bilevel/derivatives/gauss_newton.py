@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from bilevel.curvature import FiniteDifference, ForwardOverReverse, HessianProduct
+from bilevel.curvature import ForwardOverReverse
 from bilevel.derivatives.backward import backward_product, total
 from bilevel.derivatives.differences import Differences
-from bilevel.derivatives.fall_back import OF_A_MODEL, next_after
+from bilevel.derivatives.fall_back import OF_A_MODEL, FallBack
 from bilevel.derivatives.forward import tangent_along
 from bilevel.derivatives.levels import over_levels, with_axis
 
@@ -31,7 +31,8 @@ class GaussNewtonProduct:
             )
         levels = with_axis(objective.levels)
         predict = over_levels(flat.predict, levels)
-        self._phi, self._flat = phi, flat
+        self._phi = phi
+        self._way = FallBack(OF_A_MODEL[0], OF_A_MODEL, "GaussNewton", flat.fallen, GaussNewtonProduct, flat.said)
         self._predict = lambda point: predict(point, *objective.tensors)
         self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
@@ -49,7 +50,7 @@ class GaussNewtonProduct:
 
     def __call__(self, v: Tensor) -> Tensor:
         product = backward_product(
-            self._outputs, self._phi, backward_product(self._dz, self._z, self._jacobian_product(v))
+            self._outputs, self._phi, backward_product(self._dz, self._z, self._way(self._jacobian_product, v))
         )
         if self._penalty_slope is not None:  # zero where it is linear
             product = product + backward_product(self._penalty_slope, self._phi, v)
@@ -58,32 +59,15 @@ class GaussNewtonProduct:
     @property
     def exact(self) -> bool:
         """Whether all products so far were exact but for rounding."""
-        return not isinstance(self._way, FiniteDifference)
-
-    @property
-    def _way(self) -> HessianProduct:
-        return self._flat.fallen.get(GaussNewtonProduct, OF_A_MODEL[0])
+        return self._way.exact
 
     def _jacobian_product(self, v: Tensor) -> Tensor:
-        """J v, in another way where an operator of the model lacks the derivative that this one needs."""
-        while True:
-            try:
-                return self._along(v)
-            except (NotImplementedError, RuntimeError, AssertionError) as error:
-                following = next_after(self._way, error, OF_A_MODEL, "GaussNewton", self._flat.said)
-                if following is None:
-                    raise
-                self._flat.fallen[GaussNewtonProduct] = following
-
-    def _along(self, v: Tensor) -> Tensor:
-        if isinstance(self._way, FiniteDifference):
-            phi = self._phi.detach()
+        """J v."""
+        if not self._way.exact:
             if self._differences is None:
-                self._differences = Differences(lambda x: [self._predict(x)], phi, None)
-            rows = [self._differences(row)[0] for row in v.reshape(-1, *phi.shape)]
-            found = torch.stack([row for row in rows if row is not None])
-            return found.reshape(*v.shape[: v.ndim - phi.ndim], *found.shape[1:])
-        if isinstance(self._way, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
+                self._differences = Differences(lambda x: [self._predict(x)], self._phi.detach(), None)
+            return self._differences.rows(v)
+        if isinstance(self._way.product, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
             return tangent_along(self._predict, self._phi.detach(), v)
         if self._transposed is None:
             # J v is the derivative of w -> J^T w

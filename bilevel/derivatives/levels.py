@@ -21,8 +21,6 @@ def over_levels(fn: Callable[..., Any], levels: Levels) -> Callable[..., Any]:
     return fn
 
 
-def with_axis(levels: Levels, count: int = 1) -> Levels:
-    """The levels of ``(x_1, .., x_count, *tensors)`` where the x have every axis and the tensors those of
-    ``levels``.
-    """
-    return tuple((True,) * count + flags for flags in levels)
+def with_axis(levels: Levels) -> Levels:
+    """The levels of ``(x, *tensors)`` where x has every axis and the tensors those of ``levels``."""
+    return tuple((True, *flags) for flags in levels)

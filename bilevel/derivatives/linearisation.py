@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from bilevel.curvature import Curvature, FiniteDifference, GaussNewton, Hessian, ReverseOverReverse
 from bilevel.derivatives.backward import backward_product
 from bilevel.derivatives.differences import Differences
-from bilevel.derivatives.fall_back import FALL_BACK, next_after
+from bilevel.derivatives.fall_back import FALL_BACK, FallBack
 from bilevel.derivatives.forward import alike
 from bilevel.derivatives.gauss_newton import GaussNewtonProduct
 from bilevel.derivatives.levels import over_levels, with_axis
@@ -52,20 +51,18 @@ class Linearisation:
             )
         self.value, self.grad = objective._with_split(phi.detach(), value.detach(), self._grad.detach())
         self._tensors, self._levels = [tensor.detach() for tensor in tensors], levels
-        self._asked = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
-        self._product = flat.fallen.get(self._asked, self._asked)
+        asked = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
+        self._way = FallBack(asked, FALL_BACK, "Hessian product", flat.fallen, asked, flat.said)
 
     @property
     def exact(self) -> bool:
         """Whether all products so far were exact but for rounding."""
-        return not (
-            isinstance(self._product, FiniteDifference) or (self._gauss_newton and not self._gauss_newton.exact)
-        )
+        return self._way.exact and (self._gauss_newton is None or self._gauss_newton.exact)
 
     def matvec(self, v: Tensor) -> Tensor:
         """(curvature + damping I) v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
         self._objective.num_matvecs += 1
-        product = self._falling_back(self._hessian_product, v) if self._gauss_newton is None else self._gauss_newton(v)
+        product = self._way(self._hessian_product, v) if self._gauss_newton is None else self._gauss_newton(v)
         return product if self._damping == 0 else product + self._damping * v
 
     def transposed_matvec(self, v: Tensor) -> Tensor:
@@ -76,47 +73,33 @@ class Linearisation:
         """(d2G/dphi dtheta)^T u: leaves ``(*batch, *shape)``, None where dG/dphi does not depend on the leaf.
         Frees the graph unless ``keep``.
         """
-        return self._falling_back(lambda v: self._cross_product(v, keep), u)
-
-    def _falling_back(self, product: Callable[[Tensor], Any], v: Tensor) -> Any:
-        """``product(v)``, in another way where an operator lacks the derivative that this one needs."""
-        while True:
-            try:
-                return product(v)
-            except (NotImplementedError, RuntimeError, AssertionError) as error:
-                flat = self._objective.flat
-                following = next_after(self._product, error, FALL_BACK, "Hessian product", flat.said)
-                if following is None:
-                    raise
-                self._product = flat.fallen[self._asked] = following
+        return self._way(lambda v: self._cross_product(v, keep), u)
 
     def _hessian_product(self, v: Tensor) -> Tensor:
-        if isinstance(self._product, ReverseOverReverse):
+        if isinstance(self._way.product, ReverseOverReverse):
             product = backward_product(self._grad, self._phi, v)
             return product if self._objective.centre is None else product + self._objective.curvature_product(v)
+        if not self._way.exact:
+            return self._differences.rows(v)
         phi = self._phi.detach()
-        extra = v.shape[: v.ndim - phi.ndim]
-        if isinstance(self._product, FiniteDifference):
-            rows = [self._differences(row)[0] for row in v.reshape(-1, *phi.shape)]
-            return torch.stack([row for row in rows if row is not None]).reshape(v.shape)
         gradient = over_levels(self._objective.flat.condition, with_axis(self._levels))
 
         def along(direction: Tensor) -> Tensor:
             return alike(*torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,)))
 
-        for _ in extra:
+        for _ in range(v.ndim - phi.ndim):
             along = torch.func.vmap(along)
         return along(v)
 
     def _cross_product(self, u: Tensor, keep: bool) -> list[Tensor | None]:
-        if isinstance(self._product, ReverseOverReverse):
+        if isinstance(self._way.product, ReverseOverReverse):
             parts = [part for part in (self._grad, self._slope()) if part is not None and part.requires_grad]
             if not parts:
                 return [None] * len(self._theta)
             cotangents = [u] * len(parts)
             return list(torch.autograd.grad(parts, self._theta, cotangents, allow_unused=True, retain_graph=keep))
         phi, n = self._phi.detach(), len(self._theta)
-        if isinstance(self._product, FiniteDifference):
+        if not self._way.exact:
             return self._differences(u)[1:]
         of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
         gradient = over_levels(of_theta, with_axis(self._levels))
@@ -125,8 +108,8 @@ class Linearisation:
 
     @cached_property
     def _differences(self) -> Differences:
-        assert isinstance(self._product, FiniteDifference)
-        return Differences(self._gradients, self._phi.detach(), self._product.step)
+        assert isinstance(self._way.product, FiniteDifference)
+        return Differences(self._gradients, self._phi.detach(), self._way.product.step)
 
     def _slope(self) -> Tensor | None:
         """The gradient of the quadratic part that the problem splits off, as a function of theta."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_number
+from bilevel.problem import require_functions_of
 from bilevel.solvers.base import InnerSolver, Run
 from bilevel.trees import flatten
 
@@ -86,8 +87,7 @@ class BlackBox(TaskByTask):
     tol: float = field(default=1e-6, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.fn):
-            raise TypeError(f"fn: expected a function of (problem, theta, data, init), got {type(self.fn).__name__}.")
+        require_functions_of("problem", "theta", "data", "init", fn=self.fn)
         check_number("tol", self.tol)
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
