@@ -283,6 +283,51 @@ def test_a_step_that_is_asked_for_is_kept() -> None:
     torch.testing.assert_close(found.grad, 1 / (3 * phi**2 + 1 + 0.1**2), rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("level", [1e3, 1e4])
+def test_rounding_does_not_shorten_the_step(level: float) -> None:
+    """A large gradient and a mild Hessian in float32: shorter steps show more rounding, not less curvature."""
+    torch.manual_seed(0)
+    half = torch.randn(20, 20)
+    matrix, slope = half @ half.T / 20 + torch.eye(20), level * torch.randn(20)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 10 * (1 - (0.1 * matrix @ phi).cos()).sum() + (slope + theta) @ phi,
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    phi, eps = torch.randn(20), torch.finfo(torch.float32).eps
+    found, fixed = (
+        bilevel.implicit_gradient(
+            problem,
+            phi,
+            torch.zeros(20),
+            linsys=CG(max_steps=3),
+            curvature=Hessian(product=FiniteDifference(step=step)),
+        ).grad
+        for step in (None, eps ** (1 / 3))
+    )
+    torch.testing.assert_close(found, fixed, rtol=0, atol=0)
+
+
+def test_the_first_product_costs_two_gradients_more() -> None:
+    calls = []
+
+    def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        calls.append(1)
+        return (phi**2 / 2 - phi * theta).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
+    )
+    one = torch.ones(2, dtype=torch.float64)
+    counts = []
+    for step in (None, 1e-5):
+        calls.clear()
+        curvature = Hessian(product=FiniteDifference(step=step))
+        bilevel.implicit_gradient(problem, one, one, linsys=CG(max_steps=1), curvature=curvature)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] + 2
+
+
 def test_differences_that_would_leave_the_domain_of_the_gradient() -> None:
     """sqrt(phi) has no value below 0, and phi is 2.5e-7: the first two steps are longer than that."""
     problem = bilevel.BilevelProblem.from_functions(
@@ -319,8 +364,12 @@ def test_differences_of_a_kink_say_that_they_know_nothing(caplog: pytest.LogCapt
     )
     zero = torch.zeros(2, dtype=torch.float64)
     with caplog.at_level(logging.WARNING):
-        bilevel.implicit_gradient(problem, zero, zero, linsys=Exact(), curvature=Hessian(product=FiniteDifference()))
-    assert any("differences of two steps differ by 88 %" in message for message in caplog.messages)
+        for _ in range(3):
+            bilevel.implicit_gradient(
+                problem, zero, zero, linsys=Exact(), curvature=Hessian(product=FiniteDifference())
+            )
+    (message,) = caplog.messages  # once for each problem
+    assert "differences of two steps differ by 88 %" in message
 
 
 def test_no_rigorous_bound_with_differences() -> None:

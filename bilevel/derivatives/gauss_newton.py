@@ -31,7 +31,7 @@ class GaussNewtonProduct:
             )
         levels = with_axis(objective.levels)
         predict = over_levels(flat.predict, levels)
-        self._phi = phi
+        self._phi, self._said = phi, flat.said
         self._way = FallBack(OF_A_MODEL[0], OF_A_MODEL, "GaussNewton", flat.fallen, GaussNewtonProduct, flat.said)
         self._predict = lambda point: predict(point, *objective.tensors)
         self._outputs = self._predict(phi)
@@ -65,7 +65,7 @@ class GaussNewtonProduct:
         """J v."""
         if not self._way.exact:
             if self._differences is None:
-                self._differences = Differences(lambda x: [self._predict(x)], self._phi.detach(), None)
+                self._differences = Differences(lambda x: [self._predict(x)], self._phi.detach(), None, self._said)
             return self._differences.rows(v)
         if isinstance(self._way.product, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
             return tangent_along(self._predict, self._phi.detach(), v)

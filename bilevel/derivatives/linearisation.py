@@ -109,7 +109,7 @@ class Linearisation:
     @cached_property
     def _differences(self) -> Differences:
         assert isinstance(self._way.product, FiniteDifference)
-        return Differences(self._gradients, self._phi.detach(), self._way.product.step)
+        return Differences(self._gradients, self._phi.detach(), self._way.product.step, self._objective.flat.said)
 
     def _slope(self) -> Tensor | None:
         """The gradient of the quadratic part that the problem splits off, as a function of theta."""
