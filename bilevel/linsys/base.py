@@ -111,7 +111,8 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch, ...)``. Never mixes in a
     NaN of the other side.
     """
-    return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
+    own = mask if yes.ndim == mask.ndim else mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim))
+    return torch.where(own, yes, no)
 
 
 ROUNDING = 4

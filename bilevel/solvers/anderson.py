@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, norm
-from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State, nowhere
+from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State
+from bilevel.solvers.masks import nowhere
 
 
 @dataclass(frozen=True)

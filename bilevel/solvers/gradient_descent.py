@@ -9,19 +9,11 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import (
-    IterativeSolver,
-    Local,
-    Run,
-    State,
-    hidden_in_terms,
-    initial_step_size,
-    not_above,
-    nowhere,
-)
+from bilevel.solvers.base import IterativeSolver, Local, Run, State
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE, hidden_in_terms, initial_step_size, not_above
+from bilevel.solvers.masks import nowhere
 
 GROW, SHRINK = 1.25, 0.5
-SUFFICIENT_DECREASE = 1e-4
 
 
 @dataclass(frozen=True)

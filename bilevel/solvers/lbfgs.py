@@ -10,7 +10,9 @@ from torch.nn.functional import pad
 
 from bilevel.derivatives import Objective, is_transformed
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, choose, hidden_in_terms, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, State
+from bilevel.solvers.line_search import hidden_in_terms
+from bilevel.solvers.masks import choose, nowhere
 from bilevel.solvers.wolfe import Search
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, hidden_in_terms, initial_step_size, not_above, nowhere
+from bilevel.solvers.base import IterativeSolver, Local, State
+from bilevel.solvers.line_search import hidden_in_terms, initial_step_size, not_above
+from bilevel.solvers.masks import nowhere
 
 # a step size grows by at most this factor, and stays below this part of 1 / (local Lipschitz constant)
 GROW, SAFETY = 1.1, 0.9

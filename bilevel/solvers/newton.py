@@ -13,8 +13,7 @@ from bilevel.derivatives import Objective
 from bilevel.linsys.base import LinearSolver, Operator, check_count, check_number, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
-
-SUFFICIENT_DECREASE = 1e-4
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE
 
 
 @dataclass(frozen=True, kw_only=True)

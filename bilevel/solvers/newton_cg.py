@@ -21,9 +21,10 @@ from bilevel.linsys.base import (
     unit_of,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.solvers.base import IterativeSolver, State, not_above, nowhere, put, taken, without_those_that_are_done
+from bilevel.solvers.base import IterativeSolver, State
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE, not_above
+from bilevel.solvers.masks import compact_batch, gather_rows, nowhere, scatter_rows
 
-SUFFICIENT_DECREASE = 1e-4
 FLOOR_TRIALS = 5  # lengths of a step that gradients judge
 HALVINGS = 8  # where these are not enough, the step is wrong by orders of magnitude
 
@@ -91,14 +92,14 @@ class NewtonCG(IterativeSolver):
         check_preconditioner(self.preconditioner)
 
     @property
-    def may_leave(self) -> bool:
+    def can_compact(self) -> bool:
         """Not with a function as preconditioner: it is for the whole batch."""
         return self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         return _State(phi, phi, nowhere(phi), nowhere(phi).long())
 
-    def counted(self, state: _State) -> Tensor:
+    def negative_curvature_count(self, state: _State) -> Tensor:
         return state.negative_curvature
 
     def evaluate(self, objective: Objective, point: Tensor) -> Linearisation:
@@ -142,16 +143,16 @@ class NewtonCG(IterativeSolver):
                     break
                 # a linearisation costs a few products
                 may = m is None and 4 * left <= active.numel()
-                fewer = without_those_that_are_done(objective, active, left) if may else None
+                fewer = compact_batch(objective, active, left) if may else None
                 if fewer is not None:
                     now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
                     few_points = point.index_select(0, rows)
                     few_local = few.linearise(few_points, self.curvature, self.damping)
-                    end = self._cg(few, few_points, few_local, m, taken(now, rows), k)
+                    end = self._cg(few, few_points, few_local, m, gather_rows(now, rows), k)
                     few.verify(few_points)
                     objective.num_grads += few.num_grads
                     objective.num_matvecs += few.num_matvecs
-                    return put(now, rows, end)
+                    return scatter_rows(now, rows, end)
             ap = local.matvec(p)
             curvature = dot(p, ap)
             bad = active & ~(curvature > 0)

@@ -15,8 +15,8 @@ from torch import Tensor
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import check_number, norm
-from bilevel.solvers.base import not_above
 from bilevel.solvers.black_box import Answer, TaskByTask
+from bilevel.solvers.line_search import not_above
 
 # The methods by what they are given besides G, each with the options that switch off its own stopping tests.
 _NO_GRADIENT: dict[str, dict[str, Any]] = {"nelder-mead": {}, "powell": {}, "cobyla": {}, "cobyqa": {}}

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c1 and c2 of the Wolfe conditions
+from bilevel.solvers.line_search import NOISE, SUFFICIENT_DECREASE
+
+CURVATURE = 0.9  # c2 of the Wolfe conditions; SUFFICIENT_DECREASE is c1
 # a trial keeps this distance to the ends of its bracket, as a part of the width; a bracket without upper end grows at most so much
 MARGIN, LENGTHEN = 0.1, 10.0
-NOISE = 1000  # a difference of this many eps |G| may be rounding
 
 
 @dataclass(frozen=True)
