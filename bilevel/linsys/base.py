@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count as check_count
+from bilevel.checks import check_number as check_number
 from bilevel.result import Result, Status
 
 Matvec = Callable[[Tensor], Tensor]
@@ -169,21 +171,3 @@ def check_system(b: Tensor, init: Tensor | None) -> None:
         raise ValueError(
             f"init: expected shape {tuple(b.shape)} and {b.dtype} like b, got {tuple(init.shape)} and {init.dtype}."
         )
-
-
-def check_number(name: str, value: float, *, at_least: float = 0.0, positive: bool = False) -> None:
-    """Refuse an option that is no number, or not in its range (NaN is in no range)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
-    if not (value > 0 if positive else value >= at_least) or value == float("inf"):
-        raise ValueError(
-            f"{name}: expected a finite number {'> 0' if positive else f'>= {at_least:g}'}, got {value!r}."
-        )
-
-
-def check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    """Refuse an option that is no integer, or too small."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {value}.")

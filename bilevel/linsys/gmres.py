@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import check_count, norm, rank_rounding, select
+from bilevel.checks import check_count
+from bilevel.linsys.base import norm, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.result import Status
 

@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
 from bilevel.linsys.base import (
     ROUNDING,
     LinearSolver,
     Matvec,
     Operator,
-    check_count,
-    check_number,
     check_system,
     dot,
     largest,
@@ -152,6 +151,7 @@ class KrylovSolver(LinearSolver):
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
         check_preconditioner(self.preconditioner)
+        keep_python_numbers(self)
 
     @abstractmethod
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:

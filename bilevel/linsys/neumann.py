@@ -7,18 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import (
-    LinearSolver,
-    Matvec,
-    check_count,
-    check_number,
-    check_system,
-    largest,
-    mark,
-    norm,
-    select,
-    unit_of,
-)
+from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.linsys.base import LinearSolver, Matvec, check_system, largest, mark, norm, select, unit_of
 from bilevel.result import Result, Status
 
 POWER_STEPS = 12
@@ -47,6 +37,7 @@ class Neumann(LinearSolver):
         check_number("rtol", self.rtol)
         if self.step_size is not None:
             check_number("step_size", self.step_size, positive=True)
+        keep_python_numbers(self)
 
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None

@@ -7,18 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
-from bilevel.linsys.base import (
-    LinearSolver,
-    Matvec,
-    check_count,
-    check_number,
-    check_system,
-    largest,
-    mark,
-    norm,
-    unit_of,
-)
+from bilevel.linsys.base import LinearSolver, Matvec, check_system, largest, mark, norm, unit_of
 from bilevel.linsys.low_rank import nystrom_approximation
 from bilevel.result import Result, Status
 
@@ -55,6 +46,7 @@ class Nystrom(LinearSolver):
         check_count("seed", self.seed, at_least=0)
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
+        keep_python_numbers(self)
 
     @precise
     def solve(

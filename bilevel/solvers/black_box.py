@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_number
 from bilevel.solvers.base import InnerSolver, Run
 from bilevel.trees import flatten
 
@@ -89,6 +89,7 @@ class BlackBox(TaskByTask):
         if not callable(self.fn):
             raise TypeError(f"fn: expected a function of (problem, theta, data, init), got {type(self.fn).__name__}.")
         check_number("tol", self.tol)
+        keep_python_numbers(self)
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         flat, layout = objective.flat, objective.flat.phi

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.linsys.base import dot, norm, select
 from bilevel.solvers.base import IterativeSolver, Local, Run, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE, hidden_in_terms, initial_step_size, not_above
 from bilevel.solvers.masks import nowhere
@@ -53,6 +54,7 @@ class GradientDescent(IterativeSolver):
         check_count("max_steps", self.max_steps)
         check_number("tol", self.tol)
         check_count("check_every", self.check_every)
+        keep_python_numbers(self)
 
     def run(self, objective: Objective, phi: Tensor) -> Run:
         if self.step_size is None or self.tol > 0:

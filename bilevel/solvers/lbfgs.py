@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective, is_transformed
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.linsys.base import dot, norm, select
 from bilevel.solvers.base import IterativeSolver, Local, State
 from bilevel.solvers.line_search import hidden_in_terms
 from bilevel.solvers.masks import choose, nowhere
@@ -130,6 +131,7 @@ class LBFGS(IterativeSolver):
         check_count("memory", self.memory)
         check_count("check_every", self.check_every)
         check_count("max_backtracks", self.max_backtracks)
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         zero, still = phi.new_zeros(phi.shape[:-1]), torch.zeros_like(phi)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
+from bilevel.linsys.base import dot, norm, select
 from bilevel.solvers.base import IterativeSolver, Local, State
 from bilevel.solvers.line_search import hidden_in_terms, initial_step_size, not_above
 from bilevel.solvers.masks import nowhere
@@ -82,6 +83,7 @@ class NesterovAGD(IterativeSolver):
             check_number("momentum", self.momentum)
             if self.momentum >= 1:
                 raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum:g}.")
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         one, no = torch.ones_like(phi[..., 0]), nowhere(phi)

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import LinearSolver, Operator, check_count, check_number, norm, select
+from bilevel.linsys.base import LinearSolver, Operator, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE
@@ -46,6 +47,7 @@ class Newton(IterativeSolver):
             raise ValueError(
                 f"linsys: expected a linear solver that needs no symmetric matrix (Exact, GMRES, BiCGStab), got {self.linsys!r}."
             )
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> State:
         return State.start(phi)

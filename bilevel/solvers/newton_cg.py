@@ -7,19 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import (
-    Matvec,
-    as_operator,
-    check_count,
-    check_number,
-    dot,
-    largest,
-    norm,
-    select,
-    unit_of,
-)
+from bilevel.linsys.base import Matvec, as_operator, dot, largest, norm, select, unit_of
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.solvers.base import IterativeSolver, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE, not_above
@@ -90,6 +81,7 @@ class NewtonCG(IterativeSolver):
         check_curvature(self.curvature)
         check_number("damping", self.damping)
         check_preconditioner(self.preconditioner)
+        keep_python_numbers(self)
 
     @property
     def can_compact(self) -> bool:
