@@ -118,7 +118,11 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 
 
 ROUNDING = 4
-"""An A whose least singular value is below this many eps |A| may be a singular one after rounding."""
+"""An A whose least singular value is below this many eps |A| may be a singular one after rounding.
+
+A singular matrix is stored with errors of about one eps, so the limit must be above that. Ten would refuse matrices
+with a condition number of 1e6 in float32, which are solved to a digit (tests/linsys/test_exact.py).
+"""
 
 
 def rank_rounding(v: Tensor) -> float:
@@ -144,6 +148,33 @@ def unit_of(size: Tensor) -> Tensor:
 def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:
     """Of A ``(*batch, 1)``, as a product with it shows."""
     return unit_of(largest(av) / largest(v))
+
+
+def in_own_unit(b: Tensor) -> tuple[Tensor, Tensor]:
+    """A right-hand side ``(*batch, d)`` in its unit, and that unit ``(*batch, 1)``.
+
+    A power of two: the numbers stay the same, and their squares are neither lost nor too large.
+    """
+    unit = unit_of(largest(b))
+    return b / unit, unit
+
+
+def left_by(init: Tensor, matvec: Matvec, b: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """What a start leaves of b, and where that is less than a start at zero leaves ``(*batch,)``; not where it is NaN.
+
+    b is in this unit, init is not. One product.
+    """
+    left = b - matvec(init) / unit
+    return left, norm(left) < norm(b)
+
+
+def not_reduced(residual: Tensor, start: Tensor) -> Tensor:
+    """Where a residual is no smaller than at the start, as far as rounding lets it be told; not where it is NaN.
+
+    Where nothing was gained, rounding decides whether the one norm comes out a few eps below the other. Ten are above
+    that, and far below any progress with which a solve would ever end.
+    """
+    return residual >= (1 - 10 * torch.finfo(residual.dtype).eps) * start
 
 
 def to_columns(v: Tensor, batch: torch.Size) -> Tensor:
