@@ -25,7 +25,10 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> None:
 
 
 def keep_python_numbers(options: Any) -> None:
-    """Turn the numbers in the fields of a frozen dataclass into Python's: torch knows no fractions, and small types of NumPy overflow."""
+    """Turn the numbers in the fields of a frozen dataclass into Python's.
+
+    PyTorch does not know fractions, and sums in the small types of NumPy overflow.
+    """
     for field in fields(options):
         value: Any = getattr(options, field.name)
         if isinstance(value, Real) and not isinstance(value, bool):

@@ -704,6 +704,12 @@ def test_numbers_of_any_kind_become_those_of_python(given: Any, same: Any) -> No
     assert repr(given()) == repr(same)
 
 
+def test_the_first_term_of_neumann_is_counted() -> None:
+    system = build(spectrum(3, 10.0))
+    found = Neumann(num_terms=1, step_size=0.1).solve(system.matvec, system.b)
+    assert torch.allclose(found.value, 0.1 * system.b, rtol=1e-12) and found.num_matvecs == 1
+
+
 @pytest.mark.parametrize("solver", [*TWINS.values(), Identity()], ids=repr)
 def test_bad_systems_are_refused(solver: LinearSolver) -> None:
     def matvec(v: Tensor) -> Tensor:

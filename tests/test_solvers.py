@@ -898,6 +898,13 @@ def test_numbers_of_any_kind_become_those_of_python(given: Any, same: Any) -> No
     assert repr(given()) == repr(same)
 
 
+@pytest.mark.parametrize("solver", [GradientDescent, NesterovAGD])
+def test_a_step_size_that_is_sought_costs_two_gradients(solver: Any) -> None:
+    theta, h = torch.ones(2), torch.tensor([1.0, 3.0])
+    given, sought = (solve(quadratic(), theta, h, solver=solver(step_size=size, max_steps=6)) for size in (0.1, None))
+    assert sought.num_grads == given.num_grads + 2 and sought.steps == given.steps == 6
+
+
 @pytest.mark.parametrize("name", LOGISTIC_SOLVERS)
 def test_the_repr_is_the_log_line(name: str) -> None:
     solver = LOGISTIC_SOLVERS[name]

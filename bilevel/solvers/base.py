@@ -2,8 +2,8 @@
 
 The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which
 answers with the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem
-that is done keeps its state; what another problem of the batch does changes it by no more than rounding. Where at most half of the
-problems are left, and ``tol > 0``, the loop goes on without the others.
+that is done keeps its state; what another problem of the batch does changes it by no more than rounding. Where at most
+half of the problems are left, and ``tol > 0``, the loop goes on without the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from bilevel.solvers.line_search import not_above
 from bilevel.solvers.masks import choose, compact_batch, gather_rows, nowhere, scatter_rows
 
 GROWTH = 1e6
-"""A gradient norm that has grown by more than this factor counts as divergence even while it is finite."""
+"""A gradient norm that has grown by more than this factor counts as divergence even while it is finite.
+
+Less would call a detour over steep ground a divergence; more would let a method that runs away, and has not overflowed
+within its steps, end as one that only needs more of them.
+"""
 
 NO_PROGRESS = 1 - 1e-6
 """The factor for methods that make nothing smaller by themselves: an iteration that ends where it began has failed."""
@@ -70,8 +74,10 @@ class Run:
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
-        residual = torch.maximum(norm(grad), largest(grad))  # which squares do not lose below the smallest number
+        # the norm squares its entries; where that underflows, the largest entry counts
+        residual = torch.maximum(norm(grad), largest(grad))
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
+        # a start at the solution has a gradient of next to nothing, of which any rounding is a large multiple
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
         converged = residual <= self.tol  # at the start, say, where nothing has become smaller
@@ -184,7 +190,8 @@ class IterativeSolver(InnerSolver):
         """The steps from number ``first`` on."""
         state, active, converged, steps, start = begin.state, begin.active, begin.converged, begin.steps, begin.start
         seen, unbooked = state.stalled, 0
-        # as Run.result measures it; elsewhere squares below the smallest number are below any tolerance
+        # The norm squares its entries; below the root of the smallest number that underflows, so take the largest entry
+        # as well, as Run.result does, when tol is that small. Within a factor of 1e3: many small entries may be lost
         exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
         for k in range(first, self.max_steps):
             state = objective.begin_step(k, state)
@@ -205,6 +212,7 @@ class IterativeSolver(InnerSolver):
                     break
                 state = choose(active, self.step(objective, state, local), state)
                 steps = steps + active
+                # half: less often would go on with tasks that are done, more often would record and verify more shapes
                 if left is not None and 2 * left <= active.numel() and self.can_compact:
                     fewer = compact_batch(objective, active, left)
                     if fewer is not None:

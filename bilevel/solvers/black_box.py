@@ -71,9 +71,8 @@ class BlackBox(TaskByTask):
 
     Args:
         fn: ``fn(problem, theta, data, init) -> phi``; called with detached tensors, outside every transform, with
-            gradient mode on,
-            once for each task. Its answer must have the structure, shapes and dtype of ``init``. What it raises reaches
-            the caller.
+            gradient mode on, once for each task. Its answer must have the structure, shapes and dtype of ``init``. What
+            it raises reaches the caller.
         tol: its answer counts as CONVERGED where ``|dG/dphi| <= tol``, else as MAX_STEPS.
 
     Raises:
@@ -105,8 +104,8 @@ class BlackBox(TaskByTask):
         leaves, structure = flatten(answer)
         if structure != layout.structure:
             raise ValueError(
-                f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got "
-                f"leaves {structure.paths()}."
+                f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, "
+                f"got leaves {structure.paths()}."
             )
         for path, leaf, shape in zip(structure.paths(), leaves, layout.shapes, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:

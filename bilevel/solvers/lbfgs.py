@@ -157,6 +157,8 @@ class LBFGS(IterativeSolver):
         search = search.back_to_low(rescue, self.max_backtracks)
         failed = ended & ~accept & ~rescue
         size = norm(state.grad)
+        # a search that failed starts again without pairs; not where there were none, nor where little was gained since
+        # the last such start
         hopeless = failed & ((state.memory.count == 0) | (size >= 0.5 * state.given_up))
         stalled = state.stalled | hopeless | (accept & (norm(local.grad) == 0))  # no step could do better
 

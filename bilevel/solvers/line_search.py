@@ -9,15 +9,23 @@ from bilevel.derivatives import Objective
 from bilevel.linsys.base import dot, norm, select
 
 SUFFICIENT_DECREASE = 1e-4
-"""A trial must lower the objective by this part of what its slope at the start promises (Armijo): the usual value, so small that it refuses
-nothing but next to no progress (Nocedal and Wright 2006, section 3.1)."""
+"""A trial must lower the objective by this part of what its slope at the start promises (Armijo).
+
+The usual value, which refuses next to no progress only (Nocedal and Wright 2006, section 3.1).
+"""
 
 NOISE = 1000
-"""A difference of this many eps |G| may be rounding: G is a sum over data, whose rounding grows with the number of terms. More would let a
-search climb; less would take rounding for a rise."""
+"""A difference of this many eps |G| may be rounding.
+
+Less would take the rounding of a sum over many data for a rise; more would let a search climb by what it hides.
+"""
 
 CANCELLED = 10
-"""As many roundings of its terms, in eps, may be in a G whose terms cancel: some for each of the few sums that G is made of."""
+"""So many eps of its terms may be rounding in a G whose terms cancel.
+
+Less would take rounding for uphill (tests/test_hard_objectives.py); more would take a plateau that much higher for a
+minimum.
+"""
 
 
 def not_above(value: Tensor, other: Tensor) -> Tensor:
@@ -26,13 +34,16 @@ def not_above(value: Tensor, other: Tensor) -> Tensor:
 
 
 def hidden_in_terms(phi: Tensor, step_size: Tensor) -> Tensor:
-    """What rounding may change of G where its terms cancel ``(*batch,)``: they are as large as phi^T H phi, and 1 / |H| as this step."""
+    """What rounding may change of G where its terms cancel ``(*batch,)``.
+
+    They are as large as phi^T H phi, and 1 / |H| is as large as this step.
+    """
     return CANCELLED * torch.finfo(phi.dtype).eps * dot(phi, phi) / step_size
 
 
 def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
-    """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a line search; 1 where that
-    is no number.
+    """1 / (curvature of G along its gradient) ``(*batch,)``, from the difference of two gradients: the first trial of a
+    line search; 1 where that is no number.
     """
     _, grad = objective.value_and_grad(phi)
     # along anything where the gradient is zero: 0 / 0 would be NaN in the derivative of a path, masked or not

@@ -48,8 +48,8 @@ class NesterovAGD(IterativeSolver):
     Args:
         step_size: 1 / (largest eigenvalue of the Hessian of G); None: each problem has a step size of its own, from the changes of
             the gradient that it meets on its way (as Malitsky and Mishchenko 2020); it falls and grows. Nothing is evaluated for it
-            but one more gradient at the start, and one for each step that turns out too long and is taken again.
-        max_steps: gradient evaluations, >= 1.
+            but two gradients before the first step, and one for each step that turns out too long and is taken again.
+        max_steps: gradient evaluations, >= 1, without the two before the first step.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
         strong_convexity: mu, the smallest eigenvalue of the Hessian of G; at most 1 / step_size.
@@ -75,9 +75,8 @@ class NesterovAGD(IterativeSolver):
             check_number("strong_convexity", self.strong_convexity, positive=True)
             if self.step_size is not None and self.strong_convexity * self.step_size > 1:
                 raise ValueError(
-                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the "
-                    f"smallest eigenvalue, and step_size "
-                    f"at most 1 / the largest), got {self.strong_convexity:g}."
+                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the smallest "
+                    f"eigenvalue, and step_size at most 1 / the largest), got {self.strong_convexity:g}."
                 )
         if self.momentum is not None:
             check_number("momentum", self.momentum)

@@ -59,6 +59,8 @@ class Newton(IterativeSolver):
         if not bool(state.stalled.any()):
             return None
         terms = norm(objective.linearise(state.phi, Hessian(), 0.0).matvec(state.phi))  # F adds up about as much
+        # Generous: less would fail a root in whose F more terms cancel than A phi shows, more would pass a point that
+        # is no root. 10 start: terms as large as F at the start may cancel here
         return torch.finfo(start.dtype).eps * torch.maximum(1e3 * terms, 10 * start)
 
     def step(self, objective: Objective, state: State, local: Any) -> State:

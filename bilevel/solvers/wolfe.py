@@ -51,7 +51,8 @@ class Search:
             value, slope: of the objective at the trial.
             value_at_0: infinite takes any finite value.
             ceiling: the lowest value so far, of all searches, and what rounding may hide in it: that must not add up.
-            short_will_do: where a trial that is too short is taken as well.
+            short_will_do: accept although the curvature condition fails, that is, although the trial is too short: the
+                first probe, which is short on purpose.
             max_rejected: after so many a trial that is too short is taken as well: the objective falls for ever, or its slope at length 0
                 is next to nothing, as at a saddle.
         """
