@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bilevel.checks import check_number, keep_python_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseOverReverse:
@@ -30,8 +32,9 @@ class FiniteDifference:
     step: float | None = None
 
     def __post_init__(self) -> None:
-        if self.step is not None and not self.step > 0:
-            raise ValueError(f"step: expected a number > 0, got {self.step!r}.")
+        if self.step is not None:
+            check_number("step", self.step, positive=True)
+        keep_python_numbers(self)
 
 
 HessianProduct = ReverseOverReverse | ForwardOverReverse | FiniteDifference

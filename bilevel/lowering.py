@@ -32,6 +32,7 @@ def put_skinny_factors_in_front(graph: fx.Graph) -> None:
         *_, m, k = like(a)[0]
         n = like(b)[0][-1]
         one_of_many = node.target is _aten.mm.default and n == 1  # that is a matrix and a vector, which is fast
+        # nor where A has few rows: then what is in front is skinny as it is
         if n > SKINNY or 4 * n > m or m * k < LARGE[node.target] or one_of_many:
             continue
         with graph.inserting_before(node):

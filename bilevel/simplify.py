@@ -80,9 +80,8 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
         return None
     for own, other in ((first, second), (second, first)):
         value = constants.get(own)
-        if (
-            value is None or not isinstance(other, fx.Node) or like(other) != like(node)
-        ):  # a number, or of another shape
+        # other may be a number, or of another shape
+        if value is None or not isinstance(other, fx.Node) or like(other) != like(node):
             continue
         if value == (1 if node.target is _aten.mul.Tensor else 0):
             return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bilevel import Status, linsys
-from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Identity, LinearSolver, Neumann, Nystrom
+from bilevel.linsys import (
+    CG,
+    GMRES,
+    MINRES,
+    BiCGStab,
+    Exact,
+    Identity,
+    Jacobi,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    NystromPreconditioner,
+)
 from tests.cases import LINSYS_NAMES, linear_solvers
 from tests.systems import BATCHES, DTYPES, Counter, System, build, spectrum, status_of
 
@@ -649,6 +662,13 @@ def test_inputs_are_not_changed(name: str) -> None:
         (lambda: CG(max_steps=5, rtol=float("nan")), ValueError, "rtol: expected a finite number"),
         (lambda: CG(max_steps=5, atol=float("inf")), ValueError, "atol: expected a finite number"),
         (lambda: CG(max_steps=5, atol="small"), TypeError, "atol: expected a number, got str"),
+        (lambda: CG(max_steps=5, atol=1j), TypeError, "atol: expected a number, got complex"),
+        (lambda: CG(max_steps=5, atol=torch.ones(())), TypeError, "atol: expected a number, got Tensor"),
+        (lambda: CG(max_steps=np.bool_(True)), TypeError, "max_steps: expected an integer, got bool"),
+        (lambda: CG(max_steps=np.float64(2)), TypeError, "max_steps: expected an integer, got float64"),
+        (lambda: CG(max_steps=np.int64(0)), ValueError, "max_steps: expected at least 1, got 0"),
+        (lambda: CG(max_steps=5, rtol=np.float32("nan")), ValueError, "rtol: expected a finite number >= 0, got .*nan"),
+        (lambda: CG(max_steps=5, rtol=np.float32("inf")), ValueError, "rtol: expected a finite number >= 0, got .*inf"),
         (lambda: CG(max_steps=5, tol=1e-3), TypeError, "tol"),
         (lambda: CG(5), TypeError, "positional"),
         (lambda: CG(), TypeError, "max_steps"),
@@ -663,6 +683,31 @@ def test_inputs_are_not_changed(name: str) -> None:
 def test_constructor_errors(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (lambda: CG(max_steps=np.int8(5), rtol=np.float32(0.5)), CG(max_steps=5, rtol=0.5)),
+        (lambda: CG(max_steps=5, rtol=Fraction(1, 4), atol=np.int64(1)), CG(max_steps=5, rtol=0.25, atol=1)),
+        (lambda: GMRES(max_steps=np.int64(5), restart=np.uint8(2)), GMRES(max_steps=5, restart=2)),
+        (lambda: Neumann(num_terms=np.int32(5), step_size=np.float64(0.1)), Neumann(num_terms=5, step_size=0.1)),
+        (lambda: Nystrom(rank=np.int64(2), shift=np.float32(0.5)), Nystrom(rank=2, shift=0.5)),
+        (
+            lambda: NystromPreconditioner(rank=np.int64(2), shift=Fraction(1, 2)),
+            NystromPreconditioner(rank=2, shift=0.5),
+        ),
+        (lambda: Jacobi(num_probes=np.int64(2)), Jacobi(num_probes=2)),
+    ],
+)
+def test_numbers_of_any_kind_become_those_of_python(given: Any, same: Any) -> None:
+    assert repr(given()) == repr(same)
+
+
+def test_the_first_term_of_neumann_is_counted() -> None:
+    system = build(spectrum(3, 10.0))
+    found = Neumann(num_terms=1, step_size=0.1).solve(system.matvec, system.b)
+    assert torch.allclose(found.value, 0.1 * system.b, rtol=1e-12) and found.num_matvecs == 1
 
 
 @pytest.mark.parametrize("solver", [*TWINS.values(), Identity()], ids=repr)

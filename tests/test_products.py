@@ -395,8 +395,12 @@ def test_no_rigorous_bound_with_differences() -> None:
 def test_wrong_options() -> None:
     with pytest.raises(TypeError, match="product: expected ReverseOverReverse"):
         Hessian(product="forward")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="step: expected a number > 0, got -1"):
-        FiniteDifference(step=-1.0)
+    for step in (-1.0, 0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"step: expected a finite number > 0, got {step}"):
+            FiniteDifference(step=step)
+    for wrong in (True, "a"):
+        with pytest.raises(TypeError, match=f"step: expected a number, got {type(wrong).__name__} {wrong!r}"):
+            FiniteDifference(step=wrong)  # type: ignore[arg-type]
 
 
 def linear_model() -> tuple[bilevel.ProximalProblem, Tensor, Tensor, Tensor]:

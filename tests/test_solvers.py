@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, GaussNewton, Hessian, ProximalProblem, Result, Status, solve
-from bilevel.curvature import ReverseOverReverse
+from bilevel.curvature import FiniteDifference, ReverseOverReverse
 from bilevel.linsys import Jacobi
 from bilevel.solvers import BlackBox, GradientDescent, InnerSolver, NesterovAGD, NewtonCG, ScipyMinimize
 from bilevel.trees import flatten
@@ -873,6 +874,35 @@ def test_what_a_black_box_raises_reaches_the_caller() -> None:
 def test_constructor_errors(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         make()
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (
+            lambda: GradientDescent(step_size=np.float32(0.5), max_steps=np.int8(5), tol=np.float16(0.25)),
+            GradientDescent(step_size=0.5, max_steps=5, tol=0.25),
+        ),
+        (
+            lambda: NesterovAGD(step_size=Fraction(1, 4), max_steps=np.int64(5), momentum=np.float32(0.5)),
+            NesterovAGD(step_size=0.25, max_steps=5, momentum=0.5),
+        ),
+        (
+            lambda: NewtonCG(max_steps=np.int64(3), damping=np.float64(0.1), curvature=GaussNewton()),
+            NewtonCG(max_steps=3, damping=0.1, curvature=GaussNewton()),
+        ),
+        (lambda: Hessian(product=FiniteDifference(step=np.float32(0.5))), Hessian(product=FiniteDifference(step=0.5))),
+    ],
+)
+def test_numbers_of_any_kind_become_those_of_python(given: Any, same: Any) -> None:
+    assert repr(given()) == repr(same)
+
+
+@pytest.mark.parametrize("solver", [GradientDescent, NesterovAGD])
+def test_a_step_size_that_is_sought_costs_two_gradients(solver: Any) -> None:
+    theta, h = torch.ones(2), torch.tensor([1.0, 3.0])
+    given, sought = (solve(quadratic(), theta, h, solver=solver(step_size=size, max_steps=6)) for size in (0.1, None))
+    assert sought.num_grads == given.num_grads + 2 and sought.steps == given.steps == 6
 
 
 @pytest.mark.parametrize("name", LOGISTIC_SOLVERS)

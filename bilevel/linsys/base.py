@@ -15,6 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count as check_count
+from bilevel.checks import check_number as check_number
 from bilevel.result import Result, Status
 
 Matvec = Callable[[Tensor], Tensor]
@@ -111,11 +113,16 @@ def select(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     """``torch.where`` with a mask ``(*batch,)`` over tensors ``(*batch, ...)``. Never mixes in a
     NaN of the other side.
     """
-    return torch.where(mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim)), yes, no)
+    own = mask if yes.ndim == mask.ndim else mask.reshape(mask.shape + (1,) * (yes.ndim - mask.ndim))
+    return torch.where(own, yes, no)
 
 
 ROUNDING = 4
-"""An A whose least singular value is below this many eps |A| may be a singular one after rounding."""
+"""An A whose least singular value is below this many eps |A| may be a singular one after rounding.
+
+A singular matrix is stored with errors of about one eps, so the limit must be above that. Ten would refuse matrices
+with a condition number of 1e6 in float32, which are solved to a digit (tests/linsys/test_exact.py).
+"""
 
 
 def rank_rounding(v: Tensor) -> float:
@@ -143,6 +150,33 @@ def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:
     return unit_of(largest(av) / largest(v))
 
 
+def in_own_unit(b: Tensor) -> tuple[Tensor, Tensor]:
+    """A right-hand side ``(*batch, d)`` in its unit, and that unit ``(*batch, 1)``.
+
+    A power of two: the numbers stay the same, and their squares are neither lost nor too large.
+    """
+    unit = unit_of(largest(b))
+    return b / unit, unit
+
+
+def left_by(init: Tensor, matvec: Matvec, b: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """What a start leaves of b, and where that is less than a start at zero leaves ``(*batch,)``; not where it is NaN.
+
+    b is in this unit, init is not. One product.
+    """
+    left = b - matvec(init) / unit
+    return left, norm(left) < norm(b)
+
+
+def not_reduced(residual: Tensor, start: Tensor) -> Tensor:
+    """Where a residual is no smaller than at the start, as far as rounding lets it be told; not where it is NaN.
+
+    Where nothing was gained, rounding decides whether the one norm comes out a few eps below the other. Ten are above
+    that, and far below any progress with which a solve would ever end.
+    """
+    return residual >= (1 - 10 * torch.finfo(residual.dtype).eps) * start
+
+
 def to_columns(v: Tensor, batch: torch.Size) -> Tensor:
     """``(*axes, *batch, d)`` -> ``(*batch, d, k)``: several vectors for each problem as the columns of one matrix."""
     return v.reshape(-1, *batch, v.shape[-1]).movedim(0, -1)
@@ -168,21 +202,3 @@ def check_system(b: Tensor, init: Tensor | None) -> None:
         raise ValueError(
             f"init: expected shape {tuple(b.shape)} and {b.dtype} like b, got {tuple(init.shape)} and {init.dtype}."
         )
-
-
-def check_number(name: str, value: float, *, at_least: float = 0.0, positive: bool = False) -> None:
-    """Refuse an option that is no number, or not in its range (NaN is in no range)."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
-    if not (value > 0 if positive else value >= at_least) or value == float("inf"):
-        raise ValueError(
-            f"{name}: expected a finite number {'> 0' if positive else f'>= {at_least:g}'}, got {value!r}."
-        )
-
-
-def check_count(name: str, value: int, *, at_least: int = 1) -> None:
-    """Refuse an option that is no integer, or too small."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}.")
-    if value < at_least:
-        raise ValueError(f"{name}: expected at least {at_least}, got {value}.")

@@ -74,5 +74,5 @@ class BiCGStab(KrylovSolver):
             steps = steps + active
             fresh = weak | slow
             active = system.going(active, norm(r), steps)
-        found = ((broken, Status.BREAKDOWN), (singular, Status.SINGULAR))
-        return Outcome(value=u, residual=norm(r), steps=steps, found=found, size=size)
+        flags = ((broken, Status.BREAKDOWN), (singular, Status.SINGULAR))
+        return Outcome(value=u, residual=norm(r), steps=steps, flags=flags, size=size)

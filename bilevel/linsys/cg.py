@@ -73,14 +73,14 @@ class CG(KrylovSolver):
             active = system.going(active, size, steps)
             if preconditioned:
                 not_definite = not_definite | (active & (rz < 0))
-        found = [(stopped, Status.NEGATIVE_CURVATURE), (singular, Status.SINGULAR)]
+        flags = [(stopped, Status.NEGATIVE_CURVATURE), (singular, Status.SINGULAR)]
         if self.steihaug:
-            found.append((stopped & ((steps > 0) | preconditioned), Status.STOPPED_AT_NEGATIVE_CURVATURE))
+            flags.append((stopped & ((steps > 0) | preconditioned), Status.STOPPED_AT_NEGATIVE_CURVATURE))
         return Outcome(
             value=u,
             residual=size,
             steps=steps,
-            found=tuple(found),
+            flags=tuple(flags),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
             size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else size_of_a,

@@ -26,9 +26,9 @@ from bilevel.result import Result, Status
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(LinearSolver):
-    """Form A (d products at once, d^2 memory for each problem of the batch) and factorise it (Golub and Van Loan, Matrix Computations,
-    chapters 3, 4 and 8): once for all right-hand sides of an
-    :class:`~bilevel.linsys.Operator` that shares A among them.
+    """Form A (d products at once, d^2 memory for each problem of the batch) and factorise it (Golub and Van Loan,
+    Matrix Computations, chapters 3, 4 and 8): once for all right-hand sides of an :class:`~bilevel.linsys.Operator`
+    that shares A among them.
 
     Symmetric A: by Cholesky. Where A is not positive definite it goes on with the eigenvalues: a singular A (an eigenvalue below
     ``4 eps |A|``) fails with ``Status.SINGULAR``; an indefinite one is solved and ends with ``Status.SOLVED_INDEFINITE``, which is no
@@ -91,7 +91,8 @@ def _solve_symmetric(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
     limit = ROUNDING * torch.finfo(a.dtype).eps
     chol, info = torch.linalg.cholesky_ex(a)
     x = torch.cholesky_solve(rhs, chol)
-    # at most 1 / (smallest eigenvalue), and not much less for most v: a cheap sign that the eigenvalues must be looked at
+    # at most 1 / (smallest eigenvalue), and not much less for most v: a cheap sign that the eigenvalues must be looked
+    # at. The margin of 100 is for a v with little of that eigenvector
     v = some_direction(a[..., 0])
     longest = norm(torch.cholesky_solve(v.expand_as(a[..., 0]).unsqueeze(-1), chol).squeeze(-1)) / norm(v)
     doubtful = (info != 0) | ~(limit * torch.linalg.matrix_norm(a) * longest < 1e-2)
@@ -109,7 +110,7 @@ def _solve_general(a: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
     """A X = B ``(*batch, d, k)``, and the status of each A ``(*batch,)``."""
     limit = ROUNDING * torch.finfo(a.dtype).eps
     x, inverse = _by_inverse(a, rhs)
-    # the product of these norms is at least the condition number
+    # the product of these norms is at least the condition number, so a margin of 10 is for rounding alone
     condition = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(inverse)
     doubtful = ~(limit * condition < 0.1)
     codes = torch.full_like(doubtful, int(Status.CONVERGED), dtype=torch.int64)

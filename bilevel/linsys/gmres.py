@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import check_count, norm, rank_rounding, select
+from bilevel.checks import check_count
+from bilevel.linsys.base import norm, not_reduced, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.result import Status
 
@@ -57,14 +58,14 @@ class GMRES(KrylovSolver):
             else:
                 r_new = system.b - system.matvec(u_new)
                 residual_new = norm(r_new)
-            # it cannot grow, except where rounding has taken over
-            stalled = active & ~(residual_new < (1 - 10 * torch.finfo(u.dtype).eps) * residual)
+            # it cannot grow, except where rounding has taken over; NaN ends below, for it is above no threshold
+            stalled = active & not_reduced(residual_new, residual)
             better = active & ~(residual_new >= residual)  # NaN is for the statuses to report
             u, r = select(better, u_new, u), select(better, r_new, r)
             residual = torch.where(better, residual_new, residual)
             singular = singular | (active & cycle.singular)
             active = system.going(active & ~stalled & ~cycle.singular, residual, steps)
-        return Outcome(value=u, residual=residual, steps=steps, found=((singular, Status.SINGULAR),), measured=True)
+        return Outcome(value=u, residual=residual, steps=steps, flags=((singular, Status.SINGULAR),), measured=True)
 
 
 class _Cycle(NamedTuple):

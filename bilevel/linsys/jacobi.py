@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Matvec, Operator, batch_of, check_count
+from bilevel.checks import check_count, keep_python_numbers
+from bilevel.linsys.base import Matvec, Operator, batch_of
 from bilevel.linsys.preconditioner import Preconditioner
 
 
@@ -34,6 +35,7 @@ class Jacobi(Preconditioner):
         if self.num_probes is not None:
             check_count("num_probes", self.num_probes, at_least=2)
         check_count("seed", self.seed, at_least=0)
+        keep_python_numbers(self)
 
     def build(self, operator: Operator, b: Tensor) -> tuple[Matvec, int]:
         batch, d = batch_of(operator, b), b.shape[-1]

@@ -8,29 +8,35 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
 from bilevel.linsys.base import (
     ROUNDING,
     LinearSolver,
     Matvec,
     Operator,
-    check_count,
-    check_number,
     check_system,
     dot,
-    largest,
+    in_own_unit,
+    left_by,
     mark,
     norm,
+    not_reduced,
     rank_rounding,
     select,
-    unit_of,
     unit_of_matrix,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.result import Result, Status
 
+MUCH = 0.1
+"""The part of b that a solve has left when its steps were of little use."""
+
 STUCK = 30
-"""In the place of ROUNDING where all steps have left much of b: rounding in A u is then as large as that, and more steps do not help."""
+"""In the place of ROUNDING, for calling A singular where all steps have left that much of b.
+
+eps |A| |u| is then above |b| / 30, so a few roundings in A u are as large as what is left, and more steps do not help.
+"""
 
 
 @dataclass
@@ -47,7 +53,8 @@ class System:
         num_matvecs: products so far.
         limit: the steps that each problem may take ``(*batch,)``, where that differs.
         in_units: A and M are divided by powers of two, so that their sizes are near 1.
-        unit: that of A ``(*batch, 1)``. unit_of_m: that of M. None: the first product will show it.
+        unit: that of A ``(*batch, 1)``; None: the first product will show it.
+        unit_of_m: that of M, likewise.
     """
 
     operator: Operator
@@ -101,7 +108,7 @@ class Outcome:
         value: u ``(*batch, d)``.
         residual: ``|b - A u|`` as the recurrence has it, or measured.
         steps: steps taken.
-        found: what the iteration ran into, the later entry counts; a problem that is solved all the same is not marked.
+        flags: what the iteration ran into, the later entry counts; a problem that is solved all the same is not marked.
         negative_curvature: where the iteration saw that A is not positive definite; None if it cannot.
         not_definite: where it saw that M is not positive definite.
         size: a lower bound of the norm of A, for a method that cannot tell by itself that its answer is that of a singular A.
@@ -111,7 +118,7 @@ class Outcome:
     value: Tensor
     residual: Tensor
     steps: Tensor
-    found: tuple[tuple[Tensor, Status], ...]
+    flags: tuple[tuple[Tensor, Status], ...]
     negative_curvature: Tensor | None = None
     not_definite: Tensor | None = None
     size: Tensor | None = None
@@ -152,6 +159,7 @@ class KrylovSolver(LinearSolver):
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
         check_preconditioner(self.preconditioner)
+        keep_python_numbers(self)
 
     @abstractmethod
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
@@ -164,15 +172,13 @@ class KrylovSolver(LinearSolver):
         check_system(b, init)
         operator = self.operator(matvec)
         m, spent = prepare(self.preconditioner, preconditioner, operator, b)
-        # units are powers of two: the numbers are the same, and their squares are neither lost nor too large
-        unit = unit_of(largest(b))
-        system = self._system(operator, m, b / unit, unit.squeeze(-1), spent)
+        in_unit, unit = in_own_unit(b)
+        system = self._system(operator, m, in_unit, unit.squeeze(-1), spent)
         size, zero = norm(system.b), torch.zeros_like(b)
         start = None
         if init is not None:  # what is solved for is the way from there
-            left = system.b - operator(init) / unit
+            left, helps = left_by(init, operator, system.b, unit)
             system.num_matvecs += 1
-            helps = norm(left) < size  # not where it is NaN
             if not self.reduces_residual:  # but u^T A u / 2 - b^T u, which is 0 at zero
                 helps = helps | (dot(init / unit, system.b + left) > 0)
             start, system.b = select(helps, init, zero), select(helps, left, system.b)
@@ -206,6 +212,7 @@ class KrylovSolver(LinearSolver):
                 return replace(end, residual=residual)
             more = self.iterate(system, end.value, select(again, r, torch.zeros_like(r)))
             r_new = system.b - system.matvec(more.value)
+            # half at least: rounds that gain less would be many, each with the products of a whole solve
             better = again & ((norm(r_new) <= 0.5 * residual) | (norm(r_new) <= system.threshold))
             r, residual = select(better, r_new, r), torch.where(better, norm(r_new), residual)
             claimed = torch.where(better, more.residual, torch.inf)
@@ -213,7 +220,7 @@ class KrylovSolver(LinearSolver):
                 value=select(better, more.value, end.value),
                 residual=residual,
                 steps=end.steps + more.steps,
-                found=tuple((old | new, status) for (old, status), (new, _) in zip(end.found, more.found, strict=True)),
+                flags=tuple((old | new, status) for (old, status), (new, _) in zip(end.flags, more.flags, strict=True)),
                 negative_curvature=_either(end.negative_curvature, more.negative_curvature),
                 not_definite=_either(end.not_definite, more.not_definite),
                 size=end.size,
@@ -229,12 +236,12 @@ class KrylovSolver(LinearSolver):
         converged = residual <= system.threshold
         codes = torch.full_like(end.steps, int(Status.MAX_STEPS))
         if self.reduces_residual:  # no better than zero, and no better than where it began
-            codes = mark(codes, residual >= (1 - 10 * eps) * start, Status.DIVERGED)
-        for mask, status in end.found:
+            codes = mark(codes, not_reduced(residual, start), Status.DIVERGED)
+        for mask, status in end.flags:
             codes = mark(codes, mask, status)
         if end.size is not None:
             # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} b: so the least singular value is at most that over |u|
-            stuck = (codes == int(Status.MAX_STEPS)) & (residual > 0.1 * norm(system.b))
+            stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * norm(system.b))
             most = norm(system.b)
             if self.reduces_residual or system.preconditioner is not None:
                 most = most + torch.where(stuck, 0, residual)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Matvec, check_count, check_system, dot, norm, rank_rounding, select
+from bilevel.checks import check_count
+from bilevel.linsys.base import Matvec, check_system, dot, norm, rank_rounding, select
 
 
 class RitzValues(NamedTuple):

@@ -20,15 +20,13 @@ class LowRank:
         vectors: U, with orthonormal columns ``(*batch, d, k)``.
         values: not negative, in descending order ``(*batch, k)``; 0 where the rank is lower.
         shift: ``(*batch,)``.
-        smallest: the smallest Ritz value of A, not below the smallest eigenvalue of A ``(*batch,)``.
-        indefinite: A is not positive semi-definite, as that Ritz value shows ``(*batch,)``.
+        indefinite: A is not positive semi-definite, as its smallest Ritz value shows ``(*batch,)``.
         finite: no product had a NaN or an infinity ``(*batch,)``; where one had, the rest is meaningless.
     """
 
     vectors: Tensor
     values: Tensor
     shift: Tensor
-    smallest: Tensor
     indefinite: Tensor
     finite: Tensor
 
@@ -76,4 +74,4 @@ def nystrom_approximation(operator: Operator, b: Tensor, rank: int, shift: float
     scale = torch.where(theta > level.unsqueeze(-1), theta, torch.inf).rsqrt()  # 0 for what is left out
     factor = (product - lowered[..., None, None] * omega) @ rotation * scale.unsqueeze(-2)
     vectors, roots, _ = torch.linalg.svd(factor, full_matrices=False)
-    return LowRank(vectors, roots.square(), lowered, smallest, smallest < -level, finite)
+    return LowRank(vectors, roots.square(), lowered, smallest < -level, finite)

@@ -11,6 +11,18 @@ from bilevel.linsys.base import dot, norm, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.result import Status
 
+FLAT = 30
+"""Up to so many eps |A| |r|, |A r| is zero as far as Lanczos can tell: it comes from a few sums, each of them rounded.
+
+Fewer let a step pass that spoils a least-squares solution; more would take a small singular value for none.
+"""
+
+CLEARLY = 100
+"""A r is not zero where it is so much longer than a semi-definite A with r^T A r at the rounding level would allow.
+
+Fewer, and the rounding of r^T A r alone could make a semi-definite A an indefinite one.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MINRES(KrylovSolver):
@@ -74,8 +86,7 @@ class MINRES(KrylovSolver):
             step = phi.unsqueeze(-1) * w
             # |A step| <= |r| + |r_new|: a longer step than that allows is the work of a singular value at the rounding level
             long = (rounding * size * norm(step) > norm(r) + norm(r_new)) & size.isfinite()
-            # A r = 0 as far as Lanczos can tell
-            least = (slope <= 30 * torch.finfo(u.dtype).eps * size_t) & size_t.isfinite()
+            least = (slope <= FLAT * torch.finfo(u.dtype).eps * size_t) & size_t.isfinite()
             lost = active & (flat | long | least)
             singular = singular | lost
             active = active & ~lost
@@ -87,7 +98,7 @@ class MINRES(KrylovSolver):
             value=u,
             residual=norm(r),
             steps=steps,
-            found=((singular, Status.SINGULAR),),
+            flags=((singular, Status.SINGULAR),),
             negative_curvature=negative,
             not_definite=None if system.preconditioner is None else not_definite,
         )
@@ -100,7 +111,7 @@ def _root(squared: Tensor) -> tuple[Tensor, Tensor]:
 
 def _not_semidefinite(curvature: Tensor, slope: Tensor, size: Tensor, rounding: float) -> Tensor:
     """Where no A >= 0 has these Rayleigh quotients: negative, or zero without A r being zero (|A r|^2 <= |A| r^T A r)."""
-    zero = (curvature <= rounding * size) & (slope > 100 * rounding**0.5 * size)
+    zero = (curvature <= rounding * size) & (slope > CLEARLY * rounding**0.5 * size)
     return (curvature < -rounding * size) | zero
 
 

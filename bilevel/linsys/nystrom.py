@@ -7,18 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
-from bilevel.linsys.base import (
-    LinearSolver,
-    Matvec,
-    check_count,
-    check_number,
-    check_system,
-    largest,
-    mark,
-    norm,
-    unit_of,
-)
+from bilevel.linsys.base import LinearSolver, Matvec, check_system, in_own_unit, mark, norm, not_reduced
 from bilevel.linsys.low_rank import nystrom_approximation
 from bilevel.result import Result, Status
 
@@ -55,6 +46,7 @@ class Nystrom(LinearSolver):
         check_count("seed", self.seed, at_least=0)
         check_number("rtol", self.rtol)
         check_number("atol", self.atol)
+        keep_python_numbers(self)
 
     @precise
     def solve(
@@ -63,15 +55,13 @@ class Nystrom(LinearSolver):
         """As the base class says. ``init`` and ``preconditioner`` are not used."""
         check_system(b, init)
         operator = self.operator(matvec)
-        unit = unit_of(largest(b))  # as in KrylovSolver
-        b = b / unit
+        b, unit = in_own_unit(b)
         a = nystrom_approximation(operator, b, self.rank, self.shift, self.seed)
         u = a.solve(b, (a.values + a.shift.unsqueeze(-1)).clamp_min(self.shift), torch.full_like(a.shift, self.shift))
         u = torch.where(a.finite.unsqueeze(-1), u, torch.nan)
         residual = norm(b - operator(u))
         codes = torch.full(b.shape[:-1], int(Status.MAX_STEPS), dtype=torch.int64, device=b.device)
-        # zero would be as close, or closer
-        codes = mark(codes, residual >= (1 - 10 * torch.finfo(b.dtype).eps) * norm(b), Status.DIVERGED)
+        codes = mark(codes, not_reduced(residual, norm(b)), Status.DIVERGED)  # zero would be as close, or closer
         codes = mark(codes, a.indefinite, Status.NEGATIVE_CURVATURE)
         wanted = torch.maximum(self.rtol * norm(b), self.atol / unit.squeeze(-1))
         codes = mark(codes, residual <= wanted, Status.CONVERGED)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Matvec, Operator, check_count, check_number
+from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.linsys.base import Matvec, Operator
 from bilevel.linsys.low_rank import CUTOFF, nystrom_approximation
 from bilevel.linsys.preconditioner import Preconditioner
 
@@ -38,6 +39,7 @@ class NystromPreconditioner(Preconditioner):
         check_count("rank", self.rank)
         check_number("shift", self.shift)
         check_count("seed", self.seed, at_least=0)
+        keep_python_numbers(self)
 
     def build(self, operator: Operator, b: Tensor) -> tuple[Matvec, int]:
         """As the base class says.

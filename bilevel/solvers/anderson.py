@@ -8,9 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, norm
-from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State, nowhere
+from bilevel.linsys.base import norm
+from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State
+from bilevel.solvers.masks import nowhere
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Anderson(IterativeSolver):
         check_count("memory", self.memory)
         check_number("relaxation", self.relaxation, positive=True)
         check_count("check_every", self.check_every)
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         none = torch.zeros((*phi.shape[:-1], self.memory, phi.shape[-1]), dtype=phi.dtype, device=phi.device)

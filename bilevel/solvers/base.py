@@ -2,26 +2,31 @@
 
 The loop asks the state where it wants the next gradient (``point``), evaluates it there and tells the method, which
 answers with the next state. Everything has a batch shape: vectors ``(*batch, d)``, scalars ``(*batch,)``. A problem
-that is done keeps its state; what another problem of the batch does changes it by no more than rounding. Where at most half of the
-problems are left, and ``tol > 0``, the loop goes on without the others.
+that is done keeps its state; what another problem of the batch does changes it by no more than rounding. Where at most
+half of the problems are left, and ``tol > 0``, the loop goes on without the others.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import dot, largest, norm, select
+from bilevel.linsys.base import largest, norm, select
 from bilevel.result import Result, Status
-from bilevel.trees import Tree
+from bilevel.solvers.line_search import not_above
+from bilevel.solvers.masks import choose, compact_batch, gather_rows, nowhere, scatter_rows
 
 GROWTH = 1e6
-"""A gradient norm that has grown by more than this factor counts as divergence even while it is finite."""
+"""A gradient norm that has grown by more than this factor counts as divergence even while it is finite.
+
+Less would call a detour over steep ground a divergence; more would let a method that runs away, and has not overflowed
+within its steps, end as one that only needs more of them.
+"""
 
 NO_PROGRESS = 1 - 1e-6
 """The factor for methods that make nothing smaller by themselves: an iteration that ends where it began has failed."""
@@ -47,14 +52,6 @@ class State:
         return State(phi, phi, nowhere(phi))
 
 
-def nowhere(phi: Tensor) -> Tensor:
-    """A mask ``(*batch,)`` that is False for every problem of the batch."""
-    return torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
-
-
-S = TypeVar("S")
-
-
 @dataclass(frozen=True)
 class Run:
     """What a solver found, before the gradient at phi is known: the caller has that gradient anyway, so nobody pays for it twice.
@@ -77,8 +74,10 @@ class Run:
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
-        residual = torch.maximum(norm(grad), largest(grad))  # which squares do not lose below the smallest number
+        # the norm squares its entries; where that underflows, the largest entry counts
+        residual = torch.maximum(norm(grad), largest(grad))
         finite = residual.isfinite() & self.phi.isfinite().all(-1)
+        # a start at the solution has a gradient of next to nothing, of which any rounding is a large multiple
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
         converged = residual <= self.tol  # at the start, say, where nothing has become smaller
@@ -136,7 +135,7 @@ class IterativeSolver(InnerSolver):
     """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
 
     @property
-    def may_leave(self) -> bool:
+    def can_compact(self) -> bool:
         """Whether the loop may go on with fewer problems."""
         return True
 
@@ -159,7 +158,7 @@ class IterativeSolver(InnerSolver):
         """
         return None
 
-    def counted(self, state: Any) -> Tensor | None:
+    def negative_curvature_count(self, state: Any) -> Tensor | None:
         """How often each problem met negative curvature; None from a method that cannot see it."""
         return None
 
@@ -174,17 +173,16 @@ class IterativeSolver(InnerSolver):
         end = self._loop(objective, _Progress(state, active, nobody, nobody.long(), None), 0)
         start = torch.full_like(phi[..., 0], torch.nan) if end.start is None else end.start
         state = end.state
-        counted, measured = self.counted(state), objective.measures
         return Run(
             state.phi,
             end.converged,
             state.stalled,
             end.steps,
             start,
-            counted,
+            self.negative_curvature_count(state),
             self.tol,
             self.growth,
-            measured,
+            objective.measures,
             self.rounding(objective, state, start),
         )
 
@@ -192,7 +190,8 @@ class IterativeSolver(InnerSolver):
         """The steps from number ``first`` on."""
         state, active, converged, steps, start = begin.state, begin.active, begin.converged, begin.steps, begin.start
         seen, unbooked = state.stalled, 0
-        # as Run.result measures it; elsewhere squares below the smallest number are below any tolerance
+        # The norm squares its entries; below the root of the smallest number that underflows, so take the largest entry
+        # as well, as Run.result does, when tol is that small. Within a factor of 1e3: many small entries may be lost
         exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
         for k in range(first, self.max_steps):
             state = objective.begin_step(k, state)
@@ -213,16 +212,17 @@ class IterativeSolver(InnerSolver):
                     break
                 state = choose(active, self.step(objective, state, local), state)
                 steps = steps + active
-                if left is not None and 2 * left <= active.numel() and self.may_leave:
-                    fewer = without_those_that_are_done(objective, active, left)
+                # half: less often would go on with tasks that are done, more often would record and verify more shapes
+                if left is not None and 2 * left <= active.numel() and self.can_compact:
+                    fewer = compact_batch(objective, active, left)
                     if fewer is not None:
                         del local
                         now, (few, rows) = _Progress(state, active, converged, steps, start), fewer
-                        end = self._loop(few, taken(now, rows), k + 1)
+                        end = self._loop(few, gather_rows(now, rows), k + 1)
                         few.verify(end.state.phi)
                         objective.num_grads += few.num_grads
                         objective.num_matvecs += few.num_matvecs
-                        return put(now, rows, end)
+                        return scatter_rows(now, rows, end)
             else:  # without what costs as much as the step itself where the tensors are small
                 start = norm(local.grad) if start is None else start
                 if state.stalled is not seen:
@@ -232,16 +232,6 @@ class IterativeSolver(InnerSolver):
                 unbooked += 1
             del local  # with its graph, before the next one is built
         return _Progress(state, active, converged, steps + unbooked * active if unbooked else steps, start)
-
-
-def without_those_that_are_done(objective: Objective, active: Tensor, left: int) -> tuple[Objective, Tensor] | None:
-    """The objective of the problems that are active, with a few others, and their rows; None if that is not to be had."""
-    size = active.numel()
-    while (size + 1) // 2 >= left and size > 1:  # few different sizes, for what is recorded for each shape
-        size = (size + 1) // 2
-    rows = torch.argsort((~active).int().flatten(), stable=True)[:size]
-    fewer = objective.only(rows)
-    return None if fewer is None else (fewer, rows)
 
 
 @dataclass(frozen=True)
@@ -255,81 +245,9 @@ class _Progress:
     start: Tensor | None
 
 
-def taken(state: S, rows: Tensor) -> S:
-    """The state of some problems of a batch with one axis."""
-
-    def of_field(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.index_select(0, rows)
-        return taken(value, rows) if is_dataclass(value) else value
-
-    return replace(state, **{name: of_field(value) for name, value in _fields(state)})  # type: ignore[type-var]
-
-
-def put(state: S, rows: Tensor, part: S) -> S:
-    """The state with that of some problems in their places."""
-
-    def of_field(old: Any, new: Any) -> Any:
-        if isinstance(old, Tensor):
-            return old.index_copy(0, rows, new)
-        return put(old, rows, new) if is_dataclass(old) else new
-
-    return replace(state, **{name: of_field(old, getattr(part, name)) for name, old in _fields(state)})  # type: ignore[type-var]
-
-
-def _fields(state: Any) -> list[tuple[str, Any]]:
-    return [(field.name, getattr(state, field.name)) for field in fields(state)]
-
-
 @dataclass(frozen=True)
 class Local:
     """G ``(*batch,)`` and its gradient ``(*batch, d)`` at a point."""
 
     value: Tensor
     grad: Tensor
-
-
-def not_above(value: Tensor, other: Tensor) -> Tensor:
-    """Where G is no larger, as far as rounding lets it be told; not where it is NaN."""
-    return value <= other + 1e3 * torch.finfo(value.dtype).eps * other.abs()
-
-
-def hidden_in_terms(phi: Tensor, step_size: Tensor) -> Tensor:
-    """What rounding may change of G where its terms cancel ``(*batch,)``: they are as large as phi^T H phi, and 1 / |H| as this step."""
-    return 10 * torch.finfo(phi.dtype).eps * dot(phi, phi) / step_size
-
-
-def choose(mask: Tensor, new: S, old: S) -> S:
-    """The new state where the mask is set, field by field."""
-
-    def of_field(yes: Any, no: Any) -> Any:
-        if yes is no:
-            return no
-        if not isinstance(no, Tensor):
-            return choose(mask, yes, no)
-        own = mask if no.ndim == mask.ndim else mask.reshape(mask.shape + (1,) * (no.ndim - mask.ndim))
-        return torch.where(own, yes, no)
-
-    names = [field.name for field in fields(old)]  # type: ignore[arg-type]
-    return replace(old, **{name: of_field(getattr(new, name), getattr(old, name)) for name in names})  # type: ignore[type-var]
-
-
-def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
-    """1 / (curvature of G along its gradient) ``(*batch,)``, from one gradient difference: the first trial of a
-    line search; 1 where that is no number.
-    """
-    _, grad = objective.value_and_grad(phi)
-    # along anything where the gradient is zero: 0 / 0 would be NaN in the derivative of a path, masked or not
-    direction = select(norm(grad) > 0, grad, torch.ones_like(grad))
-    size = norm(direction)
-    eps = torch.finfo(phi.dtype).eps ** 0.5 * (1 + norm(phi)) / size
-    _, ahead = objective.value_and_grad(phi - eps.unsqueeze(-1) * direction)
-    curvature = norm(select(ahead.isfinite().all(-1), ahead, grad) - grad) / (eps * size)
-    usable = curvature > 0
-    step = 1 / torch.where(usable, curvature, 1)
-    return torch.where(usable & (step > 0) & step.isfinite(), step, 1.0)
-
-
-def tree_value(objective: Objective, phi: Tensor) -> Tree:
-    """The answer as the user knows it."""
-    return objective.flat.phi.unravel(phi)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_number
 from bilevel.problem import require_functions_of
 from bilevel.solvers.base import InnerSolver, Run
 from bilevel.trees import flatten
@@ -72,9 +72,8 @@ class BlackBox(TaskByTask):
 
     Args:
         fn: ``fn(problem, theta, data, init) -> phi``; called with detached tensors, outside every transform, with
-            gradient mode on,
-            once for each task. Its answer must have the structure, shapes and dtype of ``init``. What it raises reaches
-            the caller.
+            gradient mode on, once for each task. Its answer must have the structure, shapes and dtype of ``init``. What
+            it raises reaches the caller.
         tol: its answer counts as CONVERGED where ``|dG/dphi| <= tol``, else as MAX_STEPS.
 
     Raises:
@@ -89,6 +88,7 @@ class BlackBox(TaskByTask):
     def __post_init__(self) -> None:
         require_functions_of("problem", "theta", "data", "init", fn=self.fn)
         check_number("tol", self.tol)
+        keep_python_numbers(self)
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         flat, layout = objective.flat, objective.flat.phi
@@ -104,8 +104,8 @@ class BlackBox(TaskByTask):
         leaves, structure = flatten(answer)
         if structure != layout.structure:
             raise ValueError(
-                f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, got "
-                f"leaves {structure.paths()}."
+                f"BlackBox: expected a tree like init with leaves {layout.structure.paths()}, "
+                f"got leaves {structure.paths()}."
             )
         for path, leaf, shape in zip(structure.paths(), leaves, layout.shapes, strict=True):
             if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != phi.dtype:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number
 from bilevel.solvers.base import NO_PROGRESS, IterativeSolver, Local, State
 
 
@@ -39,6 +39,7 @@ class FixedPointIteration(IterativeSolver):
         check_number("tol", self.tol)
         check_number("relaxation", self.relaxation, positive=True)
         check_count("check_every", self.check_every)
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> State:
         return State.start(phi)

@@ -7,21 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import (
-    IterativeSolver,
-    Local,
-    Run,
-    State,
-    hidden_in_terms,
-    initial_step_size,
-    not_above,
-    nowhere,
-)
+from bilevel.linsys.base import dot, norm, select
+from bilevel.solvers.base import IterativeSolver, Local, Run, State
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE, hidden_in_terms, initial_step_size, not_above
+from bilevel.solvers.masks import nowhere
 
+# about three accepted steps make up for one halving; a larger GROW would have more trials rejected, a gradient each
 GROW, SHRINK = 1.25, 0.5
-SUFFICIENT_DECREASE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -42,10 +36,9 @@ class GradientDescent(IterativeSolver):
 
     Args:
         step_size: fixed, > 0; stable below 2 / (largest eigenvalue of the Hessian of G). None: backtracking. Then each
-            problem has a
-            step size of its own; a trial that does not lower G enough is a step that halves it, an accepted one lets it
-            grow.
-        max_steps: gradient evaluations, >= 1.
+            problem has a step size of its own; a trial that does not lower G enough is a step that halves it, an
+            accepted one lets it grow.
+        max_steps: gradient evaluations, >= 1; with ``step_size=None`` two more, for the first step size.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
     """
@@ -61,6 +54,7 @@ class GradientDescent(IterativeSolver):
         check_count("max_steps", self.max_steps)
         check_number("tol", self.tol)
         check_count("check_every", self.check_every)
+        keep_python_numbers(self)
 
     def run(self, objective: Objective, phi: Tensor) -> Run:
         if self.step_size is None or self.tol > 0:

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective, is_transformed
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, choose, hidden_in_terms, nowhere
+from bilevel.linsys.base import dot, norm, select
+from bilevel.solvers.base import IterativeSolver, Local, State
+from bilevel.solvers.line_search import hidden_in_terms
+from bilevel.solvers.masks import choose, nowhere
 from bilevel.solvers.wolfe import Search
 
 
@@ -128,6 +131,7 @@ class LBFGS(IterativeSolver):
         check_count("memory", self.memory)
         check_count("check_every", self.check_every)
         check_count("max_backtracks", self.max_backtracks)
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         zero, still = phi.new_zeros(phi.shape[:-1]), torch.zeros_like(phi)
@@ -153,6 +157,8 @@ class LBFGS(IterativeSolver):
         search = search.back_to_low(rescue, self.max_backtracks)
         failed = ended & ~accept & ~rescue
         size = norm(state.grad)
+        # a search that failed starts again without pairs; not where there were none, nor where little was gained since
+        # the last such start
         hopeless = failed & ((state.memory.count == 0) | (size >= 0.5 * state.given_up))
         stalled = state.stalled | hopeless | (accept & (norm(local.grad) == 0))  # no step could do better
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, dot, norm, select
-from bilevel.solvers.base import IterativeSolver, Local, State, hidden_in_terms, initial_step_size, not_above, nowhere
+from bilevel.linsys.base import dot, norm, select
+from bilevel.solvers.base import IterativeSolver, Local, State
+from bilevel.solvers.line_search import hidden_in_terms, initial_step_size, not_above
+from bilevel.solvers.masks import nowhere
 
 # a step size grows by at most this factor, and stays below this part of 1 / (local Lipschitz constant)
 GROW, SAFETY = 1.1, 0.9
@@ -45,8 +48,8 @@ class NesterovAGD(IterativeSolver):
     Args:
         step_size: 1 / (largest eigenvalue of the Hessian of G); None: each problem has a step size of its own, from the changes of
             the gradient that it meets on its way (as Malitsky and Mishchenko 2020); it falls and grows. Nothing is evaluated for it
-            but one more gradient at the start, and one for each step that turns out too long and is taken again.
-        max_steps: gradient evaluations, >= 1.
+            but two gradients before the first step, and one for each step that turns out too long and is taken again.
+        max_steps: gradient evaluations, >= 1, without the two before the first step.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
         strong_convexity: mu, the smallest eigenvalue of the Hessian of G; at most 1 / step_size.
@@ -72,14 +75,14 @@ class NesterovAGD(IterativeSolver):
             check_number("strong_convexity", self.strong_convexity, positive=True)
             if self.step_size is not None and self.strong_convexity * self.step_size > 1:
                 raise ValueError(
-                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the "
-                    f"smallest eigenvalue, and step_size "
-                    f"at most 1 / the largest), got {self.strong_convexity:g}."
+                    f"strong_convexity: expected at most 1 / step_size = {1 / self.step_size:g} (it is the smallest "
+                    f"eigenvalue, and step_size at most 1 / the largest), got {self.strong_convexity:g}."
                 )
         if self.momentum is not None:
             check_number("momentum", self.momentum)
             if self.momentum >= 1:
                 raise ValueError(f"momentum: expected a number in [0, 1), got {self.momentum:g}.")
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         one, no = torch.ones_like(phi[..., 0]), nowhere(phi)

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import LinearSolver, Operator, check_count, check_number, norm, select
+from bilevel.linsys.base import LinearSolver, Operator, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
-
-SUFFICIENT_DECREASE = 1e-4
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class Newton(IterativeSolver):
             raise ValueError(
                 f"linsys: expected a linear solver that needs no symmetric matrix (Exact, GMRES, BiCGStab), got {self.linsys!r}."
             )
+        keep_python_numbers(self)
 
     def init(self, objective: Objective, phi: Tensor) -> State:
         return State.start(phi)
@@ -58,6 +59,8 @@ class Newton(IterativeSolver):
         if not bool(state.stalled.any()):
             return None
         terms = norm(objective.linearise(state.phi, Hessian(), 0.0).matvec(state.phi))  # F adds up about as much
+        # Generous: less would fail a root in whose F more terms cancel than A phi shows, more would pass a point that
+        # is no root. 10 start: terms as large as F at the start may cancel here
         return torch.finfo(start.dtype).eps * torch.maximum(1e3 * terms, 10 * start)
 
     def step(self, objective: Objective, state: State, local: Any) -> State:

@@ -7,25 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import (
-    Matvec,
-    as_operator,
-    check_count,
-    check_number,
-    dot,
-    largest,
-    norm,
-    select,
-    unit_of,
-)
+from bilevel.linsys.base import Matvec, as_operator, dot, largest, norm, select, unit_of
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.solvers.base import IterativeSolver, State, not_above, nowhere, put, taken, without_those_that_are_done
+from bilevel.solvers.base import IterativeSolver, State
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE, not_above
+from bilevel.solvers.masks import compact_batch, gather_rows, nowhere, scatter_rows
 
-SUFFICIENT_DECREASE = 1e-4
-FLOOR_TRIALS = 5  # lengths of a step that gradients judge
-HALVINGS = 8  # where these are not enough, the step is wrong by orders of magnitude
+FLOOR_TRIALS = 5
+"""Lengths of a step that gradients judge, from 1 to 1/16.
+
+A step with Gauss-Newton may be a few times too long; more of them would cost a gradient each, where mostly the rounding
+floor is reached and nothing helps.
+"""
+
+HALVINGS = 8
+"""Where these are not enough, the step is wrong by orders of magnitude, and tenths find its length in fewer trials."""
+
+ALMOST_FLAT = 0.01
+"""G falls along the whole of a step if at its end it rises by less than this part of the slope at its beginning.
+
+Not zero: near a minimum along the step rounding decides which sign the slope at the end has.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ class NewtonCG(IterativeSolver):
     """Newton-CG, the Hessian-free method of the paper (section 4 and Appendix F.2; Nocedal and Wright 2006, algorithm 7.1).
 
     The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature
-    it goes on with the direction found so far, or with the negative gradient at the first. The step length 1, 1/2, 1/4,
-    .. is the first that lowers G enough (Armijo). Near the rounding floor of G, where that test says nothing, the full
-    step is taken while it lowers the gradient norm, or G falls along the whole of it; else the method stops.
+    it goes on with the direction found so far, or with the negative gradient at the first. The step length is the first
+    of 1, 1/2, 1/4, .., 1/256, and tenths from there on, that lowers G enough (Armijo). Where that test says nothing,
+    near the rounding floor of G, and where it is never passed or by 1/256 and less only, gradients decide: the first of
+    1, 1/2, .., 1/16 with which the gradient norm falls, or G falls along the whole step. Where there is none either,
+    what has passed the first test is taken; without that the method stops.
 
     Args:
         max_steps: Newton steps, >= 1.
@@ -89,16 +96,17 @@ class NewtonCG(IterativeSolver):
         check_curvature(self.curvature)
         check_number("damping", self.damping)
         check_preconditioner(self.preconditioner)
+        keep_python_numbers(self)
 
     @property
-    def may_leave(self) -> bool:
+    def can_compact(self) -> bool:
         """Not with a function as preconditioner: it is for the whole batch."""
         return self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
         return _State(phi, phi, nowhere(phi), nowhere(phi).long())
 
-    def counted(self, state: _State) -> Tensor:
+    def negative_curvature_count(self, state: _State) -> Tensor:
         return state.negative_curvature
 
     def evaluate(self, objective: Objective, point: Tensor) -> Linearisation:
@@ -132,7 +140,11 @@ class NewtonCG(IterativeSolver):
     def _cg(
         self, objective: Objective, point: Tensor, local: Linearisation, m: Matvec | None, begin: _CG, first: int
     ) -> _CG:
-        """The steps of CG from number ``first`` on."""
+        """The steps of CG from number ``first`` on.
+
+        Not ``linsys.CG``: every operation here has a derivative (``unrolled``), problems that are done leave the batch,
+        and negative curvature at the first direction still leaves a direction to go along (Steihaug 1983).
+        """
         x, r, p, rz, threshold = begin.x, begin.r, begin.p, begin.rz, begin.threshold
         active, negative = begin.active, begin.negative
         for k in range(first, self.cg_steps):
@@ -140,18 +152,19 @@ class NewtonCG(IterativeSolver):
                 left = int(active.sum())
                 if left == 0:
                     break
-                # a linearisation costs a few products
+                # The rest of the batch is linearised anew, which costs a few products: so only from a quarter on. The
+                # loop over the Newton steps linearises in any case, and goes on without the others from half on
                 may = m is None and 4 * left <= active.numel()
-                fewer = without_those_that_are_done(objective, active, left) if may else None
+                fewer = compact_batch(objective, active, left) if may else None
                 if fewer is not None:
                     now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
                     few_points = point.index_select(0, rows)
                     few_local = few.linearise(few_points, self.curvature, self.damping)
-                    end = self._cg(few, few_points, few_local, m, taken(now, rows), k)
+                    end = self._cg(few, few_points, few_local, m, gather_rows(now, rows), k)
                     few.verify(few_points)
                     objective.num_grads += few.num_grads
                     objective.num_matvecs += few.num_matvecs
-                    return put(now, rows, end)
+                    return scatter_rows(now, rows, end)
             ap = local.matvec(p)
             curvature = dot(p, ap)
             bad = active & ~(curvature > 0)
@@ -202,7 +215,7 @@ class NewtonCG(IterativeSolver):
             value, grad = objective.value_and_grad(trial)
             along = dot(grad, direction)
             falls = (norm(grad) < norm(local.grad)) & not_above(value, local.value)
-            falls = falls | ((along < 0.01 * slope.abs()) & (value <= local.value))
+            falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_number, keep_python_numbers
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import check_number, norm
-from bilevel.solvers.base import not_above
+from bilevel.linsys.base import norm
 from bilevel.solvers.black_box import Answer, TaskByTask
+from bilevel.solvers.line_search import not_above
 
 # The methods by what they are given besides G, each with the options that switch off its own stopping tests.
 _NO_GRADIENT: dict[str, dict[str, Any]] = {"nelder-mead": {}, "powell": {}, "cobyla": {}, "cobyqa": {}}
@@ -71,6 +72,7 @@ class ScipyMinimize(TaskByTask):
         if not isinstance(self.options, Mapping):
             raise TypeError(f"options: expected a dict of SciPy's options, got {type(self.options).__name__}.")
         object.__setattr__(self, "options", dict(self.options))  # what the caller does to theirs later is not ours
+        keep_python_numbers(self)
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         optimize = _scipy_optimize()

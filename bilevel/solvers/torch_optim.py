@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import check_count, check_number, norm
+from bilevel.linsys.base import norm
 from bilevel.solvers.black_box import Answer, TaskByTask
 from bilevel.trees import flatten
 
@@ -46,6 +47,7 @@ class TorchOptim(TaskByTask):
             )
         check_count("max_steps", self.max_steps)
         check_number("tol", self.tol)
+        keep_python_numbers(self)
 
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         layout = objective.flat.phi

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SUFFICIENT_DECREASE, CURVATURE = 1e-4, 0.9  # c1 and c2 of the Wolfe conditions
+from bilevel.solvers.line_search import NOISE, SUFFICIENT_DECREASE
+
+CURVATURE = 0.9  # c2 of the Wolfe conditions; SUFFICIENT_DECREASE is c1
 # a trial keeps this distance to the ends of its bracket, as a part of the width; a bracket without upper end grows at most so much
 MARGIN, LENGTHEN = 0.1, 10.0
-NOISE = 1000  # a difference of this many eps |G| may be rounding
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Search:
             value, slope: of the objective at the trial.
             value_at_0: infinite takes any finite value.
             ceiling: the lowest value so far, of all searches, and what rounding may hide in it: that must not add up.
-            short_will_do: where a trial that is too short is taken as well.
+            short_will_do: accept although the curvature condition fails, that is, although the trial is too short: the
+                first probe, which is short on purpose.
             max_rejected: after so many a trial that is too short is taken as well: the objective falls for ever, or its slope at length 0
                 is next to nothing, as at a saddle.
         """
