@@ -183,3 +183,45 @@ def test_a_line_search_ends_at_the_rounding_floor() -> None:
         problem, torch.zeros(()), (X, y), solver=LBFGS(max_steps=400), init=torch.zeros(40, 6), batched=True
     )
     assert (found.codes == int(Status.LINE_SEARCH_FAILED)).all() and found.residual.max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "level", "depth", "width"),
+    [
+        (torch.float32, 1.0, 1e-5, 1e-4),
+        (torch.float32, 1.0, 1e-4, 1e-4),
+        (torch.float32, 10.0, 1e-4, 1e-4),
+        (torch.float64, 1e6, 1e-7, 1e-6),
+    ],
+)
+def test_newton_cg_stays_in_a_shallow_well(dtype: torch.dtype, level: float, depth: float, width: float) -> None:
+    """The first Newton step points out of the well, to where G is flat: the gradient is smaller there, and G no minimum."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: level - (depth / (1 + (phi / width) ** 2)).sum() + 0 * theta.sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.full((1,), width, dtype=dtype),
+    )
+    solver = NewtonCG(max_steps=40, cg_steps=3, tol=1e-5)
+    found = bilevel.solve(problem, torch.zeros(1, dtype=dtype), solver=solver)
+    assert found.status is Status.CONVERGED and abs(float(found.value)) < 1e-3 * width
+
+
+def test_tasks_that_are_done_cost_no_gradients() -> None:
+    """Newton-CG of a batch asks for as many gradients as its longest task alone."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(8, 40, 20, generator=g, dtype=torch.float64)
+    labels = X.sum(-1).sign()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, data: torch.nn.functional.softplus(-data[1] * (data[0] @ w)).mean() + theta * w.square().sum(),
+        lambda w, theta, data: w.sum(),
+        lambda theta, data: torch.zeros(20, dtype=torch.float64),
+    )
+    theta, solver = torch.tensor(1e-3, dtype=torch.float64), NewtonCG(max_steps=50, cg_steps=20, tol=1e-9)
+    alone = [bilevel.solve(problem, theta, (x, y), solver=solver) for x, y in zip(X, labels, strict=True)]
+    starts = torch.zeros(8, 20, dtype=torch.float64)
+    for done in range(4):  # half of the tasks start where they end, so that the batch is not made smaller
+        starts[done] = alone[done].value
+    found = bilevel.solve(problem, theta, (X, labels), solver=solver, init=starts, batched=True)
+    assert found.steps[:4].max() <= 1 < found.steps[4:].min()
+    assert found.num_grads <= max(one.num_grads for one in alone) + 2

@@ -43,7 +43,6 @@ class CG(KrylovSolver):
         preconditioned = system.preconditioner is not None
         size = norm(r)
         lengths: list[Tensor] = []
-        size_of_a = torch.zeros_like(rz)  # a lower bound of |A|, where the lengths of the steps tell none
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -59,9 +58,7 @@ class CG(KrylovSolver):
             # one pass for each vector: a problem that is done keeps its iterate because its alpha is zero, and its direction, finite as
             # it is, does no harm
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
-            if preconditioned:
-                size_of_a = torch.maximum(size_of_a, torch.where(active, norm(ap) / norm(p), 0))
-            else:
+            if not preconditioned:
                 lengths.append(alpha)
             u = torch.addcmul(u, alpha, p)
             r = torch.addcmul(r, alpha, ap, value=-1)
@@ -83,7 +80,7 @@ class CG(KrylovSolver):
             flags=tuple(flags),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
-            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else size_of_a,
+            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else None,
         )
 
 

@@ -226,6 +226,27 @@ class KrylovSolver(LinearSolver):
                 size=end.size,
             )
 
+    def _without_answer(self, system: System, end: Outcome, codes: Tensor) -> Tensor:
+        """Where u is so long that A is singular as far as rounding lets it be told ``(*batch,)``."""
+        u, residual, size, eps = end.value, end.residual, norm(system.b), torch.finfo(end.value.dtype).eps
+        if self.reduces_residual:
+            if end.size is None:
+                return torch.zeros_like(residual, dtype=torch.bool)
+            # |A u| <= |b| + |r|: so the least singular value is at most that over |u|
+            stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * size)
+            most = size + torch.where(stuck, 0, residual)
+            bound = torch.where(stuck, STUCK * eps, ROUNDING * eps)
+            # what has diverged has failed by any name: the usual bound of the rank tells why
+            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
+            return most <= bound * end.size * norm(u)
+        # CG lowers the error in the norm of A, so that |r| <= sqrt(kappa) |b|, whatever the preconditioner: more than that, for the
+        # largest kappa that the number format can tell, is rounding in A u
+        found = residual > size / eps**0.5
+        if end.size is not None:
+            # its iterates are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer
+            found = found | ((size <= ROUNDING * eps * end.size * norm(u)) & (residual > MUCH * size))
+        return found
+
     def _result(self, system: System, end: Outcome, start: Tensor) -> Result:
         if not system.fixed_steps and end.not_definite is not None and bool(end.not_definite.any()):
             raise ValueError(
@@ -239,17 +260,7 @@ class KrylovSolver(LinearSolver):
             codes = mark(codes, not_reduced(residual, start), Status.DIVERGED)
         for mask, status in end.flags:
             codes = mark(codes, mask, status)
-        if end.size is not None:
-            # |A u| <= |b| + |r|, and the iterates of CG are no longer than A^{-1} b: so the least singular value is at most that over |u|
-            stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * norm(system.b))
-            most = norm(system.b)
-            if self.reduces_residual or system.preconditioner is not None:
-                most = most + torch.where(stuck, 0, residual)
-            bound = torch.where(stuck, STUCK * eps, ROUNDING * eps)
-            # what has diverged has failed by any name: the usual bound of the rank tells why
-            bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
-            lost = most <= bound * end.size * norm(u)
-            codes = mark(codes, lost & (norm(u) > 0), Status.SINGULAR)
+        codes = mark(codes, self._without_answer(system, end, codes) & (norm(u) > 0), Status.SINGULAR)
         if self.reduces_residual:  # rounding led it astray: zero, where it began, is nearer
             worse = residual > norm(system.b) / eps**0.5
             u, residual = select(worse, torch.zeros_like(u), u), torch.where(worse, norm(system.b), residual)

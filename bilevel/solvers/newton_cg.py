@@ -190,23 +190,27 @@ class NewtonCG(IterativeSolver):
     ) -> tuple[Tensor, Tensor]:
         """The next point, and which problems can go no further."""
         point = state.point
-        at_floor = slope.abs() <= 10 * torch.finfo(slope.dtype).eps * local.value.abs()
+        hidden = 10 * torch.finfo(slope.dtype).eps * local.value.abs()  # a change of G that may be rounding
+        at_floor = slope.abs() <= hidden
         searching = ~(state.stalled | at_floor)
         length = torch.ones_like(slope)
         best = point
-        short = torch.zeros_like(searching)  # so short a step that rounding of G may have chosen it
+        short = torch.zeros_like(searching)  # so short a step, and so little of G, that rounding may have chosen it
         for k in range(self.max_backtracks + 1):
             trial = point + length.unsqueeze(-1) * direction
-            accept = searching & (objective.value(trial) <= local.value + SUFFICIENT_DECREASE * length * slope)
+            value = objective.value(trial)
+            accept = searching & (value <= local.value + SUFFICIENT_DECREASE * length * slope)
             best = select(accept, trial, best)
-            short = short | accept if k >= HALVINGS else short
+            if k >= HALVINGS:
+                short = short | (accept & (value >= local.value - hidden))
             searching = searching & ~accept
             if not bool(searching.any()):
                 break
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
-        # a saddle
-        undecided = ~state.stalled & (at_floor | searching | short)
+        # a saddle. A problem that is done has no direction
+        undecided = ~state.stalled & (at_floor | searching | short) & (norm(local.grad) > self.tol)
+        short = short & (best != point).any(-1)
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):
             if not bool(undecided.any()):
@@ -214,10 +218,10 @@ class NewtonCG(IterativeSolver):
             trial = point + length.unsqueeze(-1) * direction
             value, grad = objective.value_and_grad(trial)
             along = dot(grad, direction)
-            falls = (norm(grad) < norm(local.grad)) & not_above(value, local.value)
+            level = torch.where(short, value <= local.value + hidden, not_above(value, local.value))
+            falls = (norm(grad) < norm(local.grad)) & level
             falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long
-        moved = short & (best != point).any(-1)
-        return best, state.stalled | (undecided & ~moved)
+        return best, state.stalled | (undecided & ~short)

@@ -96,3 +96,22 @@ def test_a_truncated_solve_of_a_small_matrix_is_not_singular(unit: float) -> Non
     A, b = (A + A.T) / 2, torch.randn(12, generator=g, dtype=torch.float64)
     found = CG(max_steps=2, rtol=1e-10, preconditioner=Jacobi()).solve(lambda v: v @ A, b)
     assert found.status is Status.MAX_STEPS and float((b - A @ found.value).norm()) < float(b.norm())
+
+
+@pytest.mark.parametrize("lam", [1e-5, 3e-6])
+@pytest.mark.parametrize("max_steps", [8, 12, 20])
+def test_a_small_lambda_in_float32_is_not_singular(max_steps: int, lam: float) -> None:
+    """kappa = 1e6, so that truncated CG leaves many times |b|, and rounding in H u more than a tenth of b; but lam u is good."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        X = torch.randn(8, 40, generator=g, dtype=torch.float64)
+        w = torch.randn(40, generator=g, dtype=torch.float64)
+        exact = lam * torch.linalg.solve(X.T @ X / 8 + lam * torch.eye(40, dtype=torch.float64), w)
+        problem = bilevel.ProximalProblem.from_losses(
+            lambda phi, data: 0.5 * (data[0] @ phi).square().mean(), lambda phi, data: data[1] @ phi, lam
+        )
+        zero, data = torch.zeros(40), (X.float(), w.float())
+        found = bilevel.implicit_gradient(problem, zero, zero, data, linsys=CG(max_steps=max_steps))
+        assert not found.linear.failed, (seed, found.describe())
+        if max_steps > 8:  # 8 directions, with rounding, are not quite the 8 that X has
+            assert float((found.grad.double() - exact).norm()) < 1e-2 * float(exact.norm())
