@@ -244,7 +244,7 @@ def _hypergradient(
         ok=found.part.ok,
         scale=found.scale,
         per_task=found.per_task,
-        none=reduction == "none",
+        reduction=reduction,
         curvature=options.curvature,
         damping=options.damping,
         chunk_size=chunk_size,
