@@ -1,22 +1,27 @@
-"""The rigorous bound of the error of a hypergradient. Letters and the two parts of the error as in :mod:`bilevel.certificates`.
+"""The rigorous bound of the error of a hypergradient. Letters and the two parts of the error as in
+:mod:`bilevel.certificates`.
 
 With the constants of :class:`bilevel.Constants` the linear part is at most C |r| / mu. For the inner part,
 
-    w* - w = H*^{-1} ((b* - b) + (H - H*) w),    C*^T w* - C^T w = C*^T (w* - w) + (C* - C)^T w,    |w| <= |u| + |r| / mu,
+    w* - w = H*^{-1} ((b* - b) + (H - H*) w),
+    C*^T w* - C^T w = C*^T (w* - w) + (C* - C)^T w,
+    |w| <= |u| + |r| / mu,
 
 so that it is at most
 
     L delta + C* (L + rho |w|) delta / mu* + rho |w| delta
 
-(first term: only if L depends on theta directly; last term: only if C is not constant; C* = C if it is, else C + rho delta; mu* = mu if
-that holds everywhere, else mu - rho delta). With |b*| <= B the last two terms are at most
+(first term: only if L depends on theta directly; last term: only if C is not constant; C* = C if it is, else C + rho
+delta; mu* = mu if that holds everywhere, else mu - rho delta). With |b*| <= B the last two terms are at most
 
     C (2 rho B / mu^2 + L / mu) delta + rho (B / mu*) delta
 
-too (1 for the 2 if mu holds everywhere; last term: as above): Lemma 3 of the paper, there for C = -lam I. The smaller one is used.
-delta comes from the gradient of G: |dG/dphi| / mu under strong convexity everywhere; else, by the theorem of Newton and Kantorovich,
-(mu - sqrt(mu^2 - 2 rho |dG/dphi|)) / rho, under the condition of Lemma 3, delta < mu / (2 rho). That theorem also says that there is a
-solution so near, and H* >= mu - rho delta > 0 that it is a minimum.
+too (1 for the 2 if mu holds everywhere; last term: as above): Lemma 3 of the paper, there for C = -lam I. The smaller
+one is used.
+
+delta comes from the gradient of G: |dG/dphi| / mu under strong convexity everywhere; else, by the theorem
+of Newton and Kantorovich, (mu - sqrt(mu^2 - 2 rho |dG/dphi|)) / rho, under the condition of Lemma 3, delta < mu /
+(2 rho). That theorem also says that there is a solution so near, and H* >= mu - rho delta > 0 that it is a minimum.
 
 |r| and |dG/dphi| are measured, and enter with what rounding may hide in them (:mod:`bilevel.evaluation`).
 """

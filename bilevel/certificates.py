@@ -31,8 +31,9 @@ from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.result import Diagnosis, Hypergradient
 
 SPECTRUM_STEPS = 30
-"""Products for the eigenvalues that ``explain`` names. Lanczos comes near both ends of the spectrum long before it knows the rest. Of a
-matrix with a large condition number more products would still lower the smallest one; ``Spectrum.doubt`` tells how sure it is."""
+"""Products for the eigenvalues that ``explain`` names. Lanczos comes near both ends of the spectrum long before it
+knows the rest. Of a matrix with a large condition number more products would still lower the smallest one;
+``Spectrum.doubt`` tells how sure it is."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

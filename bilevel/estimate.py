@@ -1,8 +1,9 @@
-"""The estimate of the error of a hypergradient: the two parts of :mod:`bilevel.certificates`, computed instead of bounded.
+"""The estimate of the error of a hypergradient: the two parts of :mod:`bilevel.certificates`, computed instead of
+bounded.
 
-CG goes on at phi for the linear part; Newton's method from phi, mostly one step, and CG there, for the inner part. What is below the
-rounding of a gradient or a product is zero; how much that is, two of them right beside each other show, because the model of
-:mod:`bilevel.evaluation` is one of the worst case.
+CG goes on at phi for the linear part; Newton's method from phi, mostly one step, and CG there, for the inner part. What
+is below the rounding of a gradient or a product is zero; how much that is, two of them right beside each other show,
+because the model of :mod:`bilevel.evaluation` is one of the worst case.
 """
 
 from __future__ import annotations
@@ -18,31 +19,32 @@ from bilevel.linsys.cg import CG
 from bilevel.result import Result
 
 CORRECTION = CG(max_steps=100, rtol=1e-8)
-"""An estimate needs the size of a correction, two digits say. Its relative error is at most rtol times the condition number, so
-1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost; where they do not suffice, the estimate
-can be too small. How good it is with these: docs/results/certificates.md."""
+"""An estimate needs the size of a correction, two digits say. Its relative error is at most rtol times the condition
+number, so 1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost;
+where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md."""
 
 DIGITS_LOST = 0.01
-"""Where rounding in H u hides more than this part of b, less than two digits of b are left: H is singular as far as one can see, and CG
-may then find anything."""
+"""Where rounding in H u hides more than this part of b, less than two digits of b are left: H is singular as far as
+one can see, and CG may then find anything."""
 
 NEWTON_STEPS = 8
 """Near a solution one does; where so many do not come near one, phi is too far from it for an estimate."""
 
 FAR_LESS = 0.1
-"""The gradient has fallen to this part of what it was: what is left changes the distance, and so the estimate, by about as much."""
+"""The gradient has fallen to this part of what it was: what is left changes the distance, and so the estimate, by
+about as much."""
 
 TRIAL_POINTS = 8
-"""Points tried along one Newton step, each at a quarter of the distance of the one before. The last is at 4^-7 = 6e-5 of the step: if the
-gradient falls only nearer than that, the step is of no use."""
+"""Points tried along one Newton step, each at a quarter of the distance of the one before. The last is at 4^-7 =
+6e-5 of the step: if the gradient falls only nearer than that, the step is of no use."""
 
 SHORTER = 0.25
 """Of a point to the next: half would need twice as many of them to come as near."""
 
 
 class Correction(NamedTuple):
-    """``change``: (better gradient - gradient) ``(*batch, dim theta)``, or its sum over the tasks that are ok. ``columns``: the fields
-    of :class:`bilevel.Diagnosis` from ``linear`` to ``rhs``.
+    """``change``: (better gradient - gradient) ``(*batch, dim theta)``, or its sum over the tasks that are ok.
+    ``columns``: the fields of :class:`bilevel.Diagnosis` from ``linear`` to ``rhs``.
     """
 
     change: Tensor
@@ -82,8 +84,9 @@ def correct(here: Evaluation, ok: Tensor, per_task: bool) -> Correction:
 
 
 def _newton(origin: Evaluation, rounding: Tensor, ok: Tensor) -> tuple[Tensor, Evaluation]:
-    """Where Newton's method met negative curvature or came no nearer, and the evaluation at the point that it came to: one step if that
-    lowers the gradient to a tenth, as it does near a solution; else more, shortened until they lower it.
+    """Where Newton's method met negative curvature or came no nearer, and the evaluation at the point that it came to:
+    one step if that lowers the gradient to a tenth, as it does near a solution; else more, shortened until they
+    lower it.
     """
     known = origin.objective.curvature_inverse(0.0)
     start, here = norm(origin.local.grad), origin
@@ -103,7 +106,8 @@ def _newton(origin: Evaluation, rounding: Tensor, ok: Tensor) -> tuple[Tensor, E
         far = far & (norm(here.local.grad) > FAR_LESS * start)
         if not bool(far.any()):
             break
-    # where it could not even halve the gradient, or a full step still overshoots, at a kink say, its step says nothing of the distance
+    # where it could not even halve the gradient, or a full step still overshoots, at a kink say, its step says nothing of
+    # the distance
     return lost | (far & (shortened | ~(norm(here.local.grad) <= 0.5 * start))), here
 
 

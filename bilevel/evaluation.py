@@ -1,9 +1,10 @@
 """A problem evaluated at a point, for the questions of :mod:`bilevel.certificates`, and what rounding may hide there.
 
-A residual that is computed as zero is not zero. Each measured quantity gets what rounding may hide in it: eps, times 8 times the root of
-how many numbers may have been summed (of phi, theta and data), times the size of what was subtracted to get it. For a gradient that is the
-size of its terms; in a sum of smooth terms >= 0 it is at most sqrt(2 |H| G). This models what happens inside of the user's functions, which
-nothing here can see; it matters only within some orders of the rounding floor.
+A residual that is computed as zero is not zero. Each measured quantity gets what rounding may hide in it: eps, times 8
+times the root of how many numbers may have been summed (of phi, theta and data), times the size of what was subtracted
+to get it. For a gradient that is the size of its terms; in a sum of smooth terms >= 0 it is at most sqrt(2 |H| G). This
+models what happens inside of the user's functions, which nothing here can see; it matters only within some orders of
+the rounding floor.
 """
 
 from __future__ import annotations
@@ -22,20 +23,21 @@ from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.linsys.neumann import some_direction
 
 TO_SPARE = 8
-"""What the model of rounding is multiplied by. The root of the count is for one sum whose errors partly cancel, and the user's functions
-do several in a row. A larger number makes every bound near the rounding floor larger, a smaller one may make it false. With this one, none
-of the 10,000 bounds of docs/results/certificates.md was violated."""
+"""What the model of rounding is multiplied by. The root of the count is for one sum whose errors partly cancel, and
+the user's functions do several in a row. A larger number makes every bound near the rounding floor larger, a
+smaller one may make it false. With this one, none of the 10,000 bounds of docs/results/certificates.md was
+violated."""
 
 BESIDE = 4
-"""How many eps (relative) away an estimate of rounding looks: near enough that the function is linear in between, and far enough that
-every number is rounded anew."""
+"""How many eps (relative) away an estimate of rounding looks: near enough that the function is linear in between,
+and far enough that every number is rounded anew."""
 
 SAMPLE = 4
 """What a single sample of rounding is multiplied by: it may be a small one by chance."""
 
 SIZE_STEPS = 8
-"""Products for |H|. Lanczos finds the largest eigenvalue first, but from below; the factor of 2 that is added makes up for what is
-missing after so few."""
+"""Products for |H|. Lanczos finds the largest eigenvalue first, but from below; the factor of 2 that is added makes
+up for what is missing after so few."""
 
 
 class Evaluation:
@@ -90,8 +92,8 @@ class Evaluation:
         return self.eps * (size * norm(self.u) + norm(self.b)), self.eps * (size * norm(self.phi) + terms)
 
     def rounding_estimate(self) -> tuple[Tensor, Tensor]:
-        """The same as it shows itself in products and gradients right beside u and phi, for an estimate: the model is one of the worst
-        case, and counts all numbers of the data.
+        """The same as it shows itself in products and gradients right beside u and phi, for an estimate: the model is
+        one of the worst case, and counts all numbers of the data.
         """
         unit = torch.finfo(self.phi.dtype).eps
         signs = torch.where(some_direction(self.phi) < 0, -1.0, 1.0).to(self.phi)

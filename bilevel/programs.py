@@ -1,4 +1,6 @@
-"""What was recorded for a problem (:mod:`bilevel.tracing`): kept from call to call, and made anew where it no longer holds."""
+"""What was recorded for a problem (:mod:`bilevel.tracing`): kept from call to call, and made anew where it no longer
+holds.
+"""
 
 from __future__ import annotations
 
@@ -85,8 +87,8 @@ class _Nothing:
 
 
 def with_programs(call: C, run: Callable[[C], R]) -> R:
-    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date, and without any where
-    they cannot be replayed.
+    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date, and
+    without any where they cannot be replayed.
 
     Raises:
         ValueError: the objective is no function of its arguments.

@@ -1,4 +1,6 @@
-"""From a function to a program: its tensor operations as a graph, and that graph cut in parts that are run at different times."""
+"""From a function to a program: its tensor operations as a graph, and that graph cut in parts that are run at different
+times.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _aten = torch.ops.aten
 
 
 def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
-    """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd needs."""
+    """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd
+    needs.
+    """
     module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
     if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
         functional = torch.func.functionalize(module, remove="mutations")

@@ -26,16 +26,17 @@ from bilevel.programs import Programs, Stale
 from bilevel.recording import Function, recorded, split_constants, split_linearisation
 
 FEWEST = 64
-"""Tasks that a solver goes on with, when others are done, are recorded for their own number only if there are so many. A recording costs
-up to a millisecond for each operator (benchmarks/NOTES.md, work C), which few tasks do not earn back."""
+"""Tasks that a solver goes on with, when others are done, are recorded for their own number only if there are so
+many. A recording costs up to a millisecond for each operator (benchmarks/NOTES.md, work C), which few tasks do
+not earn back."""
 
 STEP = 1e-2
-"""Relative, to points nearby: so far that a derivative which changed shows in the gradient there by more than the tolerance of the
-comparison, sqrt(eps), in float32 too; and so near that G is mostly still defined."""
+"""Relative, to points nearby: so far that a derivative which changed shows in the gradient there by more than the
+tolerance of the comparison, sqrt(eps), in float32 too; and so near that G is mostly still defined."""
 
 SMALL = 2**14
-"""Directions of at most so many numbers are kept, to save the time of making them again; for larger ones that time matters less, and the
-64 that are kept are 8 MiB at most."""
+"""Directions of at most so many numbers are kept, to save the time of making them again; for larger ones that time
+matters less, and the 64 that are kept are 8 MiB at most."""
 
 
 @dataclass(frozen=True)
