@@ -20,7 +20,13 @@ from bilevel.linsys.base import LinearSolver, check_number, mark, norm
 from bilevel.result import Diagnosis, Hypergradient, Result, Status
 
 MAX_ROUNDS = 10
+"""Each round asks the solve that is to blame for less than half of the residual that was left, and the rounds end where
+the accuracy is met or a solve can do no more. This limits what a call may cost where the estimate goes on missing by a
+little."""
+
 FIRST_RTOL = 0.1
+"""The largest ``rtol`` to begin with, however little accuracy is wanted: the first round has to take some steps, or
+it measures the factors of a start and not those of a solve."""
 
 
 class Tolerances(NamedTuple):

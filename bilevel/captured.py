@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import logging
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from bilevel.cuda_graphs import CudaGraphs, Graphs
 from bilevel.isolation import DEVICES
+from bilevel.linsys.base import check_count
+from bilevel.mutated import Mutable, Mutated
 from bilevel.trees import Structure, Tree, flatten, tree_map, unflatten
 
 _logger = logging.getLogger(__name__)
-
-Mutable = Tensor | nn.Module | Optimizer
-
-
-class Graphs(Protocol):
-    """What a device offers: the primitives that :class:`bilevel.CapturedStep` is made of."""
-
-    def reason_against(self, device: torch.device) -> str | None:
-        """Why nothing can be captured on this device; None if nothing speaks against it."""
-
-    def aside(self, run: Callable[[], Any]) -> Any:
-        """Run it where the capture will be."""
-
-    def watched(self, run: Callable[[], Any]) -> Any:
-        """The same; raises where the host waits for the device."""
-
-    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Record it without executing it: what it returned, and what replays it."""
 
 
 class CapturedStep:
@@ -76,12 +56,14 @@ class CapturedStep:
         warmup: calls before the capture, >= 1. The last one is watched: if the host waits in it, nothing is captured.
         max_captures: signatures that are captured, each with memory of its own; calls with others run as they are.
         static_outputs: return the memory of the graph itself, which the next call overwrites, and no copies.
-        graphs: what captures, for tests; None: CUDA.
 
     Raises:
         torch.OutOfMemoryError: as ``fn`` does; what it mutates is then as it was before the call, if that was to be captured.
         TypeError: an argument of a call has a leaf of another kind.
     """
+
+    _graphs: ClassVar[Graphs] = CudaGraphs()
+    """What captures. A subclass in the tests has another one, of the CPU."""
 
     def __init__(
         self,
@@ -91,17 +73,14 @@ class CapturedStep:
         warmup: int = 3,
         max_captures: int = 4,
         static_outputs: bool = False,
-        graphs: Graphs | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn: expected a function of trees of tensors, got {type(fn).__name__}.")
-        for name, value in (("warmup", warmup), ("max_captures", max_captures)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}.")
-        self._fn, self._mutated = fn, _Mutated(mutates)
+        check_count("warmup", warmup)
+        check_count("max_captures", max_captures)
+        self._fn, self._mutated = fn, Mutated(mutates)
         self._warmup, self._max_captures, self._static_outputs = warmup, max_captures, static_outputs
-        self._graphs: Graphs = CudaGraphs() if graphs is None else graphs
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         self.reset()
 
     @property
@@ -172,7 +151,7 @@ class CapturedStep:
     def _is_one_too_many(self, key: Any) -> bool:
         if key in self._calls or len(self._calls) < self._max_captures:
             return False
-        self._say(
+        self._log_once(
             f"there are {self._max_captures} captures already (max_captures), and calls with other inputs run as they are."
         )
         return True
@@ -206,11 +185,11 @@ class CapturedStep:
     def _give_up(self, reason: str) -> None:
         self.reset()
         self._why_not = reason
-        self._say(f"nothing is captured, and every call runs as it is: {reason}.")
+        self._log_once(f"nothing is captured, and every call runs as it is: {reason}.")
 
-    def _say(self, line: str) -> None:
-        if line not in self._said:
-            self._said.add(line)
+    def _log_once(self, line: str) -> None:
+        if line not in self._logged:
+            self._logged.add(line)
             _logger.warning("CapturedStep: %s", line)
 
 
@@ -231,151 +210,6 @@ class _Capture:
                     own.copy_(given)
         self.replay()
         return _copied(self.out) if copied else self.out
-
-
-class _Mutated:
-    """What a function writes to."""
-
-    def __init__(self, things: Iterable[Mutable]) -> None:
-        things = list(things)
-        for thing in things:
-            if not isinstance(thing, Mutable):
-                raise TypeError(f"mutates: expected tensors, modules and optimizers, got {type(thing).__name__}.")
-        self._things = things
-        self._optimizers = [thing for thing in things if isinstance(thing, Optimizer)]
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, those that optimizers keep and options that are tensors included; gradients not, they are made anew."""
-        found: list[Any] = [thing for thing in self._things if isinstance(thing, Tensor)]
-        for thing in self._things:
-            if isinstance(thing, nn.Module):
-                found += [*thing.parameters(), *thing.buffers()]
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                found += flatten(list(group.values()))[0]
-            for state in optimizer.state.values():
-                found += state.values()
-        return [thing for thing in found if isinstance(thing, Tensor)]
-
-    def kept_elsewhere(self) -> str | None:
-        """What an optimizer keeps on another device than the parameter that it is about, in words."""
-        for optimizer in self._optimizers:
-            for parameter, state in optimizer.state.items():
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.device != parameter.device:
-                        return f"{type(optimizer).__name__} keeps {name!r} on {value.device}, its parameters are on {parameter.device}"
-        return None
-
-    def addresses(self) -> tuple[int, ...]:
-        """Where the tensors are."""
-        return tuple(tensor.data_ptr() for tensor in self.tensors())
-
-    def numbers(self) -> dict[tuple[Any, ...], Any]:
-        """The options of the optimizers that are no tensors; the last part of a key is the name."""
-        return {
-            (type(optimizer).__name__, i, j, k, name): leaf
-            for i, optimizer in enumerate(self._optimizers)
-            for j, group in enumerate(optimizer.param_groups)
-            for name, value in group.items()
-            for k, leaf in enumerate(flatten(value)[0])
-            if not isinstance(leaf, Tensor)
-        }
-
-    def saved(self) -> Callable[[], None]:
-        """What brings everything back to where it is now."""
-        grads = [(tensor, tensor.grad) for tensor in self.tensors() if tensor.is_leaf]
-        tensors = [*self.tensors(), *(grad for _, grad in grads if grad is not None)]
-        copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
-        states = [{key: dict(state) for key, state in optimizer.state.items()} for optimizer in self._optimizers]
-
-        def restore() -> None:
-            for optimizer, state in zip(self._optimizers, states, strict=True):
-                optimizer.state.clear()
-                optimizer.state.update(state)
-            for tensor, grad in grads:
-                tensor.grad = grad
-            with torch.no_grad():
-                for tensor, copy in copies:
-                    tensor.copy_(copy)
-
-        return restore
-
-
-class CudaGraphs:
-    """CUDA graphs as PyTorch has them. Warm-up and capture share a stream, for which libraries keep their handles."""
-
-    def reason_against(self, device: torch.device) -> str | None:
-        """See :class:`Graphs`."""
-        if device.type != "cuda":
-            return f"a graph needs a CUDA device, and the tensors are on {device}"
-        if device.index != torch.cuda.current_device():
-            return f"the tensors are on {device}, which is not the current device; see torch.cuda.set_device"
-        return None
-
-    @property
-    def _stream(self) -> Any:
-        return _stream_of(torch.cuda.current_device())
-
-    def aside(self, run: Callable[[], Any]) -> Any:
-        """See :class:`Graphs`."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream):
-                return run()
-        finally:  # also of a run that failed, whose traces are about to be removed
-            current.wait_stream(self._stream)
-
-    def watched(self, run: Callable[[], Any]) -> Any:
-        """See :class:`Graphs`."""
-        with _waiting_is_an_error():
-            return self.aside(run)
-
-    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """See :class:`Graphs`."""
-        gc.collect()  # graphs in cycles that nobody holds any more keep their memory
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        try:
-            # a capture that fails leaves its own stream as the current one
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=pool, stream=self._stream),
-            ):
-                out = run()
-        except BaseException:
-            _close(pool)
-            raise
-        return out, graph.replay
-
-
-@functools.cache
-def _stream_of(device: int) -> Any:
-    """One for all captures: libraries keep a workspace for each stream that they have seen, and graphs point into it."""
-    return torch.cuda.Stream(device)
-
-
-def _close(pool: Any) -> None:
-    """End a capture that failed for the allocator, too. Where PyTorch leaves that out, emptying the cache, and so every later capture,
-    fails with an internal error. And for the random numbers: up to 2.11 their generator would go on as in a capture, and raise.
-    """
-    device = torch.cuda.current_device()
-    with suppress(AttributeError, IndexError, RuntimeError):
-        generator = torch.cuda.default_generators[device]
-        generator.graphsafe_set_state(generator.clone_state())  # a copy has no part in a capture
-    with suppress(AttributeError, RuntimeError):  # of a PyTorch that has ended it already
-        torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)
-
-
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(action="ignore"):  # it is a prototype, as PyTorch says once
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _signature(leaves: list[Any], structure: Structure, written: set[int]) -> Any:

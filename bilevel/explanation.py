@@ -14,9 +14,28 @@ from bilevel.problem import BilevelProblem, ProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, Status
 from bilevel.trees import flatten
 
+ENOUGH = 1e-6
+"""Six digits of the gradient need no advice."""
+
+ENOUGH_IN_EPS = 1e4
+"""Nor does a relative error of so many eps, 1e-3 in float32: the tolerances for a much smaller one are so near the
+rounding floor that a solve may not keep them."""
+
+COUNTS_TOO = 0.1
+"""The inner solve is named beside a linear solve that has the larger error, if its own is at least this part of it:
+else the next question would be about it."""
+
+ZERO_IN_EPS = 100
+"""Lanczos sees a zero eigenvalue as one of a few eps times the largest, of either sign. What is called negative is
+well above that; a negative eigenvalue smaller than this is taken for a zero."""
+
+ROUND_UP = 1.001
+"""A number that is enough is multiplied by this before its three digits are rounded up, so that rounding cannot make
+it too small."""
+
 
 class Spectrum(NamedTuple):
-    """What 30 steps of Lanczos see of the curvature at phi, with damping, for each task ``(*batch,)``; NaN where that is.
+    """What some steps of Lanczos see of the curvature at phi, with damping, for each task ``(*batch,)``; NaN where that is.
 
     Attributes:
         smallest: the smallest eigenvalue is at most this.
@@ -157,7 +176,7 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str
     """Which of the two solves limits the accuracy, and what it would take."""
     ok = result.ok_per_task
     linear, inner = _relative(found)
-    enough = max(1e-6, 1e4 * torch.finfo(linear.dtype).eps)
+    enough = max(ENOUGH, ENOUGH_IN_EPS * torch.finfo(linear.dtype).eps)
     lines = []
     if not solves and bool(ok.any()):
         lines.append(
@@ -165,7 +184,7 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str
         )
     elif bool((rough := ok & (linear > enough) & (linear >= inner)).any()):
         lines.append("The linear solve limits the accuracy: " + _more(result.linear.codes[rough], "rtol"))
-    if bool((late := ok & (inner > enough) & (inner > 0.1 * linear)).any()):
+    if bool((late := ok & (inner > enough) & (inner > COUNTS_TOO * linear)).any()):
         lines.append(
             "phi limits the accuracy: solve the inner problem further before you call."
             if result.inner is None
@@ -216,7 +235,7 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
 
 def _is_negative(spectrum: Spectrum) -> Tensor:
     """Which smallest eigenvalues are negative, and not a zero with rounding: that is a singular matrix, which has a status of its own."""
-    rounding = 100 * torch.finfo(spectrum.smallest.dtype).eps * spectrum.largest.abs()
+    rounding = ZERO_IN_EPS * torch.finfo(spectrum.smallest.dtype).eps * spectrum.largest.abs()
     return spectrum.smallest < -rounding
 
 
@@ -241,7 +260,7 @@ def _up(x: float) -> str:
     if not 0 < x < math.inf:
         return f"{x:g}" if x else "a little"
     step = 10.0 ** (math.floor(math.log10(x)) - 2)
-    return f"{step * (math.floor(1.001 * x / step) + 1):.3g}"
+    return f"{step * (math.floor(ROUND_UP * x / step) + 1):.3g}"
 
 
 def _other_remedies(result: Hypergradient, problem: BilevelProblem) -> str:

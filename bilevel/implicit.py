@@ -39,8 +39,8 @@ from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_tran
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
+from bilevel.programs import with_programs
 from bilevel.result import Hypergradient, Result, Status
-from bilevel.tracing import with_programs
 from bilevel.trees import Tree
 
 
@@ -243,7 +243,7 @@ def _hypergradient(
         ok=found.part.ok,
         scale=found.scale,
         per_task=found.per_task,
-        none=reduction == "none",
+        reduction=reduction,
         curvature=options.curvature,
         damping=options.damping,
         chunk_size=chunk_size,

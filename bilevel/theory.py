@@ -191,7 +191,9 @@ def _lipschitz(lam: float, rho: float, mu: float, B: float, L: float, everywhere
 
 
 def _check(name: str, value: float, *, positive: bool = False, at_least: float = 0.0, finite: bool = True) -> None:
-    """Refuse what is no number or not in its range; NaN is in no range."""
+    """Refuse what is no number or not in its range; NaN is in no range. It is not the check of the solvers' options, because infinity is
+    allowed here (:func:`theorem2_tolerances` returns it) and kappa begins at 1.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
     if not (value > 0 if positive else value >= at_least) or (finite and math.isinf(value)):

@@ -12,150 +12,41 @@ autograd takes. The products are compared with those of autograd when they are r
 
 from __future__ import annotations
 
-import logging
-import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch import Tensor
 
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Linearisation, Objective
-from bilevel.lowering import direct, put_skinny_factors_in_front
-from bilevel.problem import BilevelProblem
-from bilevel.simplify import FORMULAS, simplify
-
-Function = Callable[..., Any]
-P = TypeVar("P")
-R = TypeVar("R")
-
-
-class _Call(Protocol):
-    @property
-    def programs(self) -> Any: ...
-
-
-C = TypeVar("C", bound=_Call)
+from bilevel.programs import Programs, Stale
+from bilevel.recording import Function, recorded, split_constants, split_linearisation
 
 FEWEST = 64
-"""Batches of fewer tasks are not recorded for those tasks that a solver goes on with."""
+"""Tasks that a solver goes on with, when others are done, are recorded for their own number only if there are so
+many. A recording costs up to a millisecond for each operator (benchmarks/NOTES.md, work C), which few tasks do
+not earn back."""
 
-_logger = logging.getLogger(__name__)
-_aten = torch.ops.aten
+STEP = 1e-2
+"""Relative, to points nearby: so far that a derivative which changed shows in the gradient there by more than the
+tolerance of the comparison, sqrt(eps), in float32 too; and so near that G is mostly still defined."""
 
-SMALL = 2**14  # numbers in what is kept to save the time of making it again
-STEP = 1e-2  # relative: to points nearby, where a derivative shows in the gradient and rounding does not
+SMALL = 2**14
+"""Directions of at most so many numbers are kept, to save the time of making them again; for larger ones that time
+matters less, and the 64 that are kept are 8 MiB at most."""
 
 
 @dataclass(frozen=True)
-class Linearised:
+class LinearisationProgram:
     """``prepare(phi, *tensors)`` -> (value, grad, saved for the product, saved for the cross product), and the two products."""
 
     prepare: Function
     product: Function
     cross: Function
     exact: bool
-
-
-class Stale(Exception):
-    """What was recorded is not what the problem does now."""
-
-
-class Programs:
-    """What was recorded for a problem, from one call of the library to the next."""
-
-    def __init__(self, problem: BilevelProblem) -> None:
-        self._problem = weakref.ref(problem)
-        self._programs: dict[Any, Any] = {}
-        self.old = False
-        """Whether there may be some that an earlier call has recorded."""
-
-    @staticmethod
-    def of(problem: BilevelProblem) -> Programs:
-        """Those of this problem; they live as long as it does. A copy of the problem has its own."""
-        found = problem.__dict__.get("_programs")
-        if found is None or found._problem() is not problem:
-            found = problem.__dict__["_programs"] = Programs(problem)
-        return found
-
-    def __reduce__(self) -> Any:
-        """Copied and pickled without the programs; ``of`` then makes new ones."""
-        return (_Nothing, ())
-
-    def __len__(self) -> int:
-        return len(self._programs)
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._programs.clear()
-
-    def get(self, key: Any, record: Callable[[], P]) -> P | None:
-        """The program, recorded if it is not there yet; None if it cannot be recorded."""
-        if key not in self._programs:
-            try:
-                self._programs[key] = record()
-            except Exception as error:
-                # whatever it is, the same function without recording works, or says what is wrong
-                reason = str(error).strip().splitlines() or [""]
-                _logger.warning(
-                    "compile=True: could not record the %s (%s: %s); it is computed without.",
-                    key[0],
-                    type(error).__name__,
-                    reason[0],
-                )
-                self._programs[key] = None
-        return self._programs[key]
-
-
-class _Nothing:
-    """In the place of the programs of another problem."""
-
-    @staticmethod
-    def _problem() -> None:
-        return None
-
-
-def with_programs(call: C, run: Callable[[C], R]) -> R:
-    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date, and without any where
-    they cannot be replayed.
-
-    Raises:
-        ValueError: the objective is no function of its arguments.
-    """
-    if call.programs is None:
-        return run(call)
-    call.programs.old = len(call.programs) > 0
-    try:
-        return run(call)
-    except Stale:
-        failure: Exception | None = None
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of a program, or the user's own: the same call without programs tells
-        failure = error
-    call.programs.clear()
-    call.programs.old = False
-    if failure is not None:
-        found = run(replace(call, programs=None))  # type: ignore[type-var]
-        reason = str(failure).strip().splitlines() or [""]
-        _logger.warning(
-            "compile=True: what was recorded could not be replayed (%s: %s); the call was made without. Does a shape depend on the "
-            "numbers in data?",
-            type(failure).__name__,
-            reason[0],
-        )
-        return found
-    try:
-        return run(call)
-    except Stale as error:
-        raise ValueError(
-            "compile=True: expected an inner objective that is a function of phi, theta and data, but two evaluations at the same "
-            "point differ. Is there dropout in it, or another source of chance? bilevel.testing.check_deterministic tells."
-        ) from error
 
 
 class TracedObjective(Objective):
@@ -239,7 +130,7 @@ class TracedObjective(Objective):
         self._gradient_program(phi)
         program = self._programs.get(
             ("linearisation", curvature, damping, with_theta, *self._key),
-            lambda: self._linearised(phi, curvature, damping, with_theta),
+            lambda: self._linearisation_program(phi, curvature, damping, with_theta),
         )
         if program is None:
             return super().linearise(phi, curvature, damping, with_theta=with_theta)
@@ -266,14 +157,16 @@ class TracedObjective(Objective):
 
         def record() -> tuple[Function, Function]:
             whole = recorded(lambda phi, *tensors: function(self._over(tensors), phi), phi, *self.tensors)
-            before, rest = _without_constants(whole)
+            before, rest = split_constants(whole)
             if name != "gradient":  # which is verified in every call
                 _check(function(self._over(self.tensors), phi), rest(phi, *before(*self.tensors)))
             return before, rest
 
         return self._programs.get((name, *self._key), record)
 
-    def _linearised(self, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool) -> Linearised:
+    def _linearisation_program(
+        self, phi: Tensor, curvature: Curvature, damping: float, with_theta: bool
+    ) -> LinearisationProgram:
         exact: list[bool] = []
 
         def everything(v: Tensor, u: Tensor, phi: Tensor, *tensors: Tensor) -> list[Any]:
@@ -284,7 +177,9 @@ class TracedObjective(Objective):
             return [local.value, local.grad, product, cross]
 
         # u and v are not phi, so that the program knows them apart
-        found = Linearised(*_cut(recorded(everything, phi.clone(), phi.clone(), phi, *self.tensors)), exact[0])
+        found = LinearisationProgram(
+            *split_linearisation(recorded(everything, phi.clone(), phi.clone(), phi, *self.tensors)), exact[0]
+        )
         if exact[0]:
             v = (_near(phi, 0) - phi) / STEP
             local = Linearisation(self._over(self.tensors), phi, curvature, damping, with_theta)
@@ -304,7 +199,7 @@ class TracedObjective(Objective):
 class TracedLinearisation:
     """As :class:`~bilevel.derivatives.Linearisation`."""
 
-    def __init__(self, objective: TracedObjective, program: Linearised, phi: Tensor) -> None:
+    def __init__(self, objective: TracedObjective, program: LinearisationProgram, phi: Tensor) -> None:
         self._objective, self._program, self._phi = objective, program, phi
         self.value, self.grad, self._for_product, self._for_cross = program.prepare(phi, *objective.tensors)
 
@@ -363,83 +258,3 @@ def _same(expected: Tensor, found: Tensor, least: float) -> bool:
 def _check(expected: Tensor, found: Tensor) -> None:
     if not _same(expected, found, torch.finfo(expected.dtype).eps ** 0.5):
         raise RuntimeError("what was recorded does not give the same numbers")
-
-
-def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
-    """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd needs."""
-    module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
-    if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
-        functional = torch.func.functionalize(module, remove="mutations")
-        module = make_fx(functional, decomposition_table=FORMULAS)(*arguments)
-    for node in module.graph.nodes:
-        if node.target is _aten.view.default:  # of vectors whose strides may be others next time
-            node.target = _aten.reshape.default
-    simplify(module.graph)
-    if arguments[0].device.type == "cpu":
-        put_skinny_factors_in_front(module.graph)
-    module.recompile()
-    return module
-
-
-def _is_mutable(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def _cut(whole: fx.GraphModule) -> tuple[Function, Function, Function]:
-    """(v, u, phi, *tensors) -> [value, grad, H v, C^T u], cut into what depends on v, what on u, and the rest."""
-    nodes = list(whole.graph.nodes)
-    v, u = nodes[:2]
-    value, grad, product, cross = nodes[-1].args[0]
-    of_v, of_u = _depending(nodes, v), _depending(nodes, u)
-    saved_v, product_graph = _part(nodes, of_v, v, product)
-    saved_u, cross_graph = _part(nodes, of_u, u, cross)
-    prepare = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes[:-1]:
-        if node not in of_v | of_u:
-            copies[node] = prepare.node_copy(node, copies.__getitem__)
-    prepare.output(fx.map_arg((value, grad, tuple(saved_v), tuple(saved_u)), copies.__getitem__))
-    graphs = (prepare, product_graph, cross_graph)
-    for graph in graphs:
-        graph.eliminate_dead_code()
-    one, two, three = (fx.GraphModule(whole, direct(graph)).forward for graph in graphs)
-    return one, two, three
-
-
-def _without_constants(whole: fx.GraphModule) -> tuple[Function, Function]:
-    """(phi, *tensors) -> outputs, cut into (*tensors) -> constants and (phi, *constants) -> outputs."""
-    nodes = list(whole.graph.nodes)
-    phi, output = nodes[0], nodes[-1].args[0]
-    constants, rest = _part(nodes, _depending(nodes, phi), phi, output)
-    before = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in nodes[1:-1]:
-        if node.op == "placeholder" or all(argument in copies for argument in node.all_input_nodes):
-            copies[node] = before.node_copy(node, copies.__getitem__)
-    before.output(tuple(copies[node] for node in constants))
-    before.eliminate_dead_code()
-    return fx.GraphModule(whole, direct(before)).forward, fx.GraphModule(whole, direct(rest)).forward
-
-
-def _depending(nodes: list[fx.Node], source: fx.Node) -> set[fx.Node]:
-    found = {source}
-    for node in nodes[:-1]:
-        if any(argument in found for argument in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _part(nodes: list[fx.Node], own: set[fx.Node], source: fx.Node, output: Any) -> tuple[list[fx.Node], fx.Graph]:
-    """A function of the source and of the nodes that its own nodes need from outside; these nodes."""
-    outputs: set[fx.Node] = set()
-    fx.map_arg(output, outputs.add)
-    saved = [node for node in nodes if node not in own and (node in outputs or any(user in own for user in node.users))]
-    graph = fx.Graph()
-    copies = {source: graph.placeholder("vector")}
-    for node in saved:
-        copies[node] = graph.placeholder(node.name)
-    for node in nodes:
-        if node in own and node is not source:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(fx.map_arg(output, copies.__getitem__))
-    return saved, graph

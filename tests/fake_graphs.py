@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bilevel import CapturedStep
+
 FORBIDDEN = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}
 
 
 class FakeGraphs:
-    """In the place of ``bilevel.captured.CudaGraphs``; ``calls`` lists what was asked of it."""
+    """In the place of ``bilevel.cuda_graphs.CudaGraphs``; ``calls`` lists what was asked of it."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -45,6 +47,11 @@ class FakeGraphs:
             recording.replay()
 
         return out, replay
+
+
+def captured_by(graphs: FakeGraphs) -> type[CapturedStep]:
+    """CapturedStep with these in the place of CUDA's."""
+    return type("CapturedStepOnTheCPU", (CapturedStep,), {"_graphs": graphs})
 
 
 class _Watch(TorchDispatchMode):

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from bilevel import CapturedStep, captured
-from bilevel.captured import CudaGraphs
+from bilevel import CapturedStep, cuda_graphs
+from bilevel.cuda_graphs import CudaGraphs
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG
 from bilevel.solvers import GradientDescent
-from tests.fake_graphs import FakeGraphs
+from tests.fake_graphs import FakeGraphs, captured_by
 
 F64 = torch.float64
 LINE = "nothing is captured, and every call runs as it is"
@@ -100,7 +100,7 @@ def test_a_captured_training_is_the_training(curvature: Any, warmup: int, lines:
     """Every call is one step: theta, Adam and what is returned, over warm-up, capture and replays, with a rate that changes."""
     (plain, net, outer), (captured, twin, twin_outer) = training(curvature), training(curvature)
     graphs = FakeGraphs()
-    step = CapturedStep(captured, mutates=[twin, twin_outer], warmup=warmup, graphs=graphs)
+    step = captured_by(graphs)(captured, mutates=[twin, twin_outer], warmup=warmup)
     for k in range(7):
         for optimizer in (outer, twin_outer):
             optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + k))
@@ -115,7 +115,7 @@ def test_a_captured_training_is_the_training(curvature: Any, warmup: int, lines:
 
 def test_outputs_are_copies_unless_asked_otherwise() -> None:
     for static in (False, True):
-        step = CapturedStep(lambda x: {"y": 2 * x}, warmup=1, static_outputs=static, graphs=FakeGraphs())
+        step = captured_by(FakeGraphs())(lambda x: {"y": 2 * x}, warmup=1, static_outputs=static)
         step(torch.ones(2))
         first = step(torch.ones(2))["y"]
         assert first.tolist() == [2.0, 2.0]
@@ -125,7 +125,7 @@ def test_outputs_are_copies_unless_asked_otherwise() -> None:
 
 
 def test_inputs_are_not_kept_and_not_changed() -> None:
-    step = CapturedStep(lambda x: x.add_(1), warmup=1, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(lambda x: x.add_(1), warmup=1)
     step(torch.zeros(2))
     x = torch.zeros(2)
     assert step(x).tolist() == [1.0, 1.0] and x.tolist() == [0.0, 0.0]  # the graph has memory of its own
@@ -133,14 +133,14 @@ def test_inputs_are_not_kept_and_not_changed() -> None:
 
 
 def test_an_input_that_requires_grad_is_one_in_the_graph() -> None:
-    step = CapturedStep(lambda x: torch.autograd.grad((x**3).sum(), x)[0], warmup=1, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(lambda x: torch.autograd.grad((x**3).sum(), x)[0], warmup=1)
     for value in (1.0, 2.0, 3.0):
         assert step(torch.tensor([value], requires_grad=True)).tolist() == [3 * value**2]
 
 
 def test_each_signature_has_a_graph() -> None:
     graphs = FakeGraphs()
-    step = CapturedStep(lambda tree, factor: tree["a"] * factor, warmup=1, graphs=graphs)
+    step = captured_by(graphs)(lambda tree, factor: tree["a"] * factor, warmup=1)
     others = [
         ({"a": torch.ones(2)}, 3),
         ({"a": torch.ones(3)}, 3),  # another shape
@@ -156,7 +156,7 @@ def test_each_signature_has_a_graph() -> None:
 
 def test_the_number_of_graphs_is_bounded(lines: Any) -> None:
     graphs = FakeGraphs()
-    step = CapturedStep(lambda x: 2 * x, warmup=1, max_captures=2, graphs=graphs)
+    step = captured_by(graphs)(lambda x: 2 * x, warmup=1, max_captures=2)
     for _ in range(3):
         for size in (1, 2, 3, 4):
             assert step(torch.ones(size)).tolist() == [2.0] * size
@@ -175,7 +175,7 @@ def test_a_state_that_was_replaced_is_captured_anew() -> None:
         return weight.clone()
 
     graphs = FakeGraphs()
-    step = CapturedStep(fn, mutates=[outer], warmup=1, graphs=graphs)
+    step = captured_by(graphs)(fn, mutates=[outer], warmup=1)
     for _ in range(3):
         step(torch.ones(2))
     stored, at = outer.state_dict(), weight.clone()
@@ -188,7 +188,7 @@ def test_a_state_that_was_replaced_is_captured_anew() -> None:
 
 def test_reset_begins_again() -> None:
     graphs = FakeGraphs()
-    step = CapturedStep(lambda x: 2 * x, warmup=1, graphs=graphs)
+    step = captured_by(graphs)(lambda x: 2 * x, warmup=1)
     for _ in range(2):
         step(torch.ones(1))
     step.reset()
@@ -223,7 +223,7 @@ def test_a_step_that_reads_a_number_leaves_no_trace(warmup: int, lines: Any) -> 
         return {**found, "number": found["loss"].item()}
 
     graphs = FakeGraphs()
-    step = CapturedStep(reads, mutates=[twin, twin_outer], warmup=warmup, graphs=graphs)
+    step = captured_by(graphs)(reads, mutates=[twin, twin_outer], warmup=warmup)
     for k in range(4):
         expected, got = plain(tasks(k)), step(tasks(k))
         assert got["number"] == pytest.approx(float(expected["loss"]), rel=1e-12)
@@ -251,7 +251,7 @@ def test_a_failed_capture_leaves_no_trace(lines: Any) -> None:
         on_host.numpy()[0] += 1  # past the operators
         return inner(data)
 
-    step = CapturedStep(counts, mutates=[twin_outer, on_host], warmup=1, graphs=Fails())
+    step = captured_by(Fails())(counts, mutates=[twin_outer, on_host], warmup=1)
     for k in range(4):
         expected, got = plain(tasks(k)), step(tasks(k))
         assert_same(got["loss"], expected["loss"])
@@ -270,7 +270,7 @@ def test_a_rate_that_is_a_number_is_seen_to_change(lines: Any) -> None:
         outer.step()
         return weight.clone()
 
-    step = CapturedStep(fn, mutates=[outer], warmup=1, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(fn, mutates=[outer], warmup=1)
     for _ in range(3):
         got = step(torch.ones(1))
     assert got.item() == -1.5 and step.num_captures == 1 and not lines()
@@ -280,10 +280,10 @@ def test_a_rate_that_is_a_number_is_seen_to_change(lines: Any) -> None:
 
 
 def test_tensors_on_two_devices(lines: Any) -> None:
-    step = CapturedStep(lambda x, y: x * 2, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(lambda x, y: x * 2)
     assert step(torch.ones(1), torch.ones(1, device="meta")).item() == 2
     assert len(lines()) == 1 and "expected all tensors on one device, got cpu, meta" in lines()[0]
-    step = CapturedStep(lambda: torch.ones(1), graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(lambda: torch.ones(1))
     assert step().item() == 1 and "got no tensor" in lines()[1]
 
 
@@ -296,7 +296,7 @@ def test_the_error_of_the_user_comes_through_and_nothing_has_changed() -> None:
             raise ValueError("expected more")
         return x
 
-    step = CapturedStep(fn, mutates=[weight], warmup=1, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(fn, mutates=[weight], warmup=1)
     with pytest.raises(ValueError, match="expected more"):
         step(torch.ones(1))
     assert weight.item() == 1  # of the plain call, which the user sees fail; the watched one before it was undone
@@ -312,7 +312,7 @@ def test_out_of_memory_is_passed_on_from_where_the_call_began() -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return x + weight
 
-    step = CapturedStep(fn, mutates=[weight], warmup=1, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(fn, mutates=[weight], warmup=1)
     with pytest.raises(torch.OutOfMemoryError):
         step(torch.ones(20))
     assert weight.item() == 0 and step.why_not is None
@@ -325,9 +325,9 @@ def test_out_of_memory_is_passed_on_from_where_the_call_began() -> None:
     ("options", "words"),
     [
         ({"fn": 3}, "fn: expected a function"),
-        ({"warmup": 0}, "warmup: expected an integer >= 1, got 0"),
+        ({"warmup": 0}, "warmup: expected at least 1, got 0"),
         ({"warmup": True}, "warmup: expected an integer"),
-        ({"max_captures": 0}, "max_captures: expected an integer >= 1"),
+        ({"max_captures": 0}, "max_captures: expected at least 1, got 0"),
         ({"mutates": [3]}, "mutates: expected tensors, modules and optimizers, got int"),
     ],
 )
@@ -338,7 +338,7 @@ def test_wrong_arguments(options: dict[str, Any], words: str) -> None:
 
 def test_a_leaf_of_another_kind_is_refused() -> None:
     with pytest.raises(TypeError, match=r"inputs\[0\]\['a'\]: expected tensors, None, numbers or strings, got set"):
-        CapturedStep(lambda x: x, graphs=FakeGraphs())({"a": {1}})
+        captured_by(FakeGraphs())(lambda x: x)({"a": {1}})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ class FakeCuda:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
         self.log: list[str] = []
-        monkeypatch.setattr(captured, "_stream_of", functools.cache(captured._stream_of.__wrapped__))
+        monkeypatch.setattr(cuda_graphs, "_stream_of", functools.cache(cuda_graphs._stream_of.__wrapped__))
         self.current, self.mode, self.fails = Stream("main", self.log), 0, fails
         for name in ("Stream", "stream", "current_stream", "graph", "CUDAGraph", "current_device", "graph_pool_handle"):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
@@ -481,7 +481,7 @@ def test_an_optimizer_that_keeps_its_state_elsewhere_is_named(lines: Any) -> Non
         weight.grad = x
         return x + 1
 
-    step = CapturedStep(fn, mutates=[outer], graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(fn, mutates=[outer])
     step(torch.ones(3))
     outer.state[weight]["step"] = torch.zeros((), device="meta")
     assert torch.equal(step(torch.ones(3)), torch.full((3,), 2.0))
@@ -580,7 +580,7 @@ def test_an_input_that_is_written_to_is_no_copy() -> None:
             outer.step()
             return (theta["w"] - target).square().sum()
 
-        taken: Any = bilevel.CapturedStep(step, mutates=[outer], graphs=FakeGraphs()) if captured else step
+        taken: Any = captured_by(FakeGraphs())(step, mutates=[outer]) if captured else step
         losses = [float(taken(theta, torch.full((2,), float(i)))) for i in range(8)]
         assert not captured or taken.num_captures == 1
         return losses, theta["w"].detach()
@@ -591,7 +591,7 @@ def test_an_input_that_is_written_to_is_no_copy() -> None:
 
 
 def test_a_graph_serves_calls_with_the_autocast_of_its_capture() -> None:
-    step = CapturedStep(lambda x: x @ x, graphs=FakeGraphs())
+    step = captured_by(FakeGraphs())(lambda x: x @ x)
     x = torch.eye(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for _ in range(5):

@@ -15,8 +15,9 @@ from torch import Tensor
 import bilevel
 from bilevel.curvature import FiniteDifference, ForwardOverReverse, GaussNewton, Hessian, ReverseOverReverse
 from bilevel.linsys import CG, Exact
+from bilevel.programs import Programs
+from bilevel.recording import recorded, split_linearisation
 from bilevel.solvers import GradientDescent, NewtonCG
-from bilevel.tracing import Programs, _cut, recorded
 from bilevel.trees import flatten
 from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
 
@@ -241,7 +242,7 @@ def test_a_write_in_place_stays_with_its_vector() -> None:
         return [phi.sum(), 2 * phi, buffer * phi, [u * phi]]
 
     phi = torch.arange(1.0, 4.0)
-    prepare, product, cross = _cut(recorded(everything, phi.clone(), phi.clone(), phi))
+    prepare, product, cross = split_linearisation(recorded(everything, phi.clone(), phi.clone(), phi))
     value, grad, for_product, for_cross = prepare(phi)
     assert value == 6 and grad.tolist() == [2, 4, 6]
     for scale in (1.0, 10.0, 1.0):
@@ -421,12 +422,12 @@ def test_a_program_that_gives_other_numbers_is_not_used(
     """The products are compared with autograd's when they are recorded."""
 
     def wrong(whole: torch.fx.GraphModule) -> Any:
-        prepare, product, cross = _cut(whole)
+        prepare, product, cross = split_linearisation(whole)
         if which == "product":
             return prepare, lambda v, *saved: 1.01 * product(v, *saved), cross
         return prepare, product, lambda u, *saved: [-leaf for leaf in cross(u, *saved)]
 
-    monkeypatch.setattr("bilevel.tracing._cut", wrong)
+    monkeypatch.setattr("bilevel.tracing.split_linearisation", wrong)
     theta = torch.ones(2, dtype=dtype)
     found = bilevel.implicit_gradient(Weighted(1.0), 0.5 * theta, theta, linsys=CG(max_steps=5), compile=True)
     assert found.unwrap()[0].item() == pytest.approx(0.5)
@@ -480,7 +481,7 @@ def test_what_cannot_be_recorded_is_logged_and_computed_without(caplog: pytest.L
         inner, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
     )
     for value, expected in ((1.0, 0.5), (-1.0, 2 / 3)):
-        with caplog.at_level(logging.WARNING, logger="bilevel.tracing"):
+        with caplog.at_level(logging.WARNING, logger="bilevel.programs"):
             found = bilevel.hypergradient(
                 problem, torch.full((2,), value, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=True
             )

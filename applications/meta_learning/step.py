@@ -33,15 +33,20 @@ class MetaStep:
     task is usable is then known to Adam alone. Where the memory of a GPU does not suffice for all tasks at once, and the settings
     leave the number open, it is halved until they do.
 
-    graphs: what captures, for tests; None: CUDA.
+    captured_step: what captures in the place of `bilevel.CapturedStep`, for tests: it has graphs where CUDA is not.
     """
 
     def __init__(
-        self, config: Config, method: Method, theta: Theta, device: torch.device, graphs: Any | None = None
+        self,
+        config: Config,
+        method: Method,
+        theta: Theta,
+        device: torch.device,
+        captured_step: type[bilevel.CapturedStep] | None = None,
     ) -> None:
         self.config, self.problem, self.algorithm, self.theta = config, method.problem, method.algorithm, theta
-        self.is_deferred = config.capture and (device.type == "cuda" or graphs is not None)
-        self._graphs = graphs
+        self.is_deferred = config.capture and (device.type == "cuda" or captured_step is not None)
+        self._captured_step = captured_step or bilevel.CapturedStep
         self.outer = torch.optim.AdamW(
             list(theta.values()), lr=config.outer_rate, eps=config.outer_eps, weight_decay=config.weight_decay
         )
@@ -105,7 +110,7 @@ class MetaStep:
         if not self.config.capture:
             return self._plain
         step = self._without_waiting if self.is_deferred else self._plain
-        return bilevel.CapturedStep(step, mutates=[self.outer], graphs=self._graphs)
+        return self._captured_step(step, mutates=[self.outer])
 
     def _prepare_adam(self, device: torch.device) -> None:
         """Everything that Adam keeps on the device, where a graph can change it."""

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from applications.meta_learning.models import initial_theta
 from applications.meta_learning.problem import batched_outputs
 from applications.meta_learning.step import NAMES, Found, MetaStep, describe
 from applications.meta_learning.tasks import TaskSource, device_of, dtype_of
+from bilevel import CapturedStep
 
 Record = dict[str, float]
 
@@ -55,13 +55,13 @@ class Progress:
 class Trainer:
     """The state of one run: theta, Adam, the stream of tasks, and `progress`. A call of `meta_step` is one outer step.
 
-    graphs: what captures a step in place of CUDA, for tests.
+    captured_step: what captures a step in the place of `bilevel.CapturedStep`, for tests.
 
     Raises:
         ConfigError: the settings fit neither the data nor this machine.
     """
 
-    def __init__(self, config: Config, source: TaskSource, *, graphs: Any | None = None) -> None:
+    def __init__(self, config: Config, source: TaskSource, *, captured_step: type[CapturedStep] | None = None) -> None:
         self.config, self.source = config, source
         self.device = device_of(config)
         self.module: nn.Module = build_network(config).to(device=self.device, dtype=dtype_of(config))
@@ -70,7 +70,7 @@ class Trainer:
         self.sampler = source.sampler(
             config, held_out=False, query_shots=config.query_shots, seed=config.seed, device=self.device
         )
-        self.step = MetaStep(config, self.method, self.theta, self.device, graphs)
+        self.step = MetaStep(config, self.method, self.theta, self.device, captured_step)
         self.outer = self.step.outer
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.step.rates, _rate_factor(config))
         self.progress = Progress()

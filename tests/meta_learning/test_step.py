@@ -19,7 +19,7 @@ from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config
 from applications.meta_learning.run import Ending
 from applications.meta_learning.train import Trainer, TrainingFailed
-from tests.fake_graphs import FakeGraphs
+from tests.fake_graphs import FakeGraphs, captured_by
 from tests.meta_learning.test_train import ALGORITHMS, Broken, run
 from tests.meta_learning.tiny import SINUSOID, TINY, tiny_source
 
@@ -75,7 +75,10 @@ def test_a_captured_run_is_the_run(settings: dict[str, Any], lines: Any) -> None
     config = replace(PLAIN, **settings)
     source = tiny_source(config)
     graphs = FakeGraphs()
-    plain, captured = Trainer(config, source), Trainer(replace(config, capture=True), source, graphs=graphs)
+    plain, captured = (
+        Trainer(config, source),
+        Trainer(replace(config, capture=True), source, captured_step=captured_by(graphs)),
+    )
     for _ in range(config.outer_steps):
         plain.meta_step()
         captured.meta_step()
@@ -85,7 +88,7 @@ def test_a_captured_run_is_the_run(settings: dict[str, Any], lines: Any) -> None
 
 
 def test_numbers_are_read_when_they_are_logged_and_not_before() -> None:
-    trainer = Trainer(replace(CAPTURED, log_interval=4), tiny_source(CAPTURED), graphs=FakeGraphs())
+    trainer = Trainer(replace(CAPTURED, log_interval=4), tiny_source(CAPTURED), captured_step=captured_by(FakeGraphs()))
     counted = []
     for _ in range(8):
         trainer.meta_step()
@@ -103,7 +106,7 @@ def test_steps_without_a_usable_task_change_nothing(schedule: Any) -> None:
     config = replace(PLAIN, schedule=schedule, outer_steps=20, log_interval=3, weight_decay=3.0)
     trainers = [
         Trainer(config, tiny_source(config)),
-        Trainer(replace(config, capture=True), tiny_source(config), graphs=FakeGraphs()),
+        Trainer(replace(config, capture=True), tiny_source(config), captured_step=captured_by(FakeGraphs())),
     ]
     for trainer in trainers:
         good = trainer.sampler
@@ -125,7 +128,11 @@ def test_steps_without_a_usable_task_change_nothing(schedule: Any) -> None:
 
 
 def test_a_run_of_failing_steps_ends() -> None:
-    trainer = Trainer(replace(CAPTURED, max_failed_steps=3, log_interval=2), tiny_source(CAPTURED), graphs=FakeGraphs())
+    trainer = Trainer(
+        replace(CAPTURED, max_failed_steps=3, log_interval=2),
+        tiny_source(CAPTURED),
+        captured_step=captured_by(FakeGraphs()),
+    )
     trainer.sampler = Broken(trainer, [0, 1, 2, 3])
     theta = [leaf.clone() for leaf in trainer.theta.values()]
     for _ in range(3):
@@ -148,7 +155,9 @@ def test_a_run_goes_on_with_and_without_graphs(first: bool, second: bool, tmp_pa
         whole.meta_step()
 
     def trainer(capture: bool) -> Trainer:
-        return Trainer(replace(config, capture=capture), source, graphs=FakeGraphs() if capture else None)
+        return Trainer(
+            replace(config, capture=capture), source, captured_step=captured_by(FakeGraphs()) if capture else None
+        )
 
     begun = trainer(first)
     assert run(begun, tmp_path, 5) is Ending.STOPPED
@@ -172,7 +181,7 @@ def test_a_run_goes_on_with_and_without_graphs(first: bool, second: bool, tmp_pa
 def test_what_looks_at_numbers_runs_as_it_is(settings: dict[str, Any], reason: str, lines: Any) -> None:
     config = replace(PLAIN, **settings)
     plain = Trainer(config, tiny_source(config))
-    captured = Trainer(replace(config, capture=True), tiny_source(config), graphs=FakeGraphs())
+    captured = Trainer(replace(config, capture=True), tiny_source(config), captured_step=captured_by(FakeGraphs()))
     for _ in range(config.outer_steps):
         plain.meta_step()
         captured.meta_step()
@@ -204,7 +213,7 @@ class Small(ImplicitMAML):
 
 
 def with_memory(config: Config, holds: int) -> Trainer:
-    trainer = Trainer(config, tiny_source(config), graphs=FakeGraphs() if config.capture else None)
+    trainer = Trainer(config, tiny_source(config), captured_step=captured_by(FakeGraphs()) if config.capture else None)
     algorithm: Algorithm = trainer.step.algorithm
     assert isinstance(algorithm, ImplicitMAML)
     options = {name: getattr(algorithm, name) for name in ("solver", "chunk_size", "linsys", "curvature", "damping")}

@@ -1,0 +1,125 @@
+"""What was recorded for a problem (:mod:`bilevel.tracing`): kept from call to call, and made anew where it no longer
+holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from bilevel.problem import BilevelProblem
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class _Call(Protocol):
+    @property
+    def programs(self) -> Any: ...
+
+
+C = TypeVar("C", bound=_Call)
+
+_logger = logging.getLogger(__name__)
+
+
+class Stale(Exception):
+    """What was recorded is not what the problem does now."""
+
+
+class Programs:
+    """What was recorded for a problem, from one call of the library to the next."""
+
+    def __init__(self, problem: BilevelProblem) -> None:
+        self._problem = weakref.ref(problem)
+        self._programs: dict[Any, Any] = {}
+        self.old = False
+        """Whether there may be some that an earlier call has recorded."""
+
+    @staticmethod
+    def of(problem: BilevelProblem) -> Programs:
+        """Those of this problem; they live as long as it does. A copy of the problem has its own."""
+        found = problem.__dict__.get("_programs")
+        if found is None or found._problem() is not problem:
+            found = problem.__dict__["_programs"] = Programs(problem)
+        return found
+
+    def __reduce__(self) -> Any:
+        """Copied and pickled without the programs; ``of`` then makes new ones."""
+        return (_Nothing, ())
+
+    def __len__(self) -> int:
+        return len(self._programs)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._programs.clear()
+
+    def get(self, key: Any, record: Callable[[], P]) -> P | None:
+        """The program, recorded if it is not there yet; None if it cannot be recorded."""
+        if key not in self._programs:
+            try:
+                self._programs[key] = record()
+            except Exception as error:
+                # whatever it is, the same function without recording works, or says what is wrong
+                reason = str(error).strip().splitlines() or [""]
+                _logger.warning(
+                    "compile=True: could not record the %s (%s: %s); it is computed without.",
+                    key[0],
+                    type(error).__name__,
+                    reason[0],
+                )
+                self._programs[key] = None
+        return self._programs[key]
+
+
+class _Nothing:
+    """In the place of the programs of another problem."""
+
+    @staticmethod
+    def _problem() -> None:
+        return None
+
+
+def with_programs(call: C, run: Callable[[C], R]) -> R:
+    """``run(call)``; once more, with new programs, where those of an earlier call turn out to be out of date, and
+    without any where they cannot be replayed.
+
+    Raises:
+        ValueError: the objective is no function of its arguments.
+    """
+    if call.programs is None:
+        return run(call)
+    call.programs.old = len(call.programs) > 0
+    try:
+        return run(call)
+    except Stale:
+        failure: Exception | None = None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a program, or the user's own: the same call without programs tells
+        failure = error
+    call.programs.clear()
+    call.programs.old = False
+    if failure is not None:
+        found = run(replace(call, programs=None))  # type: ignore[type-var]
+        reason = str(failure).strip().splitlines() or [""]
+        _logger.warning(
+            "compile=True: what was recorded could not be replayed (%s: %s); the call was made without. Does a shape depend on the "
+            "numbers in data?",
+            type(failure).__name__,
+            reason[0],
+        )
+        return found
+    try:
+        return run(call)
+    except Stale as error:
+        raise ValueError(
+            "compile=True: expected an inner objective that is a function of phi, theta and data, but two evaluations at the same "
+            "point differ. Is there dropout in it, or another source of chance? bilevel.testing.check_deterministic tells."
+        ) from error

@@ -1,0 +1,101 @@
+"""From a function to a program: its tensor operations as a graph, and that graph cut in parts that are run at different
+times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bilevel.lowering import direct, put_skinny_factors_in_front
+from bilevel.simplify import FORMULAS, simplify
+
+Function = Callable[..., Any]
+
+_aten = torch.ops.aten
+
+
+def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
+    """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd
+    needs.
+    """
+    module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
+    if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
+        functional = torch.func.functionalize(module, remove="mutations")
+        module = make_fx(functional, decomposition_table=FORMULAS)(*arguments)
+    for node in module.graph.nodes:
+        if node.target is _aten.view.default:  # of vectors whose strides may be others next time
+            node.target = _aten.reshape.default
+    simplify(module.graph)
+    if arguments[0].device.type == "cpu":
+        put_skinny_factors_in_front(module.graph)
+    module.recompile()
+    return module
+
+
+def _is_mutable(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def split_linearisation(whole: fx.GraphModule) -> tuple[Function, Function, Function]:
+    """(v, u, phi, *tensors) -> [value, grad, H v, C^T u], cut into what depends on v, what on u, and the rest."""
+    nodes = list(whole.graph.nodes)
+    v, u = nodes[:2]
+    value, grad, product, cross = nodes[-1].args[0]
+    of_v, of_u = _depending(nodes, v), _depending(nodes, u)
+    saved_v, product_graph = _part(nodes, of_v, v, product)
+    saved_u, cross_graph = _part(nodes, of_u, u, cross)
+    prepare = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[:-1]:
+        if node not in of_v | of_u:
+            copies[node] = prepare.node_copy(node, copies.__getitem__)
+    prepare.output(fx.map_arg((value, grad, tuple(saved_v), tuple(saved_u)), copies.__getitem__))
+    graphs = (prepare, product_graph, cross_graph)
+    for graph in graphs:
+        graph.eliminate_dead_code()
+    one, two, three = (fx.GraphModule(whole, direct(graph)).forward for graph in graphs)
+    return one, two, three
+
+
+def split_constants(whole: fx.GraphModule) -> tuple[Function, Function]:
+    """(phi, *tensors) -> outputs, cut into (*tensors) -> constants and (phi, *constants) -> outputs."""
+    nodes = list(whole.graph.nodes)
+    phi, output = nodes[0], nodes[-1].args[0]
+    constants, rest = _part(nodes, _depending(nodes, phi), phi, output)
+    before = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in nodes[1:-1]:
+        if node.op == "placeholder" or all(argument in copies for argument in node.all_input_nodes):
+            copies[node] = before.node_copy(node, copies.__getitem__)
+    before.output(tuple(copies[node] for node in constants))
+    before.eliminate_dead_code()
+    return fx.GraphModule(whole, direct(before)).forward, fx.GraphModule(whole, direct(rest)).forward
+
+
+def _depending(nodes: list[fx.Node], source: fx.Node) -> set[fx.Node]:
+    found = {source}
+    for node in nodes[:-1]:
+        if any(argument in found for argument in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _part(nodes: list[fx.Node], own: set[fx.Node], source: fx.Node, output: Any) -> tuple[list[fx.Node], fx.Graph]:
+    """A function of the source and of the nodes that its own nodes need from outside; these nodes."""
+    outputs: set[fx.Node] = set()
+    fx.map_arg(output, outputs.add)
+    saved = [node for node in nodes if node not in own and (node in outputs or any(user in own for user in node.users))]
+    graph = fx.Graph()
+    copies = {source: graph.placeholder("vector")}
+    for node in saved:
+        copies[node] = graph.placeholder(node.name)
+    for node in nodes:
+        if node in own and node is not source:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(fx.map_arg(output, copies.__getitem__))
+    return saved, graph
