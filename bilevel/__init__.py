@@ -5,7 +5,7 @@ from bilevel.accuracy import Tolerances, tolerances
 from bilevel.captured import CapturedStep
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.implicit import hypergradient, implicit_gradient, solve
-from bilevel.problem import BilevelProblem, Composition, Constants, ProximalProblem
+from bilevel.problem import BilevelProblem, Composition, Constants, ProximalProblem, Split
 from bilevel.regularisation import LearnedProximalProblem
 from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
 from bilevel.solution import argmin, fixed_point, root
@@ -27,6 +27,7 @@ __all__ = [
     "ProximalProblem",
     "Result",
     "SolverError",
+    "Split",
     "Status",
     "Tolerances",
     "argmin",

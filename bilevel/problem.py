@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -84,6 +84,47 @@ class Composition:
         return value if self.penalty is None else value + self.penalty(phi, theta, data)
 
 
+@dataclass(frozen=True)
+class ModelLoss:
+    """A training loss of (phi, data) that remembers the model that it is made of: output_loss(predict(phi, data), data).
+
+    Attributes:
+        predict: (phi, data) -> outputs, one tensor.
+        output_loss: (outputs, data) -> 0-d tensor.
+    """
+
+    predict: Loss
+    output_loss: Loss
+
+    def __call__(self, phi: Tree, data: Any) -> Tensor:
+        return self.output_loss(self.predict(phi, data), data)
+
+    @property
+    def composition(self) -> Composition:
+        """The same as a part of G, which theta does not enter."""
+        return Composition(
+            lambda phi, theta, data: self.predict(phi, data),
+            lambda outputs, theta, data: self.output_loss(outputs, data),
+        )
+
+
+def composition_of(train_loss: Loss) -> Composition | None:
+    """What a training loss is made of, where it remembers that."""
+    return train_loss.composition if isinstance(train_loss, ModelLoss) else None
+
+
+class Split(NamedTuple):
+    """G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with c = centre(theta) and K the known part of the inner Hessian.
+
+    Attributes:
+        remainder: (phi, theta, data) -> 0-d tensor.
+        centre: theta -> a tree like phi.
+    """
+
+    remainder: Callable[[Tree, Tree, Any], Tensor]
+    centre: Callable[[Tree], Tree]
+
+
 class BilevelProblem(ABC):
     """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner
     solve.
@@ -92,7 +133,7 @@ class BilevelProblem(ABC):
     def __new__(cls, *_args: Any, **_options: Any) -> Self:
         """Python's own words for an abstract class do not say that there are functions for this."""
         if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-            ready = " or ".join(f"{cls.__name__}.{name}(...)" for name in vars(cls) if name.startswith("from_"))
+            ready = _constructors(cls)
             raise TypeError(
                 f"{cls.__name__} is a base class: {f'use {ready}, or ' if ready else ''}write a subclass with {' and '.join(missing)}."
             )
@@ -144,29 +185,20 @@ class BilevelProblem(ABC):
         raise NotImplementedError
 
     @property
-    def model(self) -> tuple[Loss, Loss] | None:
-        """``(predict, output_loss)`` where G = output_loss(predict(phi, data), data) + known part; else None."""
+    def composition(self) -> Composition | None:
+        """G, apart from the known part, as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
         return None
 
     @property
-    def composition(self) -> Composition | None:
-        """G as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
-        if self.model is None:
-            return None
-        predict, output_loss = self.model
-        return Composition(
-            lambda phi, theta, data: predict(phi, data), lambda outputs, theta, data: output_loss(outputs, data)
-        )
-
-    @property
-    def split(self) -> tuple[Callable[[Tree, Tree, Any], Tensor], Callable[[Tree], Tree]] | None:
-        """``(remainder, centre)`` where G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with c = centre(theta) and K the
-        known part of the inner Hessian; else None. The library then differentiates the remainder only.
+    def split(self) -> Split | None:
+        """G as a remainder and the quadratic form of its known part, where it is such a sum; else None. The library then differentiates
+        the remainder only.
         """
         return None
 
-    @staticmethod
+    @classmethod
     def from_functions(
+        cls,
         inner_objective: Callable[..., Tensor],
         outer_loss: Callable[..., Tensor],
         initial_phi: Callable[..., Tree] | None = None,
@@ -175,20 +207,30 @@ class BilevelProblem(ABC):
     ) -> BilevelProblem:
         """A problem from functions of (phi, theta, data) and, for the start, of (theta, data).
 
-        Without ``initial_phi`` every call needs ``init=``. ``quadratic``: :attr:`BilevelProblem.quadratic`.
+        Args:
+            inner_objective: G, 0-d.
+            outer_loss: L, 0-d.
+            initial_phi: the start, a tree like phi. Without it every call needs ``init=``.
+            quadratic: :attr:`BilevelProblem.quadratic`.
+
+        Raises:
+            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would leave out.
         """
+        _require_own(cls, BilevelProblem, "from_functions")
         problem = _FunctionProblem(inner_objective, outer_loss, initial_phi)
         problem.quadratic = quadratic
         return problem
 
-    @staticmethod
+    @classmethod
     def from_model(
+        cls,
         predict: Callable[..., Tensor],
         output_loss: Callable[..., Tensor],
         outer_loss: Callable[..., Tensor],
         initial_phi: Callable[..., Tree] | None = None,
         *,
         penalty: Callable[..., Tensor] | None = None,
+        quadratic: bool = False,
     ) -> BilevelProblem:
         """A problem with G(phi, theta, data) = output_loss(predict(phi, theta, data), theta, data) + penalty(phi, theta, data).
 
@@ -202,12 +244,36 @@ class BilevelProblem(ABC):
             outer_loss: L, a function of (phi, theta, data), 0-d.
             initial_phi: the start, of (theta, data). Without it every call needs ``init=``.
             penalty: what of G is no function of the outputs, 0-d; None: nothing.
+            quadratic: :attr:`BilevelProblem.quadratic`.
+
+        Raises:
+            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would leave out.
         """
+        _require_own(cls, BilevelProblem, "from_model")
         require_functions_of("phi", "theta", "data", predict=predict)
         require_functions_of("outputs", "theta", "data", output_loss=output_loss)
         if penalty is not None:
             require_functions_of("phi", "theta", "data", penalty=penalty)
-        return _ComposedProblem(Composition(predict, output_loss, penalty), outer_loss, initial_phi)
+        problem = _ComposedProblem(Composition(predict, output_loss, penalty), outer_loss, initial_phi)
+        problem.quadratic = quadratic
+        return problem
+
+
+def _constructors(cls: type) -> str:
+    """The ready-made ways to a problem of this class, for a message."""
+    return " or ".join(f"{cls.__name__}.{name}(...)" for name in vars(cls) if name.startswith("from_"))
+
+
+def _require_own(cls: type, base: type, name: str) -> None:
+    """Refuse the constructor ``name`` of ``base`` where a subclass inherits it: the problem would lack what the subclass adds, such as a
+    regulariser, and nothing would say so.
+    """
+    if cls is not base:
+        use = _constructors(cls) or f"{cls.__name__}(...)"
+        raise TypeError(
+            f"{cls.__name__}.{name} would make a plain {base.__name__}, without what {cls.__name__} adds (a regulariser, methods). Use "
+            f"{use}; for the plain one, {base.__name__}.{name}(...)."
+        )
 
 
 class _FunctionProblem(BilevelProblem):
@@ -272,9 +338,12 @@ class ProximalProblem(BilevelProblem):
             )
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
-        """The training loss of one task, a 0-d tensor."""
-        predict, output_loss = self._require_model()
-        return output_loss(predict(phi, data), data)
+        """The training loss of one task, a 0-d tensor. A subclass defines this method, or the property ``composition`` (whose functions
+        must then leave theta alone: they get None here).
+        """
+        if self.composition is None:
+            raise NotImplementedError(f"{type(self).__name__} must define train_loss(phi, data).")
+        return self.composition.objective(phi, None, data)
 
     @abstractmethod
     def test_loss(self, phi: Tree, data: Any) -> Tensor:
@@ -284,11 +353,11 @@ class ProximalProblem(BilevelProblem):
         return self.train_loss(phi, data) + self.regulariser(phi, theta)
 
     @property
-    def split(self) -> tuple[Callable[[Tree, Tree, Any], Tensor], Callable[[Tree], Tree]] | None:
+    def split(self) -> Split | None:
         for name in ("inner_objective", "regulariser"):
             if getattr(type(self), name) is not getattr(ProximalProblem, name):
                 return None  # a subclass has another G
-        return lambda phi, theta, data: self.train_loss(phi, data), lambda theta: theta
+        return Split(lambda phi, theta, data: self.train_loss(phi, data), lambda theta: theta)
 
     def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
         return self.test_loss(phi, data)
@@ -376,28 +445,46 @@ class ProximalProblem(BilevelProblem):
                 )
         return self.lam
 
-    def _require_model(self) -> tuple[Loss, Loss]:
-        if self.model is None:
-            raise NotImplementedError(f"{type(self).__name__} must define train_loss(phi, data).")
-        return self.model
+    @classmethod
+    def from_losses(cls, train_loss: Loss, test_loss: Loss, lam: Any, *, quadratic: bool = False) -> ProximalProblem:
+        """A proximal problem from two functions of (phi, data).
 
-    @staticmethod
-    def from_losses(train_loss: Loss, test_loss: Loss, lam: Any) -> ProximalProblem:
-        """A proximal problem from two functions of (phi, data)."""
+        Args:
+            train_loss, test_loss: of one task, 0-d.
+            lam: Lambda, as in :class:`ProximalProblem`.
+            quadratic: the training loss is quadratic in phi, and so G is: :attr:`BilevelProblem.quadratic`.
+
+        Raises:
+            TypeError, ValueError: a loss is no function of (phi, data), or lam as in :class:`ProximalProblem`; or (TypeError) this is
+                called of a subclass, whose methods it would leave out.
+        """
+        _require_own(cls, ProximalProblem, "from_losses")
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)
-        return _LossesProblem(train_loss, test_loss, lam)
+        problem = _LossesProblem(train_loss, test_loss, lam)
+        problem.quadratic = quadratic
+        return problem
 
-    @staticmethod
+    @classmethod
     def from_model(  # type: ignore[override]  # another kind of problem, another signature
-        predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any
+        cls, predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any, *, quadratic: bool = False
     ) -> ProximalProblem:
         """A proximal problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
 
-        This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
+        This form allows :class:`bilevel.curvature.GaussNewton`.
+
+        Args:
+            predict: the outputs, a function of (phi, data): one tensor of any shape.
+            output_loss: a function of (outputs, data), 0-d.
+            test_loss: a function of (phi, data), 0-d.
+            lam, quadratic: as in :meth:`from_losses`.
+
+        Raises:
+            TypeError, ValueError: as in :meth:`from_losses`.
         """
+        _require_own(cls, ProximalProblem, "from_model")
         require_functions_of("phi", "data", predict=predict, test_loss=test_loss)
         require_functions_of("outputs", "data", output_loss=output_loss)
-        return _ModelProblem(predict, output_loss, test_loss, lam)
+        return cls.from_losses(ModelLoss(predict, output_loss), test_loss, lam, quadratic=quadratic)
 
 
 class _LossesProblem(ProximalProblem):
@@ -405,21 +492,12 @@ class _LossesProblem(ProximalProblem):
         super().__init__(lam)
         self._train_loss, self._test_loss = train_loss, test_loss
 
+    @property
+    def composition(self) -> Composition | None:
+        return composition_of(self._train_loss)
+
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
         return self._train_loss(phi, data)
-
-    def test_loss(self, phi: Tree, data: Any) -> Tensor:
-        return self._test_loss(phi, data)
-
-
-class _ModelProblem(ProximalProblem):
-    def __init__(self, predict: Loss, output_loss: Loss, test_loss: Loss, lam: Any) -> None:
-        super().__init__(lam)
-        self._model, self._test_loss = (predict, output_loss), test_loss
-
-    @property
-    def model(self) -> tuple[Loss, Loss]:
-        return self._model
 
     def test_loss(self, phi: Tree, data: Any) -> Tensor:
         return self._test_loss(phi, data)

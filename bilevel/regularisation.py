@@ -23,12 +23,21 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import exp, log
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Loss, described, is_positive_definite, require_functions_of
+from bilevel.problem import (
+    BilevelProblem,
+    Composition,
+    Loss,
+    ModelLoss,
+    composition_of,
+    described,
+    is_positive_definite,
+    require_functions_of,
+)
 from bilevel.trees import LEAF, Layout, Tree, flatten, layout_of, tree_map, unflatten
 
 
@@ -206,17 +215,40 @@ class LearnedProximalProblem(BilevelProblem):
             raise TypeError(f"kind: expected Scalar(), PerLeaf(), Diagonal() or Matrix(), got {kind!r}.{hint}")
         self.train_loss, self.test_loss, self.kind = train_loss, test_loss, kind
 
-    @staticmethod
+    @classmethod
+    def from_losses(cls, train_loss: Loss, test_loss: Loss, kind: Kind, *, quadratic: bool = False) -> Self:
+        """The problem from two functions of (phi, data): as the class, with ``quadratic``.
+
+        Args:
+            train_loss, test_loss, kind: as in :class:`LearnedProximalProblem`.
+            quadratic: the training loss is quadratic in phi, and so G is: :attr:`BilevelProblem.quadratic`.
+
+        Raises:
+            TypeError: as in :class:`LearnedProximalProblem`.
+        """
+        problem = cls(train_loss, test_loss, kind)
+        problem.quadratic = quadratic
+        return problem
+
+    @classmethod
     def from_model(  # type: ignore[override]  # another kind of problem, another signature
-        predict: Loss, output_loss: Loss, test_loss: Loss, kind: Kind
-    ) -> LearnedProximalProblem:
+        cls, predict: Loss, output_loss: Loss, test_loss: Loss, kind: Kind, *, quadratic: bool = False
+    ) -> Self:
         """The problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
 
-        This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
+        This form allows :class:`bilevel.curvature.GaussNewton`.
+
+        Args:
+            predict: the outputs, a function of (phi, data): one tensor of any shape.
+            output_loss: a function of (outputs, data), 0-d.
+            test_loss, kind, quadratic: as in :meth:`from_losses`.
+
+        Raises:
+            TypeError: as in :class:`LearnedProximalProblem`.
         """
         require_functions_of("phi", "data", predict=predict, test_loss=test_loss)
         require_functions_of("outputs", "data", output_loss=output_loss)
-        return LearnedProximalProblem(_Composed(predict, output_loss), test_loss, kind)
+        return cls.from_losses(ModelLoss(predict, output_loss), test_loss, kind, quadratic=quadratic)
 
     def initial_theta(self, centre: Tree, lam: Any = 1.0) -> dict[str, Tree]:
         """``{"centre": centre, "lam": raw}`` with the raw parameter that stands for ``lam``.
@@ -268,10 +300,8 @@ class LearnedProximalProblem(BilevelProblem):
         return self.kind.inverse(self._split(theta)[1], v, damping)
 
     @property
-    def model(self) -> tuple[Loss, Loss] | None:
-        return (
-            (self.train_loss.predict, self.train_loss.output_loss) if isinstance(self.train_loss, _Composed) else None
-        )
+    def composition(self) -> Composition | None:
+        return composition_of(self.train_loss)
 
     def _split(self, theta: Tree) -> tuple[Tree, Tree]:
         """centre and raw."""
@@ -291,17 +321,6 @@ class LearnedProximalProblem(BilevelProblem):
                     f"theta['lam']{path}: expected for {self.kind!r} shape {tuple(shape)}, got {tuple(own)}. {advice}"
                 )
         return theta["centre"], theta["lam"]
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """A training loss that remembers its model."""
-
-    predict: Loss
-    output_loss: Loss
-
-    def __call__(self, phi: Tree, data: Any) -> Tensor:
-        return self.output_loss(self.predict(phi, data), data)
 
 
 def _limit(dtype: torch.dtype) -> float:

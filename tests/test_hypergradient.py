@@ -225,12 +225,12 @@ def classifier_inputs(seed: int, dtype: torch.dtype = F64) -> tuple[dict[str, Te
 
 def dense_gauss_newton(problem: ProximalProblem, phi: Any, data: Any, lam: dict[str, float]) -> Tensor:
     """J^T H_out J + Lambda."""
-    assert problem.model is not None
-    predict, output_loss = problem.model
+    made_of = problem.composition
+    assert made_of is not None
     layout, _ = layout_of(phi)
-    j = torch.func.jacrev(lambda x: predict(layout.unravel(x), data).reshape(-1))(vector(phi))
-    z = predict(phi, data)
-    h_out = torch.func.hessian(lambda z: output_loss(z.reshape(6, 3), data))(z.reshape(-1))
+    j = torch.func.jacrev(lambda x: made_of.predict(layout.unravel(x), None, data).reshape(-1))(vector(phi))
+    z = made_of.predict(phi, None, data)
+    h_out = torch.func.hessian(lambda z: made_of.output_loss(z.reshape(6, 3), None, data))(z.reshape(-1))
     weights = torch.cat([torch.full((leaf.numel(),), lam[key], dtype=F64) for key, leaf in sorted(phi.items())])
     return j.T @ h_out @ j + torch.diag(weights)
 
