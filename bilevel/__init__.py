@@ -4,11 +4,13 @@ from bilevel import curvature, linsys, regularisation, solvers, theory
 from bilevel.accuracy import Tolerances, tolerances
 from bilevel.captured import CapturedStep
 from bilevel.curvature import GaussNewton, Hessian
+from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.problem import BilevelProblem, Composition, Constants, ProximalProblem, Split
 from bilevel.regularisation import LearnedProximalProblem
-from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
+from bilevel.result import Result
 from bilevel.solution import argmin, fixed_point, root
+from bilevel.status import SolverError, Status
 from bilevel.trees import tree_leaves
 from bilevel.unrolling import unrolled
 

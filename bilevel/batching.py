@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import Call, refuse_transforms
-from bilevel.linsys.base import check_count
-from bilevel.result import Hypergradient, Result
+from bilevel.gradient import Hypergradient
+from bilevel.linsys.base import check_count, select
+from bilevel.result import Result
 from bilevel.trees import unflatten
 
 Reduction = Literal["mean", "sum", "none"]
@@ -148,12 +149,8 @@ def ok_where_finite(ok: Tensor, outer: Tensor, grads: Sequence[Tensor]) -> Tenso
 
 def nan_where_not(ok: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the tasks that are ok, NaN for the others."""
-    return [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads]
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    return [select(ok, grad, grad.new_full((), torch.nan)) for grad in grads]
 
 
 def _sum_ok(x: Tensor, ok: Tensor) -> Tensor:
-    return torch.where(_like(ok, x), x, 0).sum(0)
+    return select(ok, x, x.new_zeros(())).sum(0)

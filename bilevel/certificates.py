@@ -49,13 +49,14 @@ from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Objective
 from bilevel.entry import Call
 from bilevel.explanation import Spectrum, explain
+from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.linsys.neumann import some_direction
 from bilevel.problem import Constants
-from bilevel.result import Diagnosis, Hypergradient, Result
+from bilevel.result import Result
 
 CORRECTION = CG(max_steps=100, rtol=1e-8)
 NEWTON_STEPS = 8

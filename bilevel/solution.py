@@ -37,7 +37,8 @@ from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
-from bilevel.result import SOLVED, Result, SolverError, failed
+from bilevel.result import Result
+from bilevel.status import SolverError, converged, failed
 from bilevel.trees import Tree
 
 Check = bool | Literal["converged"]
@@ -218,7 +219,7 @@ class _Rule:
             self.report(result)
         if self.check and bool(result.failed.any()):
             raise SolverError(result.describe())
-        if self.check == "converged" and not bool(torch.isin(result.codes, result.codes.new_tensor(SOLVED)).all()):
+        if self.check == "converged" and not bool(converged(result.codes).all()):
             raise SolverError(f"check='converged': {result.describe()}")
 
 

@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 Matvec = Callable[[Tensor], Tensor]
 """``v -> A v`` over ``(*batch, d)``; also over ``(k, *batch, d)``: several vectors for each problem at once."""

@@ -27,7 +27,8 @@ from bilevel.linsys.base import (
     unit_of_matrix,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 STUCK = 30
 """In the place of ROUNDING where all steps have left much of b: rounding in A u is then as large as that, and more steps do not help."""

@@ -20,7 +20,8 @@ from bilevel.linsys.base import (
     unit_of,
 )
 from bilevel.linsys.low_rank import nystrom_approximation
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import dot, largest, norm, select
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 from bilevel.trees import Tree
 
 GROWTH = 1e6
