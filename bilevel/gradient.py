@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature
 from bilevel.result import Result
-from bilevel.status import SolverError, converged
+from bilevel.status import Check, SolverError, refused, require_check
 from bilevel.trees import Tree, flatten
 
 
@@ -167,19 +167,22 @@ class Hypergradient:
             lines.insert(0, f"phi, as it was handed in: |dG/dphi| = {size:.3e}{' at most' if self.slope.ndim else ''}")
         return "\n".join(lines)
 
-    def unwrap(self, *, check: Literal["failed", "converged"] = "failed") -> Tree:
+    def unwrap(self, *, check: Check = "failed") -> Tree:
         """``grad``.
 
         Args:
-            check: a solve that has used up its steps is no failure. With "converged" it raises there too: the gradient of every task
-                that enters is then one of two solves that met their tolerances. The same as ``check="converged"`` of :func:`argmin`.
+            check: "failed" (or True) raises where there is no gradient to be had. To use up its steps is no failure of a solve: "converged"
+                raises there too, and so always after a solver without a tolerance; the gradient of every task that enters is then one of
+                two solves that met their tolerances. False never raises: ``grad`` is NaN where no task is ok.
 
         Raises:
             SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok. With
                 ``check="converged"`` also: a solve of a task that is ok has not converged.
+            ValueError: ``check`` is something else.
         """
-        if check not in ("failed", "converged"):
-            raise ValueError(f'check: expected "failed" or "converged", got {check!r}.')
+        require_check(check, "unwrap")
+        if not check:
+            return self.grad
         ok = self.ok_per_task
         if not bool(ok.all() if self.grad_per_task else ok.any()):
             raise SolverError(self.describe())
@@ -187,7 +190,7 @@ class Hypergradient:
             for what, solve in (("inner solve", self.inner), ("linear solve", self.linear)):
                 if solve is None:
                     continue
-                left = ok & ~converged(solve.codes)
+                left = ok & refused(solve.codes, check)
                 if bool(left.any()):
                     raise SolverError(f"{what}: {int(left.sum())} of {left.numel()} not converged.\n{self.describe()}")
         return self.grad

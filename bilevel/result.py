@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.status import SolverError, Status, describe, failed
+from bilevel.status import Check, SolverError, Status, describe, failed, refused, require_check
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,12 +54,22 @@ class Result:
         """What happened, in sentences."""
         return describe(self.codes, self.steps, self.residual, self.what if what is None else what)
 
-    def unwrap(self) -> Any:
+    def unwrap(self, *, check: Check = "failed") -> Any:
         """The value.
 
+        Args:
+            check: "failed" (or True) raises where a solve failed. To use up its steps is no failure: "converged" raises there too, and so
+                always after a solver without a tolerance. False never raises; the value of a failed solve is then not to be used.
+
         Raises:
-            SolverError: the solve failed (in a batch: any of them), with status, steps, residual and remedy.
+            SolverError: the solve (in a batch: any of them) failed, or with "converged" did not meet its tolerance. It has status, steps,
+                residual and remedy.
+            ValueError: ``check`` is something else.
         """
-        if bool(self.failed.any()):
-            raise SolverError(self.describe())
+        require_check(check, "unwrap")
+        if check and bool(refused(self.codes, check).any()):
+            why = (
+                "" if bool(self.failed.any()) else "check='converged': "
+            )  # or nobody would see what is wrong with MAX_STEPS
+            raise SolverError(why + self.describe())
         return self.value

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,10 +38,8 @@ from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.problem import BilevelProblem
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
 from bilevel.result import Result
-from bilevel.status import SolverError, converged, failed
+from bilevel.status import Check, failed, require_check
 from bilevel.trees import Tree
-
-Check = bool | Literal["converged"]
 
 
 @isolated
@@ -68,8 +66,9 @@ def argmin(
     Args:
         problem, theta, data, solver, init: as in :func:`solve`.
         linsys: linear solver for every derivative.
-        check: raise on failure. A solve that has used up its steps is no failure: ``check="converged"`` raises there too. Acts under
-            transforms of ``torch.func`` as well, as far as these let it see plain numbers: vmap, grad, jacrev, jacfwd, hessian do.
+        check: "failed" (or True) raises where a solve failed. To use up its steps is no failure: "converged" raises there too, and needs
+            a solver with a tolerance. False never raises. Acts under transforms of ``torch.func`` as well, as far as these let it see plain
+            numbers: vmap, grad, jacrev, jacfwd, hessian do.
         report: called with the :class:`Result` of every solve, inner and linear, likewise; its ``what`` says which one it is.
 
     Raises:
@@ -186,8 +185,7 @@ def _require_tolerance(solver: Any, name: str) -> None:
 def _solution(
     call: Call, solver: Any, linsys: LinearSolver, check: Check, report: Callable[[Result], None] | None, name: str
 ) -> Tree:
-    if not isinstance(check, bool) and check != "converged":
-        raise ValueError(f'{name}: check: expected True, False or "converged", got {check!r}.')
+    require_check(check, name)
     if check == "converged":
         _require_tolerance(solver, name)
     tensors = [call.phi.detach(), *call.tensors]
@@ -217,10 +215,7 @@ class _Rule:
         result = replace(result, value=value, what=what)
         if self.report is not None:
             self.report(result)
-        if self.check and bool(result.failed.any()):
-            raise SolverError(result.describe())
-        if self.check == "converged" and not bool(converged(result.codes).all()):
-            raise SolverError(f"check='converged': {result.describe()}")
+        result.unwrap(check=self.check)
 
 
 @dataclass(frozen=True)

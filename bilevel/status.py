@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -101,8 +102,33 @@ def converged(codes: Tensor) -> Tensor:
     return torch.isin(codes, codes.new_tensor(SOLVED))
 
 
+Check = Literal["failed", "converged"] | bool
+"""When a call raises, the same wherever there is a ``check=``.
+
+"failed" or True: a solve failed. "converged": a solve did not meet its tolerance, so also where it used up its steps; ``SOLVED_INDEFINITE``
+met it. False: never.
+"""
+
+
+def require_check(check: Any, name: str) -> None:
+    """Refuse what is no :data:`Check`.
+
+    Raises:
+        ValueError: it is none; ``name`` is that of the call.
+    """
+    if not isinstance(check, bool) and not (isinstance(check, str) and check in ("failed", "converged")):
+        raise ValueError(f'{name}: check: expected "failed" (or True), "converged" or False, got {check!r}.')
+
+
+def refused(codes: Tensor, check: Check) -> Tensor:
+    """Which entries of a tensor of status codes the check does not let pass, as booleans of the same shape (without a host read)."""
+    if check == "converged":
+        return ~converged(codes)
+    return failed(codes) if check else torch.zeros_like(codes, dtype=torch.bool)
+
+
 class SolverError(RuntimeError):
-    """A result that failed was asked for its value, or a solve failed under ``check=True``."""
+    """A result was asked for its value, or a solve ended, and ``check`` does not let it pass."""
 
 
 @isolated

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,6 +83,100 @@ def test_unwrap_of_one_failed_problem_says_why(status: Status) -> None:
     text = str(error.value)
     assert status.name in text and status.message in text and "12 steps" in text and "1.250e-03" in text
     assert issubclass(SolverError, RuntimeError)
+
+
+MET = {Status.CONVERGED, Status.SOLVED_INDEFINITE}
+PASSES: list[tuple[Any, set[Status]]] = [
+    ("failed", NOT_FAILED),
+    (True, NOT_FAILED),
+    ("converged", MET),
+    (False, set(Status)),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "passes"), PASSES, ids=lambda value: str(value) if not isinstance(value, set) else ""
+)
+@pytest.mark.parametrize("status", Status)
+def test_check_means_the_same_everywhere(status: Status, check: Any, passes: set[Status]) -> None:
+    """Of one result and of a batch, of a hypergradient, and of the calls that solve: through a solver that ends with this status."""
+    one = result(int(status))
+    ways: list[Callable[[], Any]] = [
+        lambda: one.unwrap(check=check),
+        lambda: result([0, int(status)]).unwrap(check=check),
+        lambda: by_hand(one, result(0)).unwrap(check=check),
+        lambda: by_hand(None, one).unwrap(check=check),
+        lambda: argmin_that_ends_with(status, check),
+    ]
+    for way in ways:
+        if status in passes:
+            way()
+        else:
+            with pytest.raises(SolverError, match=status.name):
+                way()
+
+
+def by_hand(inner: Result | None, linear: Result) -> Hypergradient:
+    ok = ~(linear.failed if inner is None else inner.failed | linear.failed)
+    return Hypergradient(
+        grad=torch.ones(2),
+        outer=torch.tensor(0.0),
+        outer_per_task=torch.tensor(0.0),
+        phi=torch.ones(2),
+        inner=inner,
+        linear=linear,
+        curvature=bilevel.Hessian(),
+        damping=0.0,
+        ok_per_task=ok,
+        reduction="mean",
+    )
+
+
+@dataclass(frozen=True)
+class Ends(bilevel.solvers.NewtonCG):
+    """Says at the end what it is told to."""
+
+    status: Status = Status.CONVERGED
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        run = super().run(*args, **options)
+
+        def ended(*of: Any) -> Result:
+            found = run.result(*of)
+            return replace(found, codes=torch.full_like(found.codes, int(self.status)))
+
+        return SimpleNamespace(phi=run.phi, result=ended)
+
+
+def argmin_that_ends_with(status: Status, check: Any) -> Any:
+    theta = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    return bilevel.argmin(
+        problem(),
+        theta,
+        torch.tensor(2.0, dtype=torch.float64),
+        init=theta,
+        solver=Ends(max_steps=5, tol=1e-9, status=status),
+        linsys=CG(max_steps=9),
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("check", ["solved", 1, None, torch.tensor(True)])
+def test_what_is_no_check_is_refused_by_all_in_the_same_words(check: Any) -> None:
+    for way in (
+        lambda: result(0).unwrap(check=check),
+        lambda: by_hand(None, result(0)).unwrap(check=check),
+        lambda: argmin_that_ends_with(Status.CONVERGED, check),
+    ):
+        with pytest.raises(ValueError, match=r'check: expected "failed" \(or True\), "converged" or False, got '):
+            way()
+
+
+def test_unwrap_says_why_a_result_that_did_not_fail_is_refused() -> None:
+    with pytest.raises(SolverError, match="^check='converged': solve: MAX_STEPS after 7 steps"):
+        result(int(Status.MAX_STEPS)).unwrap(check="converged")
+    with pytest.raises(SolverError, match="^solve: DIVERGED"):
+        result(int(Status.DIVERGED)).unwrap(check="converged")
 
 
 def test_unwrap_of_a_batch_counts_per_status() -> None:
