@@ -45,6 +45,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.constants import Constants
 from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Objective
 from bilevel.entry import Call
@@ -55,7 +56,6 @@ from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.linsys.lanczos import ritz_values, spread
 from bilevel.linsys.neumann import some_direction
-from bilevel.problem import Constants
 from bilevel.result import Result
 
 CORRECTION = CG(max_steps=100, rtol=1e-8)

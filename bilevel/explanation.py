@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bilevel.curvature import GaussNewton
 from bilevel.gradient import Diagnosis, Hypergradient
-from bilevel.problem import BilevelProblem, ProximalProblem
+from bilevel.problem import BilevelProblem
+from bilevel.proximal import ProximalProblem
 from bilevel.result import Result
 from bilevel.status import Status
 from bilevel.trees import flatten

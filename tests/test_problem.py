@@ -138,6 +138,31 @@ def test_lambda_in_a_batched_solve(form: str) -> None:
     torch.testing.assert_close(first["w"], data["w"])
 
 
+def test_of_a_matrix_the_last_inverse_is_kept_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search over the damping would otherwise keep a d x d matrix for each value."""
+    problem, v = ProximalProblem.from_losses(zero, zero, spd(6)), tree(5)
+    factorised = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: factorised.append(0) or cholesky(matrix))
+    for damping in (0.5, 0.5, 0.25, 0.25, 0.5):
+        expected = np.linalg.solve(spd(6).numpy() + damping * np.eye(6), vector(v))
+        np.testing.assert_allclose(vector(problem.curvature_inverse(v, damping=damping)), expected, rtol=1e-11)
+    assert len(factorised) == 3
+
+
+def test_the_largest_eigenvalue_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ProximalProblem.from_losses(zero, zero, spd(6))
+    norm = problem.constant_cross_norm
+    np.testing.assert_allclose(norm, np.linalg.eigvalsh(spd(6).numpy())[-1], rtol=1e-12)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", None)
+    assert problem.constant_cross_norm == norm
+
+
+def test_lambda_cannot_be_set_where_nothing_would_look_at_it() -> None:
+    with pytest.raises(AttributeError):
+        ProximalProblem.from_losses(zero, zero, 1.0).lam = 2.0  # type: ignore[misc]
+
+
 def test_a_square_theta_has_its_lambda_as_diagonal_or_in_full() -> None:
     theta, step = normal(1, 2, 2), normal(2, 2, 2)
 
