@@ -29,8 +29,8 @@ class Split(NamedTuple):
         centre: theta -> a tree like phi.
     """
 
-    remainder: Callable[[Tree, Tree, Any], Tensor]
-    centre: Callable[[Tree], Tree]
+    remainder: Callable[..., Tensor]
+    centre: Callable[..., Any]
 
 
 class BilevelProblem(ABC):

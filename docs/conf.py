@@ -46,6 +46,10 @@ napoleon_use_ivar = True
 # be downloaded. `Tensor` and the rest of the second pattern are names that the annotations import.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?|Tensor"),
+    (
+        "py:class",
+        r"bilevel\.gradient\.Evidence",
+    ),  # what a field of Hypergradient keeps; its questions are methods of that
     ("py:.*", r"applications\.meta_learning\..*|(Checkpoint|Config|Data)Error"),  # of which the page has a selection
 ]
 
