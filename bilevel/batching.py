@@ -23,7 +23,7 @@ Reduction = Literal["mean", "sum", "none"]
 class Part:
     """What some tasks give: everything per task.
 
-    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or their sum ``(*shape)``.
+    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or a sum ``(*shape)``.
     """
 
     phi: Tensor
@@ -58,7 +58,7 @@ class Gathered:
             outer_per_task=part.outer,
             phi=call.flat.phi.unravel(part.phi),
             inner=None if part.inner is None else as_tree(part.inner, call),
-            linear=None if part.linear is None else as_tree(part.linear, call),  # type: ignore[arg-type]  # unrolled: none
+            linear=None if part.linear is None else as_tree(part.linear, call),  # type: ignore[arg-type]  # unrolled
             curvature=curvature,
             damping=damping,
             ok_per_task=part.ok,

@@ -15,12 +15,13 @@ Loss = Callable[[Tree, Any], Tensor]
 
 @dataclass(frozen=True)
 class Composition:
-    """An inner objective that is a loss of a network's outputs, and a rest: the parts of :meth:`BilevelProblem.from_model`.
+    """An inner objective that is a loss of a network's outputs, and a rest: what ``BilevelProblem.from_model`` takes.
 
     Attributes:
         predict: (phi, theta, data) -> outputs, one tensor.
         output_loss: (outputs, theta, data) -> 0-d tensor.
-        penalty: (phi, theta, data) -> 0-d tensor, the rest of G apart from what the problem knows in closed form; None: nothing.
+        penalty: (phi, theta, data) -> 0-d tensor, the rest of G apart from what the problem knows in closed form; None:
+            nothing.
     """
 
     predict: Callable[..., Tensor]
@@ -35,7 +36,7 @@ class Composition:
 
 @dataclass(frozen=True)
 class ModelLoss:
-    """A training loss of (phi, data) that remembers the model that it is made of: output_loss(predict(phi, data), data).
+    """A training loss output_loss(predict(phi, data), data) that remembers what it is made of.
 
     Attributes:
         predict: (phi, data) -> outputs, one tensor.

@@ -16,8 +16,8 @@ from bilevel.trees import Tree, flatten
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no estimate, because the
-    curvature is negative: then phi is near no minimum.
+    """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no
+    estimate, because the curvature is negative: then phi is near no minimum.
 
     Attributes:
         error: estimate of ``|grad - exact|`` over all leaves, reduced as ``outer``.
@@ -43,7 +43,7 @@ class Diagnosis:
 
 
 class Evidence(Protocol):
-    """What a hypergradient keeps of the call that made it, and answers from: :class:`bilevel.certificates.Certificate`."""
+    """What a hypergradient keeps of the call that made it, and answers from: see :mod:`bilevel.certificates`."""
 
     @property
     def call(self) -> Any:
@@ -70,21 +70,23 @@ class Hypergradient:
     """The gradient of the outer loss with respect to theta, with everything that tells how good it is.
 
     Attributes:
-        grad: tree like theta. Mean or sum over the tasks that are ok; one per task for ``reduction="none"``, NaN where failed.
+        grad: tree like theta. Mean or sum over the tasks that are ok; one per task for ``reduction="none"``, NaN where
+            failed.
         outer: outer loss, reduced as ``grad``.
         outer_per_task: outer loss of each task ``(*batch,)``, whatever the reduction.
         phi: the point at which the gradient was taken, one per task.
         inner: the :class:`~bilevel.Result` of the inner solve; None where the point was handed in.
-        linear: the :class:`~bilevel.Result` of the linear solve; its value is u, a tree like phi. None from :func:`bilevel.unrolled`.
+        linear: the :class:`~bilevel.Result` of the linear solve; its value is u, a tree like phi. None from
+            :func:`bilevel.unrolled`.
         curvature: what stood for the Hessian.
         damping: what was added to its diagonal. Either one makes the gradient biased.
         ok_per_task: True where both solves succeeded and the gradient is finite, a bool tensor ``(*batch,)``.
         reduction: as asked for.
         grad_per_task: whether the leaves of ``grad`` have a task axis (``reduction="none"``, or ``theta_batched``).
-        slope: ``|dG/dphi|`` at phi ``(*batch,)``, which is zero at a solution: the gradient is no better than that is small. None from
-            :func:`bilevel.unrolled`.
-        certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph; change none of these
-            tensors in place before you ask.
+        slope: ``|dG/dphi|`` at phi ``(*batch,)``, which is zero at a solution: the gradient is no better than that is
+            small. None from :func:`bilevel.unrolled`.
+        certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph;
+            change none of these tensors in place before you ask.
     """
 
     grad: Tree
@@ -113,20 +115,23 @@ class Hypergradient:
 
     @property
     def error_bound(self) -> Tensor | None:
-        """A rigorous bound on ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; inf where its condition fails.
+        """A rigorous bound on ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; inf where its
+        condition fails.
 
-        None where it cannot be had: ``problem.constants`` does not state mu, rho and L (and C, unless the problem is proximal), or the
-        curvature is Gauss-Newton or damped. Mean and sum are over the tasks that are ok. What rounding may do is added by a model of it,
-        and dominates near the floor. The first use costs some products. Derivation: :mod:`bilevel.certificates`.
+        None where it cannot be had: ``problem.constants`` does not state mu, rho and L (and C, unless the problem is
+        proximal), or the curvature is Gauss-Newton or damped. Mean and sum are over the tasks that are ok. What
+        rounding may do is added by a model of it, and dominates near the floor. The first use costs some products.
+        Derivation: :mod:`bilevel.certificates`.
 
         Raises:
-            ValueError: theta, data, phi or u were changed in place since; or a constant is no number and not one for each task.
+            ValueError: theta, data, phi or u were changed in place since; or a constant is no number and not one for
+                each task.
         """
         return self._certificate().error_bound
 
     @property
     def error_estimate(self) -> Tensor:
-        """An estimate of ``|grad - exact gradient|`` over all leaves, reduced as ``outer``; :meth:`diagnose` has its parts.
+        """An estimate of ``|grad - exact gradient|`` over all leaves, reduced as ``outer``. Parts: :meth:`diagnose`.
 
         No bound. What ``GaussNewton()`` and damping change is not counted.
         """
@@ -135,8 +140,9 @@ class Hypergradient:
     def diagnose(self) -> Diagnosis:
         """The estimated error with its parts.
 
-        The first use goes on with the linear solve, takes a step of Newton's method from phi (more where phi is far from the solution), and
-        solves the linear system there. What that cost is in :class:`Diagnosis`. Later uses cost nothing.
+        The first use goes on with the linear solve, takes a step of Newton's method from phi (more where phi is far
+        from the solution), and solves the linear system there. What that cost is in :class:`Diagnosis`. Later uses cost
+        nothing.
 
         Raises:
             ValueError: theta, data, phi or u were changed in place since.
@@ -153,8 +159,9 @@ class Hypergradient:
     def _certificate(self) -> Evidence:
         if self.certificate is None:
             raise ValueError(
-                "error_bound, error_estimate and explain() are for hypergradient() and implicit_gradient(); an unrolled gradient has no "
-                "certificate: it is exact for the path of the solver, and how far that is from phi* it does not know."
+                "error_bound, error_estimate and explain() are for hypergradient() and implicit_gradient(); an "
+                "unrolled gradient has no certificate: it is exact for the path of the solver, and how far that is "
+                "from phi* it does not know."
             )
         return self.certificate
 
@@ -171,9 +178,10 @@ class Hypergradient:
         """``grad``.
 
         Args:
-            check: "failed" (or True) raises where there is no gradient to be had. To use up its steps is no failure of a solve: "converged"
-                raises there too, and so always after a solver without a tolerance; the gradient of every task that enters is then one of
-                two solves that met their tolerances. False never raises: ``grad`` is NaN where no task is ok.
+            check: "failed" (or True) raises where there is no gradient to be had. To use up its steps is no failure of
+                a solve: "converged" raises there too, and so always after a solver without a tolerance; the gradient of
+                every task that enters is then one of two solves that met their tolerances. False never raises: ``grad``
+                is NaN where no task is ok.
 
         Raises:
             SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok. With
@@ -207,8 +215,9 @@ class Hypergradient:
         shapes, expected = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)], [grad.shape for grad in grads]
         if own != structure or shapes != expected:
             raise ValueError(
-                f"assign_grad: expected a theta with leaves {structure.paths()} of shapes {[tuple(shape) for shape in expected]}, got "
-                f"{own.paths()} of shapes {[tuple(shape) for shape in shapes]}."
+                f"assign_grad: expected a theta with leaves {structure.paths()} of shapes "
+                f"{[tuple(shape) for shape in expected]}, got {own.paths()} of shapes "
+                f"{[tuple(shape) for shape in shapes]}."
                 + (" With theta_batched or reduction='none' the gradient has a task axis." if own == structure else "")
             )
         for leaf, grad in zip(leaves, grads, strict=True):

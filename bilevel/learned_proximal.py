@@ -1,4 +1,4 @@
-"""The problem of iMAML with a regulariser that is learned together with its centre; :mod:`bilevel.regularisation` has its forms."""
+"""The problem of iMAML with a regulariser that is learned together with its centre."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from bilevel.trees import Tree, flatten, layout_of, tree_map
 
 
 class LearnedProximalProblem(BilevelProblem):
-    """iMAML's problem with a learned regulariser: G = train_loss(phi) + 1/2 (phi - centre)^T Lambda (phi - centre), L = test_loss(phi).
+    """iMAML's problem with a learned regulariser.
 
-    theta is ``{"centre": tree, "lam": raw}``. The centre, a tree like phi, is the start of the inner solve. ``raw`` is free and
-    Lambda positive definite whatever it is: ``lam = exp(raw)``, or ``L D L^T`` for a matrix (:mod:`bilevel.regularisation`).
-    :meth:`initial_theta` makes theta, :meth:`lam` reads lambda. The hypergradient is with respect to both together.
+    G = train_loss(phi) + 1/2 (phi - centre)^T Lambda (phi - centre), L = test_loss(phi).
+
+    theta is ``{"centre": tree, "lam": raw}``. The centre, a tree like phi, is the start of the inner solve. ``raw`` is
+    free and Lambda positive definite whatever it is: ``lam = exp(raw)``, or ``L D L^T`` for a matrix
+    (:mod:`bilevel.regularisation`). :meth:`initial_theta` makes theta, :meth:`lam` reads lambda. The hypergradient is
+    with respect to both together.
 
     Args:
         train_loss, test_loss: functions of (phi, data), of one task, that return 0-d tensors.
-        kind: the form of Lambda: ``Scalar()``, ``PerLeaf()``, ``Diagonal()`` or ``Matrix()`` of :mod:`bilevel.regularisation`.
+        kind: the form of Lambda: ``Scalar()``, ``PerLeaf()``, ``Diagonal()`` or ``Matrix()`` of
+            :mod:`bilevel.regularisation`.
 
     Raises:
         TypeError: a loss is no function, or kind is no kind.
@@ -77,9 +81,10 @@ class LearnedProximalProblem(BilevelProblem):
         """``{"centre": centre, "lam": raw}`` with the raw parameter that stands for ``lam``.
 
         Args:
-            centre: a tree of float32 or float64 tensors. Not copied, so that an optimizer of theta moves a network's own parameters.
-            lam: a positive number; or a tree like what :meth:`lam` returns, whose leaves may be numbers. For ``Matrix()`` also a
-                diagonal, a tree like the centre.
+            centre: a tree of float32 or float64 tensors. Not copied, so that an optimizer of theta moves a network's
+                own parameters.
+            lam: a positive number; or a tree like what :meth:`lam` returns, whose leaves may be numbers. For
+                ``Matrix()`` also a diagonal, a tree like the centre.
 
         Returns:
             theta. The raw parameter requires grad if the centre does.
@@ -99,7 +104,7 @@ class LearnedProximalProblem(BilevelProblem):
         return {"centre": centre, "lam": tree_map(lambda leaf: leaf.clone().requires_grad_(learned), raw)}
 
     def lam(self, theta: Tree) -> Tree:
-        """Lambda of one theta, differentiable: a 0-d tensor, a tree of these, a tree like the centre, or a ``(d, d)`` matrix."""
+        """Lambda of theta, differentiable: a 0-d tensor, a tree of these or like the centre, or a ``(d, d)`` matrix."""
         return self.kind.lam(self._split(theta)[1])
 
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -136,7 +141,8 @@ class LearnedProximalProblem(BilevelProblem):
         found, _ = layout_of(theta["lam"])
         if found.structure != wanted.structure:
             raise ValueError(
-                f"theta['lam']: expected for {self.kind!r} {described_layout(wanted)}, got {described_layout(found)}. {advice}"
+                f"theta['lam']: expected for {self.kind!r} {described_layout(wanted)}, got "
+                f"{described_layout(found)}. {advice}"
             )
         for path, shape, own in zip(wanted.structure.paths(), wanted.shapes, found.shapes, strict=True):
             if own != shape:

@@ -22,11 +22,11 @@ from bilevel.trees import Tree
 
 
 class Split(NamedTuple):
-    """G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with c = centre(theta) and K the known part of the inner Hessian.
+    """G = remainder(phi, theta, data) + 1/2 (phi - c)^T K (phi - c), with K the known part of the inner Hessian.
 
     Attributes:
         remainder: (phi, theta, data) -> 0-d tensor.
-        centre: theta -> a tree like phi.
+        centre: theta -> c, a tree like phi.
     """
 
     remainder: Callable[..., Tensor]
@@ -43,7 +43,8 @@ class BilevelProblem(ABC):
         if missing := sorted(getattr(cls, "__abstractmethods__", ())):
             ready = _constructors(cls)
             raise TypeError(
-                f"{cls.__name__} is a base class: {f'use {ready}, or ' if ready else ''}write a subclass with {' and '.join(missing)}."
+                f"{cls.__name__} is a base class: {f'use {ready}, or ' if ready else ''}write a subclass with "
+                f"{' and '.join(missing)}."
             )
         return super().__new__(cls)
 
@@ -66,9 +67,10 @@ class BilevelProblem(ABC):
     """What is known of the problem, for :attr:`bilevel.Hypergradient.error_bound`."""
 
     quadratic: bool = False
-    """State here that G is quadratic in phi, as in ridge regression: for any data and theta, d2G/dphi2 does not depend on phi. G is then
-    linearised once for each call, and solvers work with the matrix. Where a solve ends, gradient and Hessian are compared with those of
-    G; where they differ by more than rounding, the call raises ``ValueError``."""
+    """State here that G is quadratic in phi, as in ridge regression: for any data and theta, d2G/dphi2 does not depend
+    on phi. G is then linearised once for each call, and solvers work with the matrix. Where a solve ends, gradient and
+    Hessian are compared with those of G; where they differ by more than rounding, the call raises ``ValueError``.
+    """
 
     @property
     def constant_cross_norm(self) -> float | None:
@@ -94,13 +96,13 @@ class BilevelProblem(ABC):
 
     @property
     def composition(self) -> Composition | None:
-        """G, apart from the known part, as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
+        """G without the known part as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
         return None
 
     @property
     def split(self) -> Split | None:
-        """G as a remainder and the quadratic form of its known part, where it is such a sum; else None. The library then differentiates
-        the remainder only.
+        """G as a remainder and the quadratic form of its known part, where it is such a sum; else None. The library
+        then differentiates the remainder only.
         """
         return None
 
@@ -122,7 +124,8 @@ class BilevelProblem(ABC):
             quadratic: :attr:`BilevelProblem.quadratic`.
 
         Raises:
-            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would leave out.
+            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would
+                leave out.
         """
         require_own(cls, BilevelProblem, "from_functions")
         problem = _FunctionProblem(inner_objective, outer_loss, initial_phi)
@@ -140,11 +143,12 @@ class BilevelProblem(ABC):
         penalty: Callable[..., Tensor] | None = None,
         quadratic: bool = False,
     ) -> BilevelProblem:
-        """A problem with G(phi, theta, data) = output_loss(predict(phi, theta, data), theta, data) + penalty(phi, theta, data).
+        """A problem with G = output_loss(predict(phi, theta, data), theta, data) + penalty(phi, theta, data).
 
-        This form allows :class:`bilevel.curvature.GaussNewton` where theta is anything: penalties, weights of examples, a part of the
-        network. Its matrix is J^T H_out J of the first term and the Hessian of the penalty, so it is positive semi-definite where
-        ``output_loss`` is convex in the outputs (squared error, cross-entropy) and the penalty is convex in phi.
+        This form allows :class:`bilevel.curvature.GaussNewton` where theta is anything: penalties, weights of examples,
+        a part of the network. Its matrix is J^T H_out J of the first term and the Hessian of the penalty, so it is
+        positive semi-definite where ``output_loss`` is convex in the outputs (squared error, cross-entropy) and the
+        penalty is convex in phi.
 
         Args:
             predict: the outputs, one tensor of any shape.
@@ -155,7 +159,8 @@ class BilevelProblem(ABC):
             quadratic: :attr:`BilevelProblem.quadratic`.
 
         Raises:
-            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would leave out.
+            TypeError: a function does not take these arguments; or this is called of a subclass, whose methods it would
+                leave out.
         """
         require_own(cls, BilevelProblem, "from_model")
         require_functions_of("phi", "theta", "data", predict=predict)
@@ -173,14 +178,14 @@ def _constructors(cls: type) -> str:
 
 
 def require_own(cls: type, base: type, name: str) -> None:
-    """Refuse the constructor ``name`` of ``base`` where a subclass inherits it: the problem would lack what the subclass adds, such as a
-    regulariser, and nothing would say so.
+    """Refuse the constructor ``name`` of ``base`` where a subclass inherits it: the problem would lack what the
+    subclass adds, such as a regulariser, and nothing would say so.
     """
     if cls is not base:
         use = _constructors(cls) or f"{cls.__name__}(...)"
         raise TypeError(
-            f"{cls.__name__}.{name} would make a plain {base.__name__}, without what {cls.__name__} adds (a regulariser, methods). Use "
-            f"{use}; for the plain one, {base.__name__}.{name}(...)."
+            f"{cls.__name__}.{name} would make a plain {base.__name__}, without what {cls.__name__} adds "
+            f"(a regulariser, methods). Use {use}; for the plain one, {base.__name__}.{name}(...)."
         )
 
 

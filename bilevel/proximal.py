@@ -15,13 +15,15 @@ from bilevel.weights import Weights
 
 
 class ProximalProblem(BilevelProblem):
-    """The problem of iMAML (Eqs. 3 and 4): G = train_loss(phi) + 1/2 (phi - theta)^T Lambda (phi - theta), L = test_loss(phi).
+    """The problem of iMAML (Eqs. 3 and 4).
+
+    G = train_loss(phi) + 1/2 (phi - theta)^T Lambda (phi - theta), L = test_loss(phi).
 
     theta is the proximal centre and the start of the inner solve; phi has the structure and shapes of theta.
 
     Args:
-        lam: Lambda. A positive number or 0-d tensor; a tree of these like theta (one per leaf); a tree of tensors like theta (diagonal);
-            or a symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key).
+        lam: Lambda. A positive number or 0-d tensor; a tree of these like theta (one per leaf); a tree of tensors like
+            theta (diagonal); or a symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key).
 
     Raises:
         TypeError: lam is no number or floating tensor, or requires grad.
@@ -39,8 +41,8 @@ class ProximalProblem(BilevelProblem):
         return self._weights.lam
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
-        """The training loss of one task, a 0-d tensor. A subclass defines this method, or the property ``composition`` (whose functions
-        must then leave theta alone: they get None here).
+        """The training loss of one task, a 0-d tensor. A subclass defines this method, or the property ``composition``
+        (whose functions must then leave theta alone: they get None here).
         """
         if self.composition is None:
             raise NotImplementedError(f"{type(self).__name__} must define train_loss(phi, data).")
@@ -95,8 +97,8 @@ class ProximalProblem(BilevelProblem):
             quadratic: the training loss is quadratic in phi, and so G is: :attr:`BilevelProblem.quadratic`.
 
         Raises:
-            TypeError, ValueError: a loss is no function of (phi, data), or lam as in :class:`ProximalProblem`; or (TypeError) this is
-                called of a subclass, whose methods it would leave out.
+            TypeError, ValueError: a loss is no function of (phi, data), or lam as in :class:`ProximalProblem`; or
+                (TypeError) this is called of a subclass, whose methods it would leave out.
         """
         require_own(cls, ProximalProblem, "from_losses")
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)

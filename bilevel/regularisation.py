@@ -5,16 +5,17 @@
 raw is real and free, and Lambda is positive definite for every raw:
 
 * one number for all, one for each leaf, or one for each entry: lam = exp(raw);
-* a full matrix: Lambda = L D L^T with L unit lower triangular, the part of raw below its diagonal, and D = exp(diagonal of raw)
-  (Pourahmadi 1999). What stands above the diagonal of raw is not used. With L = I it is the diagonal form.
+* a full matrix: Lambda = L D L^T with L unit lower triangular, the part of raw below its diagonal, and D = exp(diagonal
+  of raw) (Pourahmadi 1999). What stands above the diagonal of raw is not used. With L = I it is the diagonal form.
 
-Why the logarithm: a step of raw is a relative change of lam, so that one outer step size serves lam = 0.001 and lam = 100, and a
-loss in other units only shifts raw. dF/draw = lam dF/dlam fades where lam is too small to matter beside the Hessian of the training loss.
-Why L D L^T: products and inverses cost d^2, where a matrix exponential would cost d^3 in each evaluation of G, and the quadratic form
-is a sum of squares, so that rounding cannot make it negative.
+Why the logarithm: a step of raw is a relative change of lam, so that one outer step size serves lam = 0.001 and
+lam = 100, and a loss in other units only shifts raw. dF/draw = lam dF/dlam fades where lam is too small to matter
+beside the Hessian of the training loss.
+Why L D L^T: products and inverses cost d^2, where a matrix exponential would cost d^3 in each evaluation of G, and the
+quadratic form is a sum of squares, so that rounding cannot make it negative.
 
-Where exp would leave the range in which lam, 1 / lam and their squares are finite (about 1e-17 to 1e17 in float32), it stays at the
-end of that range, with derivative zero.
+Where exp would leave the range in which lam, 1 / lam and their squares are finite (about 1e-17 to 1e17 in float32), it
+stays at the end of that range, with derivative zero.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bilevel.weights import described, is_positive_definite
 
 
 class Kind(ABC):
-    """The form of Lambda, and what is computed with it for one task. ``raw``: a tree of the layout that the kind asks for."""
+    """The form of Lambda, and what is computed with it for one task. ``raw``: a tree of the kind's own layout."""
 
     @abstractmethod
     def layout(self, centre: Layout) -> Layout:
@@ -113,7 +114,7 @@ class Diagonal(_Entrywise):
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix(Kind):
-    """A symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key). For d up to some thousands.
+    """A symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key). For d up to thousands.
 
     Its preconditioner costs two triangular solves for each product, d^2; with damping a QR factorisation, d^3.
     """
@@ -160,7 +161,7 @@ class Matrix(Kind):
         layout, leaves = layout_of(v)
         upper = pivots.sqrt().unsqueeze(-1) * lower.mT  # upper^T upper = Lambda
         if damping:
-            # R^T R = Lambda + damping I without forming it: this cannot fail, as Cholesky can where Lambda is ill-conditioned
+            # R^T R = Lambda + damping I without forming it: Cholesky fails where Lambda is ill-conditioned, QR not
             root = damping**0.5 * torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             upper = torch.linalg.qr(torch.cat([upper, root])).R
         x = torch.linalg.solve_triangular(upper.mT, layout.ravel(leaves).unsqueeze(-1), upper=False)
@@ -174,7 +175,7 @@ class Matrix(Kind):
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """The largest |raw| that counts: lam, 1 / lam and their squares are finite, with room for the sums that they enter."""
+    """The largest |raw| that counts: lam, 1 / lam and their squares are finite, with room for sums of them."""
     return 0.45 * log(torch.finfo(dtype).max)
 
 

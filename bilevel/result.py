@@ -15,14 +15,16 @@ class Result:
     """The outcome of one solve, or of a batch of them at once.
 
     Attributes:
-        value: the answer: a tree like phi (from :func:`bilevel.solve`) or a vector ``(*batch, d)`` (from a linear solver).
+        value: the answer: a tree like phi (from :func:`bilevel.solve`) or a vector ``(*batch, d)`` (from a linear
+            solver).
         codes: status codes, integer tensor ``(*batch,)``.
         steps: steps that each problem took, integer tensor ``(*batch,)``.
-        residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not measured.
+        residual: inner: ``|dG/dphi|`` over all leaves; linear: ``|b - A u|``; tensor ``(*batch,)``. NaN where not
+            measured.
         num_grads: gradient evaluations, each over the whole batch (or the tasks of it that are left).
         num_matvecs: products with the matrix, likewise.
-        negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from methods that cannot
-            see it.
+        negative_curvature: how often each problem met negative curvature, integer tensor ``(*batch,)``; None from
+            methods that cannot see it.
         what: which solve it was, in words.
     """
 
@@ -58,12 +60,13 @@ class Result:
         """The value.
 
         Args:
-            check: "failed" (or True) raises where a solve failed. To use up its steps is no failure: "converged" raises there too, and so
-                always after a solver without a tolerance. False never raises; the value of a failed solve is then not to be used.
+            check: "failed" (or True) raises where a solve failed. To use up its steps is no failure: "converged" raises
+                there too, and so always after a solver without a tolerance. False never raises; the value of a failed
+                solve is then not to be used.
 
         Raises:
-            SolverError: the solve (in a batch: any of them) failed, or with "converged" did not meet its tolerance. It has status, steps,
-                residual and remedy.
+            SolverError: the solve (in a batch: any of them) failed, or with "converged" did not meet its tolerance. It
+                has status, steps, residual and remedy.
             ValueError: ``check`` is something else.
         """
         require_check(check, "unwrap")

@@ -1,4 +1,4 @@
-"""What became of each problem: a code, what it means, and which codes a check lets pass. Failure is never silent and never zero."""
+"""What became of each problem: a code, what it means, and which codes a check lets pass."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ class Status(IntEnum):
     MAX_STEPS = (
         1,
         False,
-        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or loosen the "
-        "tolerance if the residual is too large for you.",
+        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or loosen "
+        "the tolerance if the residual is too large for you.",
     )
     LINE_SEARCH_FAILED = (
         2,
         False,
-        "no step along the search direction lowers the objective any more; the best point found is returned. Usual causes: the "
-        "rounding floor (loosen tol or use float64), or an objective that is not a deterministic smooth function.",
+        "no step along the search direction lowers the objective any more; the best point found is returned. Usual "
+        "causes: the rounding floor (loosen tol or use float64), or an objective that is not a deterministic smooth "
+        "function.",
     )
     STOPPED_AT_NEGATIVE_CURVATURE = (
         3,
         False,
-        "met negative curvature and kept the answer found until then, as asked for (Steihaug); the answer is truncated there.",
+        "met negative curvature and kept the answer found until then, as asked for (Steihaug); the answer is "
+        "truncated there.",
     )
     SOLVED_INDEFINITE = (
         4,
@@ -60,8 +62,9 @@ class Status(IntEnum):
     DIVERGED = (
         5,
         True,
-        "diverged: the residual grew instead of falling, did not fall at all, or stopped falling far from zero. Reduce step_size (or "
-        "leave it None), raise the regularisation, use Anderson or Newton for a map that is no contraction, or a larger rank of Nystrom.",
+        "diverged: the residual grew instead of falling, did not fall at all, or stopped falling far from zero. "
+        "Reduce step_size (or leave it None), raise the regularisation, use Anderson or Newton for a map that is no "
+        "contraction, or a larger rank of Nystrom.",
     )
     NON_FINITE = (
         6,
@@ -71,21 +74,21 @@ class Status(IntEnum):
     NEGATIVE_CURVATURE = (
         7,
         True,
-        "met negative curvature: the matrix is not positive definite, so the point is no strict minimum of the inner objective. "
-        "Solve the inner problem further, raise the regularisation or damping, use GaussNewton() (of a problem "
-        "made by from_model), or CG(steihaug=True), which keeps what it found before.",
+        "met negative curvature: the matrix is not positive definite, so the point is no strict minimum of the inner "
+        "objective. Solve the inner problem further, raise the regularisation or damping, use GaussNewton() (of a "
+        "problem made by from_model), or CG(steihaug=True), which keeps what it found before.",
     )
     SINGULAR = (
         8,
         True,
-        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping, or remove "
-        "variables that the inner objective does not depend on.",
+        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping, or "
+        "remove variables that the inner objective does not depend on.",
     )
     BREAKDOWN = (
         9,
         True,
-        "the recurrence of the method broke down (it divides by a number that is zero here), and a fresh start of it too. Solve with "
-        "GMRES or Exact, or from another start.",
+        "the recurrence of the method broke down (it divides by a number that is zero here), and a fresh start of it "
+        "too. Solve with GMRES or Exact, or from another start.",
     )
 
 
@@ -98,15 +101,15 @@ def failed(codes: Tensor) -> Tensor:
 
 
 def converged(codes: Tensor) -> Tensor:
-    """Which entries of a tensor of status codes met their tolerance, as booleans of the same shape (without a host read)."""
+    """Which entries of a tensor of status codes met their tolerance, likewise."""
     return torch.isin(codes, codes.new_tensor(SOLVED))
 
 
 Check = Literal["failed", "converged"] | bool
 """When a call raises, the same wherever there is a ``check=``.
 
-"failed" or True: a solve failed. "converged": a solve did not meet its tolerance, so also where it used up its steps; ``SOLVED_INDEFINITE``
-met it. False: never.
+"failed" or True: a solve failed. "converged": a solve did not meet its tolerance, so also where it used up its steps;
+``SOLVED_INDEFINITE`` met it. False: never.
 """
 
 
@@ -121,7 +124,7 @@ def require_check(check: Any, name: str) -> None:
 
 
 def refused(codes: Tensor, check: Check) -> Tensor:
-    """Which entries of a tensor of status codes the check does not let pass, as booleans of the same shape (without a host read)."""
+    """Which entries of a tensor of status codes the check does not let pass, likewise."""
     if check == "converged":
         return ~converged(codes)
     return failed(codes) if check else torch.zeros_like(codes, dtype=torch.bool)

@@ -164,7 +164,7 @@ def is_positive_definite(matrix: Tensor) -> bool:
 
 
 def _fault(matrix: Tensor) -> str:
-    """What keeps a square matrix from being symmetric positive definite; nothing: "". In NumPy: what PyTorch records must not see it."""
+    """What keeps a square matrix from being symmetric positive definite, or "". In NumPy, which no recording sees."""
     plain = matrix.detach().cpu()
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     numbers = np.array(plain.tolist()) if transformed else plain.numpy()  # below torch.func it has no memory to look at
