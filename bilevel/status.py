@@ -92,9 +92,6 @@ class Status(IntEnum):
     )
 
 
-SOLVED = (int(Status.CONVERGED), int(Status.SOLVED_INDEFINITE))
-
-
 def failed(codes: Tensor) -> Tensor:
     """Which entries of a tensor of status codes are failures, as booleans of the same shape (without a host read)."""
     return codes >= int(Status.DIVERGED)
@@ -102,7 +99,7 @@ def failed(codes: Tensor) -> Tensor:
 
 def converged(codes: Tensor) -> Tensor:
     """Which entries of a tensor of status codes met their tolerance, likewise."""
-    return torch.isin(codes, codes.new_tensor(SOLVED))
+    return (codes == int(Status.CONVERGED)) | (codes == int(Status.SOLVED_INDEFINITE))
 
 
 Check = Literal["failed", "converged"] | bool
