@@ -3,12 +3,17 @@
 from bilevel import curvature, linsys, regularisation, solvers, theory
 from bilevel.accuracy import Tolerances, tolerances
 from bilevel.captured import CapturedStep
+from bilevel.composition import Composition
+from bilevel.constants import Constants
 from bilevel.curvature import GaussNewton, Hessian
+from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.implicit import hypergradient, implicit_gradient, solve
-from bilevel.problem import BilevelProblem, Composition, Constants, ProximalProblem
-from bilevel.regularisation import LearnedProximalProblem
-from bilevel.result import Diagnosis, Hypergradient, Result, SolverError, Status
+from bilevel.learned_proximal import LearnedProximalProblem
+from bilevel.problem import BilevelProblem, Split
+from bilevel.proximal import ProximalProblem
+from bilevel.result import Result
 from bilevel.solution import argmin, fixed_point, root
+from bilevel.status import SolverError, Status
 from bilevel.trees import tree_leaves
 from bilevel.unrolling import unrolled
 
@@ -27,6 +32,7 @@ __all__ = [
     "ProximalProblem",
     "Result",
     "SolverError",
+    "Split",
     "Status",
     "Tolerances",
     "argmin",

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from bilevel.entry import Call
+from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.linsys.base import LinearSolver, check_number, mark, norm
-from bilevel.result import Diagnosis, Hypergradient, Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 MAX_ROUNDS = 10
 """Each round asks the solve that is to blame for less than half of the residual that was left, and the rounds end where
@@ -167,7 +169,8 @@ def _as_one(rounds: list[Hypergradient], late: Tensor, rough: Tensor) -> Hypergr
 def _first(call: Call, accuracy: float, warm_start: Hypergradient | None) -> tuple[float, float]:
     """From an earlier result, if it can be looked at; else the fraction ``accuracy`` of what the gradient is at the start."""
     known = Tolerances(None, None)
-    if warm_start is not None and warm_start.certificate.known and bool(warm_start.ok_per_task.any()):
+    evidence = None if warm_start is None else warm_start.certificate
+    if warm_start is not None and evidence is not None and evidence.known and bool(warm_start.ok_per_task.any()):
         known = tolerances(warm_start, accuracy)
     tol = known.tol
     if tol is None:

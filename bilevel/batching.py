@@ -11,8 +11,9 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import Call, refuse_transforms
-from bilevel.linsys.base import check_count
-from bilevel.result import Hypergradient, Result
+from bilevel.gradient import Hypergradient
+from bilevel.linsys.base import check_count, select
+from bilevel.result import Result
 from bilevel.trees import unflatten
 
 Reduction = Literal["mean", "sum", "none"]
@@ -22,7 +23,7 @@ Reduction = Literal["mean", "sum", "none"]
 class Part:
     """What some tasks give: everything per task.
 
-    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or their sum ``(*shape)``.
+    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or a sum ``(*shape)``.
     """
 
     phi: Tensor
@@ -57,7 +58,7 @@ class Gathered:
             outer_per_task=part.outer,
             phi=call.flat.phi.unravel(part.phi),
             inner=None if part.inner is None else as_tree(part.inner, call),
-            linear=None if part.linear is None else as_tree(part.linear, call),  # type: ignore[arg-type]  # unrolled: none
+            linear=None if part.linear is None else as_tree(part.linear, call),  # type: ignore[arg-type]  # unrolled
             curvature=curvature,
             damping=damping,
             ok_per_task=part.ok,
@@ -148,12 +149,8 @@ def ok_where_finite(ok: Tensor, outer: Tensor, grads: Sequence[Tensor]) -> Tenso
 
 def nan_where_not(ok: Tensor, grads: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the tasks that are ok, NaN for the others."""
-    return [torch.where(_like(ok, grad), grad, torch.nan) for grad in grads]
-
-
-def _like(mask: Tensor, x: Tensor) -> Tensor:
-    return mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim))
+    return [select(ok, grad, grad.new_full((), torch.nan)) for grad in grads]
 
 
 def _sum_ok(x: Tensor, ok: Tensor) -> Tensor:
-    return torch.where(_like(ok, x), x, 0).sum(0)
+    return select(ok, x, x.new_zeros(())).sum(0)

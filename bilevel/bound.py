@@ -33,10 +33,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.constants import Constants
 from bilevel.entry import Call
 from bilevel.evaluation import Evaluation
 from bilevel.linsys.base import norm
-from bilevel.problem import Constants
 
 NAMES = ("mu", "rho", "B", "L", "C")
 

@@ -25,10 +25,10 @@ from bilevel.entry import Call
 from bilevel.estimate import correct
 from bilevel.evaluation import Evaluation
 from bilevel.explanation import Spectrum, explain
+from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import norm
 from bilevel.linsys.lanczos import ritz_values, spread
-from bilevel.result import Diagnosis, Hypergradient
 
 SPECTRUM_STEPS = 30
 """Products for the eigenvalues that ``explain`` names. Lanczos comes near both ends of the spectrum long before it

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import GaussNewton
-from bilevel.problem import BilevelProblem, ProximalProblem
-from bilevel.result import Diagnosis, Hypergradient, Result, Status
+from bilevel.gradient import Diagnosis, Hypergradient
+from bilevel.problem import BilevelProblem
+from bilevel.proximal import ProximalProblem
+from bilevel.result import Result
+from bilevel.status import Status
 from bilevel.trees import flatten
 
 ENOUGH = 1e-6

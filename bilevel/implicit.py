@@ -36,11 +36,13 @@ from bilevel.batching import (
 from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, refuse_unused, run_solver
+from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
 from bilevel.programs import with_programs
-from bilevel.result import Hypergradient, Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 from bilevel.trees import Tree
 
 

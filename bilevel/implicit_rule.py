@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +32,9 @@ from bilevel.derivatives import (
 from bilevel.entry import Call, run_solver
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator
-from bilevel.result import SOLVED, Result, SolverError, failed
+from bilevel.result import Result
+from bilevel.status import Check, failed
 from bilevel.trees import Tree
-
-Check = bool | Literal["converged"]
 
 
 def differentiable_solution(call: Call, rule: Rule) -> Tree:
@@ -66,10 +65,7 @@ class Rule:
         result = replace(result, value=value, what=what)
         if self.report is not None:
             self.report(result)
-        if self.check and bool(result.failed.any()):
-            raise SolverError(result.describe())
-        if self.check == "converged" and not bool(torch.isin(result.codes, result.codes.new_tensor(SOLVED)).all()):
-            raise SolverError(f"check='converged': {result.describe()}")
+        result.unwrap(check=self.check)
 
 
 @dataclass(frozen=True)

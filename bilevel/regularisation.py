@@ -5,16 +5,17 @@
 raw is real and free, and Lambda is positive definite for every raw:
 
 * one number for all, one for each leaf, or one for each entry: lam = exp(raw);
-* a full matrix: Lambda = L D L^T with L unit lower triangular, the part of raw below its diagonal, and D = exp(diagonal of raw)
-  (Pourahmadi 1999). What stands above the diagonal of raw is not used. With L = I it is the diagonal form.
+* a full matrix: Lambda = L D L^T with L unit lower triangular, the part of raw below its diagonal, and D = exp(diagonal
+  of raw) (Pourahmadi 1999). What stands above the diagonal of raw is not used. With L = I it is the diagonal form.
 
-Why the logarithm: a step of raw is a relative change of lam, so that one outer step size serves lam = 0.001 and lam = 100, and a
-loss in other units only shifts raw. dF/draw = lam dF/dlam fades where lam is too small to matter beside the Hessian of the training loss.
-Why L D L^T: products and inverses cost d^2, where a matrix exponential would cost d^3 in each evaluation of G, and the quadratic form
-is a sum of squares, so that rounding cannot make it negative.
+Why the logarithm: a step of raw is a relative change of lam, so that one outer step size serves lam = 0.001 and
+lam = 100, and a loss in other units only shifts raw. dF/draw = lam dF/dlam fades where lam is too small to matter
+beside the Hessian of the training loss.
+Why L D L^T: products and inverses cost d^2, where a matrix exponential would cost d^3 in each evaluation of G, and the
+quadratic form is a sum of squares, so that rounding cannot make it negative.
 
-Where exp would leave the range in which lam, 1 / lam and their squares are finite (about 1e-17 to 1e17 in float32), it stays at the
-end of that range, with derivative zero.
+Where exp would leave the range in which lam, 1 / lam and their squares are finite (about 1e-17 to 1e17 in float32), it
+stays at the end of that range, with derivative zero.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Loss, described, is_positive_definite, require_functions_of
+from bilevel import weights
 from bilevel.trees import LEAF, Layout, Tree, flatten, layout_of, tree_map, unflatten
+from bilevel.weights import described, is_positive_definite
 
 
 class Kind(ABC):
-    """The form of Lambda, and what is computed with it for one task. ``raw``: a tree of the layout that the kind asks for."""
+    """The form of Lambda, and what is computed with it for one task. ``raw``: a tree of the kind's own layout."""
 
     @abstractmethod
     def layout(self, centre: Layout) -> Layout:
@@ -71,28 +73,19 @@ class _Entrywise(Kind):
         return unflatten(wanted.structure, [number.log() for number in _numbers(lam, wanted, like)])
 
     def quadratic(self, raw: Tree, step: Tree) -> Tensor:
-        leaves, _ = flatten(step)
-        terms = [  # a number outside the sum costs nothing
-            lam * s.square().sum() if lam.ndim == 0 else (lam * s.square()).sum()
-            for lam, s in zip(self._weights(raw, len(leaves)), leaves, strict=True)
-        ]
-        return 0.5 * (terms[0] if len(terms) == 1 else torch.stack(terms).sum())
+        return weights.quadratic(self._weights(raw, step), step)
 
     def product(self, raw: Tree, v: Tree) -> Tree:
-        leaves, structure = flatten(v)
-        weights = self._weights(raw, len(leaves))
-        return unflatten(structure, [lam * x for lam, x in zip(weights, leaves, strict=True)])
+        return weights.product(self._weights(raw, v), v)
 
     def inverse(self, raw: Tree, v: Tree, damping: float) -> Tree:
-        leaves, structure = flatten(v)
-        weights = self._weights(raw, len(leaves))
-        return unflatten(structure, [x / (lam + damping) for lam, x in zip(weights, leaves, strict=True)])
+        return weights.inverse(self._weights(raw, v), v, damping)
 
     @staticmethod
-    def _weights(raw: Tree, count: int) -> list[Tensor]:
-        """lam for each leaf of phi: a number, or a tensor like the leaf."""
-        weights = [_positive(leaf) for leaf in flatten(raw)[0]]
-        return weights * count if len(weights) == 1 else weights
+    def _weights(raw: Tree, v: Tree) -> list[Tensor]:
+        """lam for each leaf of v: a number, or a tensor like the leaf."""
+        numbers = [_positive(leaf) for leaf in flatten(raw)[0]]
+        return numbers * len(flatten(v)[0]) if len(numbers) == 1 else numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +114,7 @@ class Diagonal(_Entrywise):
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix(Kind):
-    """A symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key). For d up to some thousands.
+    """A symmetric positive definite matrix ``(d, d)`` in ravel order (leaves by sorted key). For d up to thousands.
 
     Its preconditioner costs two triangular solves for each product, d^2; with damping a QR factorisation, d^3.
     """
@@ -168,7 +161,7 @@ class Matrix(Kind):
         layout, leaves = layout_of(v)
         upper = pivots.sqrt().unsqueeze(-1) * lower.mT  # upper^T upper = Lambda
         if damping:
-            # R^T R = Lambda + damping I without forming it: this cannot fail, as Cholesky can where Lambda is ill-conditioned
+            # R^T R = Lambda + damping I without forming it: Cholesky fails where Lambda is ill-conditioned, QR not
             root = damping**0.5 * torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
             upper = torch.linalg.qr(torch.cat([upper, root])).R
         x = torch.linalg.solve_triangular(upper.mT, layout.ravel(leaves).unsqueeze(-1), upper=False)
@@ -181,131 +174,8 @@ class Matrix(Kind):
         return raw.tril(-1) + eye, _positive(raw.diagonal(dim1=-2, dim2=-1))
 
 
-class LearnedProximalProblem(BilevelProblem):
-    """iMAML's problem with a learned regulariser: G = train_loss(phi) + 1/2 (phi - centre)^T Lambda (phi - centre), L = test_loss(phi).
-
-    theta is ``{"centre": tree, "lam": raw}``. The centre, a tree like phi, is the start of the inner solve. ``raw`` is free and
-    Lambda positive definite whatever it is: ``lam = exp(raw)``, or ``L D L^T`` for a matrix (:mod:`bilevel.regularisation`).
-    :meth:`initial_theta` makes theta, :meth:`lam` reads lambda. The hypergradient is with respect to both together.
-
-    Args:
-        train_loss, test_loss: functions of (phi, data), of one task, that return 0-d tensors.
-        kind: the form of Lambda: ``Scalar()``, ``PerLeaf()``, ``Diagonal()`` or ``Matrix()`` of :mod:`bilevel.regularisation`.
-
-    Raises:
-        TypeError: a loss is no function, or kind is no kind.
-        ValueError: (at use) theta is not of the form above.
-    """
-
-    knows_curvature = True
-
-    def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
-        require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)
-        if not isinstance(kind, Kind):
-            hint = f" Did you mean {kind.__name__}()?" if isinstance(kind, type) else ""
-            raise TypeError(f"kind: expected Scalar(), PerLeaf(), Diagonal() or Matrix(), got {kind!r}.{hint}")
-        self.train_loss, self.test_loss, self.kind = train_loss, test_loss, kind
-
-    @staticmethod
-    def from_model(  # type: ignore[override]  # another kind of problem, another signature
-        predict: Loss, output_loss: Loss, test_loss: Loss, kind: Kind
-    ) -> LearnedProximalProblem:
-        """The problem with train_loss(phi, data) = output_loss(predict(phi, data), data).
-
-        This form allows :class:`bilevel.curvature.GaussNewton`. ``predict`` returns one tensor of any shape.
-        """
-        require_functions_of("phi", "data", predict=predict, test_loss=test_loss)
-        require_functions_of("outputs", "data", output_loss=output_loss)
-        return LearnedProximalProblem(_Composed(predict, output_loss), test_loss, kind)
-
-    def initial_theta(self, centre: Tree, lam: Any = 1.0) -> dict[str, Tree]:
-        """``{"centre": centre, "lam": raw}`` with the raw parameter that stands for ``lam``.
-
-        Args:
-            centre: a tree of float32 or float64 tensors. Not copied, so that an optimizer of theta moves a network's own parameters.
-            lam: a positive number; or a tree like what :meth:`lam` returns, whose leaves may be numbers. For ``Matrix()`` also a
-                diagonal, a tree like the centre.
-
-        Returns:
-            theta. The raw parameter requires grad if the centre does.
-
-        Raises:
-            TypeError, ValueError: centre or lam is not of this form, or lam is not positive (definite).
-        """
-        leaves, structure = flatten(centre)
-        if not leaves:
-            raise ValueError("centre: expected at least one tensor, got an empty tree.")
-        for path, leaf in zip(structure.paths(), leaves, strict=True):
-            if not isinstance(leaf, Tensor) or leaf.dtype not in (torch.float32, torch.float64):
-                got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise TypeError(f"centre{path}: expected a float32 or float64 tensor, got {got}.")
-        raw = self.kind.initial(lam, layout_of(centre)[0], leaves[0].detach())
-        learned = any(leaf.requires_grad for leaf in leaves)
-        return {"centre": centre, "lam": tree_map(lambda leaf: leaf.clone().requires_grad_(learned), raw)}
-
-    def lam(self, theta: Tree) -> Tree:
-        """Lambda of one theta, differentiable: a 0-d tensor, a tree of these, a tree like the centre, or a ``(d, d)`` matrix."""
-        return self.kind.lam(self._split(theta)[1])
-
-    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
-        return self.train_loss(phi, data) + self.regulariser(phi, theta)
-
-    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
-        return self.test_loss(phi, data)
-
-    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
-        return tree_map(torch.clone, self._split(theta)[0])
-
-    def regulariser(self, phi: Tree, theta: Tree) -> Tensor:
-        """1/2 (phi - centre)^T Lambda (phi - centre)."""
-        centre, raw = self._split(theta)
-        return self.kind.quadratic(raw, tree_map(torch.sub, phi, centre))
-
-    def curvature_product(self, v: Tree, theta: Tree) -> Tree:
-        return self.kind.product(self._split(theta)[1], v)
-
-    def curvature_inverse(self, v: Tree, theta: Tree, damping: float = 0.0) -> Tree:
-        return self.kind.inverse(self._split(theta)[1], v, damping)
-
-    @property
-    def model(self) -> tuple[Loss, Loss] | None:
-        return (
-            (self.train_loss.predict, self.train_loss.output_loss) if isinstance(self.train_loss, _Composed) else None
-        )
-
-    def _split(self, theta: Tree) -> tuple[Tree, Tree]:
-        """centre and raw."""
-        advice = "problem.initial_theta(centre, lam=...) makes theta."
-        if not isinstance(theta, dict) or set(theta) != {"centre", "lam"}:
-            got = f"keys {list(theta)}" if isinstance(theta, dict) else type(theta).__name__
-            raise ValueError(f'theta: expected {{"centre": tree, "lam": raw}}, got {got}. {advice}')
-        wanted = self.kind.layout(layout_of(theta["centre"])[0])
-        found, _ = layout_of(theta["lam"])
-        if found.structure != wanted.structure:
-            raise ValueError(
-                f"theta['lam']: expected for {self.kind!r} {_described(wanted)}, got {_described(found)}. {advice}"
-            )
-        for path, shape, own in zip(wanted.structure.paths(), wanted.shapes, found.shapes, strict=True):
-            if own != shape:
-                raise ValueError(
-                    f"theta['lam']{path}: expected for {self.kind!r} shape {tuple(shape)}, got {tuple(own)}. {advice}"
-                )
-        return theta["centre"], theta["lam"]
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """A training loss that remembers its model."""
-
-    predict: Loss
-    output_loss: Loss
-
-    def __call__(self, phi: Tree, data: Any) -> Tensor:
-        return self.output_loss(self.predict(phi, data), data)
-
-
 def _limit(dtype: torch.dtype) -> float:
-    """The largest |raw| that counts: lam, 1 / lam and their squares are finite, with room for the sums that they enter."""
+    """The largest |raw| that counts: lam, 1 / lam and their squares are finite, with room for sums of them."""
     return 0.45 * log(torch.finfo(dtype).max)
 
 
@@ -320,7 +190,9 @@ def _numbers(lam: Any, wanted: Layout, like: Tensor) -> list[Tensor]:
     if structure == LEAF and not (isinstance(lam, Tensor) and lam.ndim):
         leaves, structure = leaves * len(wanted.shapes), wanted.structure
     if structure != wanted.structure:
-        raise ValueError(f"lam: expected a number or {_described(wanted)}, got {_described(Layout(structure, ()))}.")
+        raise ValueError(
+            f"lam: expected a number or {described_layout(wanted)}, got {described_layout(Layout(structure, ()))}."
+        )
     numbers = []
     for path, leaf, shape in zip(structure.paths(), leaves, wanted.shapes, strict=True):
         if isinstance(leaf, bool) or not (
@@ -345,5 +217,6 @@ def _check_range(name: str, number: Tensor, given: Any) -> None:
         )
 
 
-def _described(layout: Layout) -> str:
+def described_layout(layout: Layout) -> str:
+    """For a message."""
     return "one tensor" if layout.structure == LEAF else f"a tree with leaves {layout.structure.paths()}"

@@ -15,12 +15,13 @@ from typing import Any
 
 from bilevel.derivatives import Flat
 from bilevel.entry import Call, check_linsys, check_solver, prepare
-from bilevel.implicit_rule import Check, Rule, differentiable_solution
+from bilevel.implicit_rule import Rule, differentiable_solution
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem, require_functions_of
 from bilevel.residual import Condition, FixedPointFlat, RootFlat
 from bilevel.result import Result
+from bilevel.status import Check, require_check
 from bilevel.trees import Tree
 
 
@@ -48,8 +49,9 @@ def argmin(
     Args:
         problem, theta, data, solver, init: as in :func:`solve`.
         linsys: linear solver for every derivative.
-        check: raise on failure. A solve that has used up its steps is no failure: ``check="converged"`` raises there too. Acts under
-            transforms of ``torch.func`` as well, as far as these let it see plain numbers: vmap, grad, jacrev, jacfwd, hessian do.
+        check: "failed" (or True) raises where a solve failed. To use up its steps is no failure: "converged" raises there too, and needs
+            a solver with a tolerance. False never raises. Acts under transforms of ``torch.func`` as well, as far as these let it see plain
+            numbers: vmap, grad, jacrev, jacfwd, hessian do.
         report: called with the :class:`Result` of every solve, inner and linear, likewise; its ``what`` says which one it is.
 
     Raises:
@@ -167,8 +169,7 @@ def _require_tolerance(solver: Any, name: str) -> None:
 def _solution(
     call: Call, solver: Any, linsys: LinearSolver, check: Check, report: Callable[[Result], None] | None, name: str
 ) -> Tree:
-    if not isinstance(check, bool) and check != "converged":
-        raise ValueError(f'{name}: check: expected True, False or "converged", got {check!r}.')
+    require_check(check, name)
     if check == "converged":
         _require_tolerance(solver, name)
     return differentiable_solution(call, Rule(call.flat, solver, linsys, check, report, name))

@@ -1,8 +1,8 @@
 """Trees of tensors, and the one vector that stands for a tree inside the library.
 
 A tree is a tensor or a nested dict / list / tuple (named tuples too) of leaves. Dicts are matched by key and never by
-insertion
-order: leaves are always listed in the order of the sorted keys, which is the *ravel order* of the documentation.
+insertion order: leaves are always listed in the order of the sorted keys, which is the *ravel order* of the
+documentation.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def _children(tree: Tree) -> tuple[type, tuple[Any, ...], list[Tree], tuple[Any,
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
-    """The leaves of a tree in ravel order, and its structure. Whatever is no dict, list or tuple is a leaf, None
-    included.
-    """
+    """The leaves of a tree in ravel order, and its structure. Whatever is no dict, list or tuple is a leaf, so None."""
     parts = _children(tree)
     if parts is None:
         return [tree], LEAF

@@ -23,12 +23,13 @@ from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_fi
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Levels, alike, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare, refuse_unused
+from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import check_count, dot, select
 from bilevel.path import PathObjective
 from bilevel.problem import BilevelProblem
-from bilevel.result import Hypergradient, Status
 from bilevel.solvers.base import IterativeSolver, Run
+from bilevel.status import Status
 from bilevel.trees import Tree
 
 DIRECTIONS = 64  # of theta at once in forward mode

@@ -46,6 +46,8 @@ napoleon_use_ivar = True
 # be downloaded. `Tensor` and the rest of the second pattern are names that the annotations import.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?|Tensor"),
+    # the type of Hypergradient.certificate, whose answers are attributes and methods of the Hypergradient
+    ("py:class", r"bilevel\.gradient\.Evidence"),
     ("py:.*", r"applications\.meta_learning\..*|(Checkpoint|Config|Data)Error"),  # of which the page has a selection
 ]
 

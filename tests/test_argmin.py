@@ -913,7 +913,7 @@ def test_check_converged_raises_where_the_steps_were_used_up() -> None:
     saddle = argmin(hill(), theta, solver=TOP, linsys=Exact(), check="converged")
     saddle.sum().backward()  # SOLVED_INDEFINITE is solved
     with pytest.raises(
-        ValueError, match='argmin: check: expected True, False or "converged", got "solved"|got \'solved\''
+        ValueError, match='argmin: check: expected "failed" \\(or True\\), "converged" or False, got \'solved\''
     ):
         argmin(RIDGE.problem, theta, RIDGE.data, check="solved", **options)
 

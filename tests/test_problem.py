@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import BilevelProblem, ProximalProblem, solvers
+from bilevel import BilevelProblem, Composition, LearnedProximalProblem, ProximalProblem, Split, solvers
 from bilevel.linsys import CG, Identity
+from bilevel.regularisation import Diagonal, Scalar
 
 # theta = {"w": (2, 2), "b": (2,)}: d = 6, ravel order b_0 b_1 w_00 w_01 w_10 w_11
 
@@ -137,6 +138,31 @@ def test_lambda_in_a_batched_solve(form: str) -> None:
     torch.testing.assert_close(first["w"], data["w"])
 
 
+def test_of_a_matrix_the_last_inverse_is_kept_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search over the damping would otherwise keep a d x d matrix for each value."""
+    problem, v = ProximalProblem.from_losses(zero, zero, spd(6)), tree(5)
+    factorised = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: factorised.append(0) or cholesky(matrix))
+    for damping in (0.5, 0.5, 0.25, 0.25, 0.5):
+        expected = np.linalg.solve(spd(6).numpy() + damping * np.eye(6), vector(v))
+        np.testing.assert_allclose(vector(problem.curvature_inverse(v, damping=damping)), expected, rtol=1e-11)
+    assert len(factorised) == 3
+
+
+def test_the_largest_eigenvalue_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = ProximalProblem.from_losses(zero, zero, spd(6))
+    norm = problem.constant_cross_norm
+    np.testing.assert_allclose(norm, np.linalg.eigvalsh(spd(6).numpy())[-1], rtol=1e-12)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", None)
+    assert problem.constant_cross_norm == norm
+
+
+def test_lambda_cannot_be_set_where_nothing_would_look_at_it() -> None:
+    with pytest.raises(AttributeError):
+        ProximalProblem.from_losses(zero, zero, 1.0).lam = 2.0  # type: ignore[misc]
+
+
 def test_a_square_theta_has_its_lambda_as_diagonal_or_in_full() -> None:
     theta, step = normal(1, 2, 2), normal(2, 2, 2)
 
@@ -241,7 +267,7 @@ def test_from_losses_is_the_sum_of_its_parts() -> None:
     assert problem.outer_loss(phi, theta, 3.0).item() == problem.test_loss(phi, 3.0).item() == 28.0
     start = problem.initial_phi(theta)
     assert torch.equal(start, theta) and start.data_ptr() != theta.data_ptr()
-    assert problem.model is None
+    assert problem.composition is None
 
 
 def test_from_model_composes_and_remembers_its_model() -> None:
@@ -255,9 +281,9 @@ def test_from_model_composes_and_remembers_its_model() -> None:
     phi, theta = torch.tensor([3.0, 1.0]), torch.tensor([3.0, 0.0])
     assert problem.train_loss(phi, data).item() == 4.0
     assert problem.inner_objective(phi, theta, data).item() == 5.0
-    assert problem.model is not None
-    predict, output_loss = problem.model
-    assert output_loss(predict(phi, data), data).item() == 4.0
+    made_of = problem.composition
+    assert made_of is not None
+    assert made_of.output_loss(made_of.predict(phi, theta, data), theta, data).item() == 4.0
 
 
 def test_a_subclass_needs_two_methods() -> None:
@@ -279,6 +305,208 @@ def test_a_subclass_needs_two_methods() -> None:
 
     with pytest.raises(NotImplementedError, match=r"Forgetful must define train_loss\(phi, data\)"):
         Forgetful(lam=1.0).inner_objective(torch.ones(2), torch.ones(2))
+
+
+def test_a_subclass_may_say_what_its_training_loss_is_made_of() -> None:
+    """One hook, for the training loss and for GaussNewton(); by hand: H = 2 J^T J + lam I, u = H^{-1} 1, dF/dtheta = lam u."""
+
+    class Line(ProximalProblem):
+        @property
+        def composition(self) -> Composition:
+            return Composition(lambda phi, theta, data: data @ phi, lambda outputs, theta, data: outputs.square().sum())
+
+        def test_loss(self, phi: Any, data: Any) -> Tensor:
+            return phi.sum()
+
+    problem, data, phi, theta = Line(lam=2.0), normal(60, 4, 2), normal(61, 2), normal(62, 2)
+    torch.testing.assert_close(problem.train_loss(phi, data), (data @ phi).square().sum())
+    found = bilevel.implicit_gradient(
+        problem, phi, theta, data, linsys=CG(max_steps=9, rtol=1e-13), curvature=bilevel.GaussNewton()
+    )
+    hessian = 2 * data.mT @ data + 2 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(found.unwrap(), 2 * torch.linalg.solve(hessian, torch.ones(2, dtype=torch.float64)))
+
+
+def test_a_split_may_be_any_pair() -> None:
+    """The rest and the centre of G = 2 |phi|^2 + |phi - theta|^2; phi* = theta / 3 and L = sum(phi*)."""
+
+    class Named(BilevelProblem):
+        knows_curvature, curvature_scale = True, 2.0
+
+        def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return 2 * phi.square().sum() + (phi - theta).square().sum()
+
+        def outer_loss(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return phi.sum()
+
+        @property
+        def split(self) -> Split | None:
+            return Split(lambda phi, theta, data: 2 * phi.square().sum(), lambda theta: theta)
+
+    class Plain(Named):
+        @property
+        def split(self) -> Any:
+            return tuple(super().split)
+
+    theta = normal(63, 3)
+    for problem in (Named(), Plain()):
+        found = bilevel.hypergradient(
+            problem,
+            theta,
+            init=torch.zeros_like(theta),
+            solver=solvers.NewtonCG(max_steps=3, tol=1e-12),
+            linsys=CG(max_steps=4, rtol=1e-13),
+        )
+        torch.testing.assert_close(found.phi, theta / 3)
+        torch.testing.assert_close(found.unwrap(), torch.full_like(theta, 1 / 3))
+    split = Named().split
+    assert split is not None and split.remainder is split[0] and split.centre is split[1]
+
+
+class Shifted(ProximalProblem):
+    def train_loss(self, phi: Any, data: Any) -> Tensor:
+        return (phi - 1).square().sum()
+
+    def test_loss(self, phi: Any, data: Any) -> Tensor:
+        return phi.sum()
+
+
+class Learned(LearnedProximalProblem):
+    pass
+
+
+class Own(BilevelProblem):
+    @classmethod
+    def from_scratch(cls) -> BilevelProblem:
+        return cls()
+
+    def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+        return phi.square().sum()
+
+    def outer_loss(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+        return phi.sum()
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "plain", "use"),
+    [
+        (
+            ProximalProblem,
+            "from_functions",
+            "BilevelProblem",
+            r"ProximalProblem.from_losses\(...\) or ProximalProblem.from_model\(...\)",
+        ),
+        (
+            LearnedProximalProblem,
+            "from_functions",
+            "BilevelProblem",
+            r"LearnedProximalProblem.from_losses\(...\) or LearnedProximalProblem.from_model\(...\)",
+        ),
+        (Shifted, "from_functions", "BilevelProblem", r"Shifted\(...\)"),
+        (Shifted, "from_losses", "ProximalProblem", r"Shifted\(...\)"),
+        (Shifted, "from_model", "ProximalProblem", r"Shifted\(...\)"),
+        (Learned, "from_functions", "BilevelProblem", r"Learned\(...\)"),
+        (Own, "from_functions", "BilevelProblem", r"Own.from_scratch\(...\)"),
+        (Own, "from_model", "BilevelProblem", r"Own.from_scratch\(...\)"),
+    ],
+)
+def test_a_constructor_that_would_leave_the_class_out_is_refused(of: Any, name: str, plain: str, use: str) -> None:
+    """Before, ProximalProblem.from_functions gave a problem without its regulariser, and said nothing."""
+    words = (
+        rf"^{of.__name__}.{name} would make a plain {plain}, without what {of.__name__} adds \(a regulariser, methods\). Use {use}; for "
+        rf"the plain one, {plain}.{name}\(...\)\.$"
+    )
+
+    def fn(*_: Any) -> Tensor:
+        return torch.tensor(0.0)
+
+    number = {"from_functions": 2, "from_losses": 3, "from_model": 4 if plain == "ProximalProblem" else 3}[name]
+    with pytest.raises(TypeError, match=words):
+        getattr(of, name)(*[fn] * number)
+
+
+def test_a_subclass_of_the_learned_problem_makes_its_own() -> None:
+    made = Learned.from_model(lambda phi, data: phi, lambda z, data: z.sum(), lambda phi, data: phi.sum(), Scalar())
+    assert type(made) is Learned and made.composition is not None
+
+
+def by_every_constructor(quadratic: bool, power: int) -> dict[str, tuple[BilevelProblem, Any]]:
+    """G = |data phi|^power / power + the rest, with its theta; quadratic where power = 2."""
+
+    def predict(phi: Any, data: Any) -> Tensor:
+        return data @ phi
+
+    def output_loss(z: Tensor, data: Any) -> Tensor:
+        return (z.abs() ** power).sum() / power
+
+    def train(phi: Any, data: Any) -> Tensor:
+        return output_loss(predict(phi, data), data)
+
+    def test(phi: Any, data: Any) -> Tensor:
+        return (phi - 1).square().sum()
+
+    def penalty(phi: Any, theta: Any, data: Any) -> Tensor:
+        return 0.5 * (phi - theta).square().sum()
+
+    centre, q = normal(70, 3), quadratic
+    learned = LearnedProximalProblem.from_losses(train, test, Diagonal(), quadratic=q)
+    of_model = LearnedProximalProblem.from_model(predict, output_loss, test, Diagonal(), quadratic=q)
+    theta = learned.initial_theta(centre, lam=1.0)
+    return {
+        "BilevelProblem.from_functions": (
+            BilevelProblem.from_functions(
+                lambda phi, theta, data: train(phi, data) + penalty(phi, theta, data),
+                lambda phi, theta, data: test(phi, data),
+                lambda theta, data: theta.clone(),
+                quadratic=q,
+            ),
+            centre,
+        ),
+        "BilevelProblem.from_model": (
+            BilevelProblem.from_model(
+                lambda phi, theta, data: predict(phi, data),
+                lambda z, theta, data: output_loss(z, data),
+                lambda phi, theta, data: test(phi, data),
+                lambda theta, data: theta.clone(),
+                penalty=penalty,
+                quadratic=q,
+            ),
+            centre,
+        ),
+        "ProximalProblem.from_losses": (ProximalProblem.from_losses(train, test, 1.0, quadratic=q), centre),
+        "ProximalProblem.from_model": (
+            ProximalProblem.from_model(predict, output_loss, test, 1.0, quadratic=q),
+            centre,
+        ),
+        "LearnedProximalProblem.from_losses": (learned, theta),
+        "LearnedProximalProblem.from_model": (of_model, theta),
+    }
+
+
+CONSTRUCTORS = list(by_every_constructor(False, 2))
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_every_constructor_gives_the_same_problem_and_takes_quadratic(name: str) -> None:
+    """Lambda = I and G quadratic: phi* = H^{-1} theta and dF/dtheta = H^{-1} 2 (phi* - 1), with H = data^T data + I."""
+    data = normal(71, 5, 3)
+    options: dict[str, Any] = {
+        "solver": solvers.NewtonCG(max_steps=5, cg_steps=9, tol=1e-12),
+        "linsys": CG(max_steps=9, rtol=1e-13),
+    }
+    hessian = data.mT @ data + torch.eye(3, dtype=torch.float64)
+    for quadratic in (False, True):
+        problem, theta = by_every_constructor(quadratic, 2)[name]
+        assert problem.quadratic is quadratic and (problem.composition is not None) == name.endswith("from_model")
+        found = bilevel.hypergradient(problem, theta, data, **options)
+        centre = theta["centre"] if isinstance(theta, dict) else theta
+        grad = found.unwrap()["centre"] if isinstance(theta, dict) else found.unwrap()
+        phi = torch.linalg.solve(hessian, centre)
+        torch.testing.assert_close(found.phi, phi, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(grad, torch.linalg.solve(hessian, 2 * (phi - 1)), rtol=1e-10, atol=1e-12)
+    problem, theta = by_every_constructor(True, 4)[name]
+    with pytest.raises(ValueError, match="quadratic"):
+        bilevel.hypergradient(problem, theta, data, **options)
 
 
 def test_a_base_class_says_what_to_use() -> None:
@@ -311,7 +539,7 @@ def test_a_problem_without_a_start_asks_for_one() -> None:
     torch.testing.assert_close(
         bilevel.solve(problem, torch.ones(2), init=torch.zeros(2), solver=solver).unwrap(), torch.ones(2)
     )
-    assert not problem.knows_curvature and problem.model is None
+    assert not problem.knows_curvature and problem.composition is None
     with pytest.raises(ValueError, match=r"Identity\(\) needs a problem that knows part of its Hessian"):
         bilevel.hypergradient(problem, torch.ones(2), init=torch.zeros(2), solver=solver, linsys=Identity())
 

@@ -787,6 +787,16 @@ def test_the_range_of_lambda_is_that_of_the_dtype() -> None:
             r"kind: expected Scalar\(\), PerLeaf\(\), .* got 2.0",
         ),
         (
+            lambda: LearnedProximalProblem.from_losses(None, test, Scalar()),
+            TypeError,
+            r"train_loss: expected a function of \(phi, data\), got NoneType",
+        ),
+        (
+            lambda: LearnedProximalProblem.from_losses(train, test, 2.0),
+            TypeError,
+            r"kind: expected Scalar\(\), PerLeaf\(\), .* got 2.0",
+        ),
+        (
             lambda: LearnedProximalProblem.from_model(predict, None, test, Scalar()),
             TypeError,
             r"output_loss: expected a function of \([a-z, ]*\), got NoneType",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 import bilevel
 from bilevel import Hypergradient, Result, SolverError, Status
 from bilevel.linsys import CG
+from bilevel.status import converged, failed
 
 NOT_FAILED = {
     Status.CONVERGED,
@@ -32,6 +36,19 @@ def result(codes: Any, steps: Any = None, residual: Any = None, value: Any = Non
 def test_which_statuses_are_failures() -> None:
     assert set(Status) == NOT_FAILED | FAILED
     assert {status for status in Status if status.failed} == FAILED
+
+
+def test_the_codes_of_failures_come_last() -> None:
+    """A batch is judged by comparing numbers, as fast as that is; a new member must keep to it."""
+    assert [status.failed for status in sorted(Status)] == [False] * len(NOT_FAILED) + [True] * len(FAILED)
+    codes = torch.tensor(sorted(Status))
+    assert failed(codes).tolist() == [status.failed for status in sorted(Status)]
+    assert {Status(int(code)) for code in codes[converged(codes)]} == {Status.CONVERGED, Status.SOLVED_INDEFINITE}
+
+
+def test_results_survive_a_pickle() -> None:
+    found = pickle.loads(pickle.dumps(result([0, 6])))
+    assert found.failed.tolist() == [False, True] and torch.equal(found.value, torch.ones(3))
 
 
 @pytest.mark.parametrize("status", Status)
@@ -68,6 +85,100 @@ def test_unwrap_of_one_failed_problem_says_why(status: Status) -> None:
     assert issubclass(SolverError, RuntimeError)
 
 
+MET = {Status.CONVERGED, Status.SOLVED_INDEFINITE}
+PASSES: list[tuple[Any, set[Status]]] = [
+    ("failed", NOT_FAILED),
+    (True, NOT_FAILED),
+    ("converged", MET),
+    (False, set(Status)),
+]
+
+
+@pytest.mark.parametrize(
+    ("check", "passes"), PASSES, ids=lambda value: str(value) if not isinstance(value, set) else ""
+)
+@pytest.mark.parametrize("status", Status)
+def test_check_means_the_same_everywhere(status: Status, check: Any, passes: set[Status]) -> None:
+    """Of one result and of a batch, of a hypergradient, and of the calls that solve: through a solver that ends with this status."""
+    one = result(int(status))
+    ways: list[Callable[[], Any]] = [
+        lambda: one.unwrap(check=check),
+        lambda: result([0, int(status)]).unwrap(check=check),
+        lambda: by_hand(one, result(0)).unwrap(check=check),
+        lambda: by_hand(None, one).unwrap(check=check),
+        lambda: argmin_that_ends_with(status, check),
+    ]
+    for way in ways:
+        if status in passes:
+            way()
+        else:
+            with pytest.raises(SolverError, match=status.name):
+                way()
+
+
+def by_hand(inner: Result | None, linear: Result) -> Hypergradient:
+    ok = ~(linear.failed if inner is None else inner.failed | linear.failed)
+    return Hypergradient(
+        grad=torch.ones(2),
+        outer=torch.tensor(0.0),
+        outer_per_task=torch.tensor(0.0),
+        phi=torch.ones(2),
+        inner=inner,
+        linear=linear,
+        curvature=bilevel.Hessian(),
+        damping=0.0,
+        ok_per_task=ok,
+        reduction="mean",
+    )
+
+
+@dataclass(frozen=True)
+class Ends(bilevel.solvers.NewtonCG):
+    """Says at the end what it is told to."""
+
+    status: Status = Status.CONVERGED
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        run = super().run(*args, **options)
+
+        def ended(*of: Any) -> Result:
+            found = run.result(*of)
+            return replace(found, codes=torch.full_like(found.codes, int(self.status)))
+
+        return SimpleNamespace(phi=run.phi, result=ended)
+
+
+def argmin_that_ends_with(status: Status, check: Any) -> Any:
+    theta = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    return bilevel.argmin(
+        problem(),
+        theta,
+        torch.tensor(2.0, dtype=torch.float64),
+        init=theta,
+        solver=Ends(max_steps=5, tol=1e-9, status=status),
+        linsys=CG(max_steps=9),
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("check", ["solved", 1, None, torch.tensor(True)])
+def test_what_is_no_check_is_refused_by_all_in_the_same_words(check: Any) -> None:
+    for way in (
+        lambda: result(0).unwrap(check=check),
+        lambda: by_hand(None, result(0)).unwrap(check=check),
+        lambda: argmin_that_ends_with(Status.CONVERGED, check),
+    ):
+        with pytest.raises(ValueError, match=r'check: expected "failed" \(or True\), "converged" or False, got '):
+            way()
+
+
+def test_unwrap_says_why_a_result_that_did_not_fail_is_refused() -> None:
+    with pytest.raises(SolverError, match="^check='converged': solve: MAX_STEPS after 7 steps"):
+        result(int(Status.MAX_STEPS)).unwrap(check="converged")
+    with pytest.raises(SolverError, match="^solve: DIVERGED"):
+        result(int(Status.DIVERGED)).unwrap(check="converged")
+
+
 def test_unwrap_of_a_batch_counts_per_status() -> None:
     codes = [[0, 6, 6], [5, 1, 0]]
     batch = result(codes, steps=[[1, 2, 30], [4, 50, 6]], residual=[[0.1, 0.5, float("nan")], [2.0, 0.3, 0.4]])
@@ -76,7 +187,7 @@ def test_unwrap_of_a_batch_counts_per_status() -> None:
     with pytest.raises(SolverError) as error:
         batch.unwrap()
     lines = str(error.value).splitlines()
-    assert "3 of 6 problems failed" in lines[0]
+    assert "6 problems, 3 failed:" in lines[0]
     by_name = {line.split()[2]: line for line in lines[1:]}
     assert set(by_name) == {"CONVERGED", "MAX_STEPS", "DIVERGED", "NON_FINITE"}
     assert (
@@ -94,14 +205,14 @@ def test_unwrap_of_a_batch_counts_per_status() -> None:
 
 def test_describe_names_what_it_describes() -> None:
     assert result(0).describe("inner solve").startswith("inner solve: CONVERGED after 7 steps, residual 2.500e-01: ")
-    assert result([0, 1]).describe("linear solve").startswith("linear solve: 0 of 2 problems failed")
+    assert result([0, 1]).describe("linear solve").startswith("linear solve: 2 problems, 0 failed:")
 
 
 def test_a_failed_solve_raises_through_the_library() -> None:
     """From a real solve, not from a result made by hand."""
-    failed = CG(max_steps=5).solve(lambda v: -v, torch.ones(2, 3))
-    with pytest.raises(SolverError, match=r"2 of 2 problems failed:\n  2 x NEGATIVE_CURVATURE .*CG\(steihaug=True\)"):
-        failed.unwrap()
+    indefinite = CG(max_steps=5).solve(lambda v: -v, torch.ones(2, 3))
+    with pytest.raises(SolverError, match=r"2 problems, 2 failed:\n  2 x NEGATIVE_CURVATURE .*CG\(steihaug=True\)"):
+        indefinite.unwrap()
 
 
 # --- Hypergradient -------------------------------------------------------------------------------
@@ -145,9 +256,7 @@ def test_unwrap_of_a_hypergradient() -> None:
 def test_a_hypergradient_without_an_ok_task_is_nan_and_raises() -> None:
     for bad in (hypergradient([-1.0, -2.0]), hypergradient([-1.0, -2.0], "sum"), hypergradient(-1.0)):
         assert bad.grad.isnan().all() and bad.num_ok == 0
-        with pytest.raises(
-            SolverError, match=r"linear solve: .*NEGATIVE_CURVATURE|linear solve: 2 of 2 problems failed"
-        ):
+        with pytest.raises(SolverError, match=r"linear solve: .*NEGATIVE_CURVATURE|linear solve: 2 problems, 2 failed"):
             bad.unwrap()
     assert hypergradient(-1.0).ok is False
 

@@ -14,6 +14,7 @@ from bilevel import BilevelProblem, ProximalProblem
 
 Theta = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+OfTask = Callable[[Theta, TaskBatch], Tensor]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -24,6 +25,29 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def squared_error(outputs: Tensor, y: Tensor) -> Tensor:
     """Mean squared error of outputs (n, 1) for targets (n, 1)."""
     return nn.functional.mse_loss(outputs, y)
+
+
+def few_shot_losses(module: nn.Module, loss: Loss) -> tuple[OfTask, Callable[[Tensor, TaskBatch], Tensor], OfTask]:
+    """The parts of :func:`few_shot_problem`, in the order of ``from_model``: predict, output_loss, test_loss.
+
+    Args:
+        module, loss: as there.
+
+    Raises:
+        ValueError: the module keeps statistics or draws random numbers.
+    """
+    check_module(module)
+
+    def predict(phi: Theta, task: TaskBatch) -> Tensor:
+        return functional_call(module, phi, (task["support"]["x"],))
+
+    def output_loss(outputs: Tensor, task: TaskBatch) -> Tensor:
+        return loss(outputs, task["support"]["y"])
+
+    def test_loss(phi: Theta, task: TaskBatch) -> Tensor:
+        return loss(functional_call(module, phi, (task["query"]["x"],)), task["query"]["y"])
+
+    return predict, output_loss, test_loss
 
 
 def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, float]) -> ProximalProblem:
@@ -40,21 +64,11 @@ def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, fl
     Raises:
         ValueError: the module keeps statistics or draws random numbers, or lam does not name its parameters.
     """
-    check_module(module)
+    parts = few_shot_losses(module, loss)
     names = [name for name, _ in module.named_parameters()]
     if isinstance(lam, Mapping) and set(lam) != set(names):
         raise ValueError(f"lam: expected one entry for each of the parameters {sorted(names)}, got {sorted(lam)}")
-
-    def predict(phi: Theta, task: TaskBatch) -> Tensor:
-        return functional_call(module, phi, (task["support"]["x"],))
-
-    def output_loss(outputs: Tensor, task: TaskBatch) -> Tensor:
-        return loss(outputs, task["support"]["y"])
-
-    def test_loss(phi: Theta, task: TaskBatch) -> Tensor:
-        return loss(functional_call(module, phi, (task["query"]["x"],)), task["query"]["y"])
-
-    return ProximalProblem.from_model(predict, output_loss, test_loss, dict(lam) if isinstance(lam, Mapping) else lam)
+    return ProximalProblem.from_model(*parts, dict(lam) if isinstance(lam, Mapping) else lam)
 
 
 def plain_problem(module: nn.Module, loss: Loss) -> BilevelProblem:

@@ -75,12 +75,14 @@ class Flat:
         """G without the quadratic part that the problem splits off, 0-d."""
         if self.problem.split is None:
             return self.inner(phi, *tensors)
-        return _scalar(self.problem.split[0](self.phi.unravel(phi), *self.trees(tensors)), "inner_objective", phi)
+        remainder, _ = self.problem.split
+        return _scalar(remainder(self.phi.unravel(phi), *self.trees(tensors)), "inner_objective", phi)
 
     def centre(self, *tensors: Tensor) -> Tensor:
         """Where the quadratic part is smallest ``(d,)``."""
         assert self.problem.split is not None
-        leaves, structure = flatten(self.problem.split[1](self.trees(tensors)[0]))
+        _, centre = self.problem.split
+        leaves, structure = flatten(centre(self.trees(tensors)[0]))
         layout = Layout(structure, tuple(leaf.shape for leaf in leaves))
         if layout != self.phi:
             raise ValueError(

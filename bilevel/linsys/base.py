@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bilevel.checks import check_count as check_count
 from bilevel.checks import check_number as check_number
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 Matvec = Callable[[Tensor], Tensor]
 """``v -> A v`` over ``(*batch, d)``; also over ``(k, *batch, d)``: several vectors for each problem at once."""

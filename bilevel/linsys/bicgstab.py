@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.linsys.base import dot, norm, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
-from bilevel.result import Status
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from bilevel.linsys.base import (
     to_columns,
 )
 from bilevel.linsys.neumann import some_direction
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.checks import check_count
 from bilevel.linsys.base import norm, not_reduced, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
-from bilevel.result import Status
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

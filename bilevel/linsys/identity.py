@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.linsys.base import LinearSolver, Matvec, check_system, mark
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ from bilevel.linsys.base import (
     unit_of_matrix,
 )
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 MUCH = 0.1
 """The part of b that a solve has left when its steps were of little use."""

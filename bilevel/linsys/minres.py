@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.linsys.base import dot, norm, rank_rounding, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
-from bilevel.result import Status
+from bilevel.status import Status
 
 FLAT = 30
 """Up to so many eps |A| |r|, |A r| is zero as far as Lanczos can tell: it comes from a few sums, each of them rounded.

@@ -21,7 +21,8 @@ from bilevel.linsys.base import (
     select,
     unit_of,
 )
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 POWER_STEPS = 12
 """Products for the estimate of the largest eigenvalue, which is never too large.

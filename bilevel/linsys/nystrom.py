@@ -11,7 +11,8 @@ from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
 from bilevel.linsys.base import LinearSolver, Matvec, check_system, in_own_unit, mark, norm, not_reduced
 from bilevel.linsys.low_rank import nystrom_approximation
-from bilevel.result import Result, Status
+from bilevel.result import Result
+from bilevel.status import Status
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from bilevel.derivatives import Objective
 from bilevel.linsys.base import largest, norm, select
-from bilevel.result import Result, Status
+from bilevel.result import Result
 from bilevel.solvers.line_search import not_above
 from bilevel.solvers.masks import choose, compact_batch, gather_rows, nowhere, scatter_rows
+from bilevel.status import Status
 
 GROWTH = 1e6
 """A gradient norm that has grown by more than this factor counts as divergence even while it is finite.

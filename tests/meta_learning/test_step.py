@@ -138,7 +138,7 @@ def test_a_run_of_failing_steps_ends() -> None:
     for _ in range(3):
         trainer.meta_step()
     with pytest.raises(
-        TrainingFailed, match=r"(?s)4 meta-steps in a row.*adaptation: 4 of 4 problems failed.*NON_FINITE.*--lam"
+        TrainingFailed, match=r"(?s)4 meta-steps in a row.*adaptation: 4 problems, 4 failed.*NON_FINITE.*--lam"
     ):
         trainer.meta_step()
     assert all(torch.equal(leaf, old) for leaf, old in zip(trainer.theta.values(), theta, strict=True))

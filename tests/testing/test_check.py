@@ -314,7 +314,7 @@ def test_a_bias_by_choice_is_measured_and_is_no_fault(options: dict[str, Any], w
 
     eye = torch.eye(len(phi), dtype=F64)
     hessian = eye + torch.func.hessian(lambda x: problem.train_loss(tree(x), data))(phi)
-    jacobian = torch.func.jacrev(lambda x: problem.model[0](tree(x), data).reshape(-1))(phi)
+    jacobian = torch.func.jacrev(lambda x: problem.composition.predict(tree(x), theta, data).reshape(-1))(phi)
     matrix = eye + 2 * jacobian.T @ jacobian if "curvature" in options else eye if "linsys" in options else hessian
     matrix = matrix + options.get("damping", 0.0) * eye
     b = torch.func.grad(lambda x: problem.test_loss(tree(x), data))(phi)

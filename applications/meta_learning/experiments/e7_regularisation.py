@@ -26,7 +26,7 @@ from applications.meta_learning.experiments.base import Experiment, Numbers, Req
 from applications.meta_learning.method import build_network, conditions
 from applications.meta_learning.models import initial_theta
 from applications.meta_learning.presets import preset
-from applications.meta_learning.problem import cross_entropy, few_shot_problem
+from applications.meta_learning.problem import cross_entropy, few_shot_losses
 from applications.meta_learning.report import PALETTE, STYLE
 from applications.meta_learning.tasks import TaskSource, dtype_of, load_source
 from bilevel import LearnedProximalProblem
@@ -155,10 +155,7 @@ def _config(request: Request, seed: int) -> Config:
 def learned_problem(config: Config, kind: Kind) -> tuple[LearnedProximalProblem, torch.nn.Module]:
     """The few-shot problem of the program with another regulariser, and its network."""
     module = build_network(config).to(dtype=dtype_of(config))
-    fixed = few_shot_problem(module, cross_entropy, 1.0)
-    assert fixed.model is not None
-    predict, output_loss = fixed.model
-    return LearnedProximalProblem.from_model(predict, output_loss, fixed.test_loss, kind), module
+    return LearnedProximalProblem.from_model(*few_shot_losses(module, cross_entropy), kind), module
 
 
 def _trained(variant: Variant, config: Config, data_dir: Path | None, steps: int, test_tasks: int) -> Numbers:

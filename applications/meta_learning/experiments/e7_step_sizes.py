@@ -34,7 +34,7 @@ from applications.meta_learning.experiments.e6_sinusoid import base
 from applications.meta_learning.experiments.e7_regularisation import mean_and_interval
 from applications.meta_learning.method import build_network
 from applications.meta_learning.models import initial_theta
-from applications.meta_learning.problem import few_shot_problem, squared_error
+from applications.meta_learning.problem import few_shot_losses, squared_error
 from applications.meta_learning.report import PALETTE, STYLE
 from applications.meta_learning.run import use_threads
 from applications.meta_learning.tasks import TaskSource, dtype_of, load_source
@@ -213,9 +213,7 @@ def learner(variant: Variant, config: Config) -> Learner:
     centre = initial_theta(module, dtype_of(config), CPU)
     theta: dict[str, Any]
     if variant.implicit:
-        fixed = few_shot_problem(module, squared_error, 1.0)
-        assert fixed.model is not None
-        proximal = LearnedProximalProblem.from_model(*fixed.model, fixed.test_loss, Diagonal())
+        proximal = LearnedProximalProblem.from_model(*few_shot_losses(module, squared_error), Diagonal())
         theta = proximal.initial_theta(centre, LAM)
         implicit = partial(
             bilevel.hypergradient,

@@ -16,7 +16,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Constants
+from bilevel.constants import Constants
+from bilevel.problem import BilevelProblem
 from bilevel.testing.strategies.case import Model, extreme_eigenvalues, longest_row, spectral_norm
 from bilevel.testing.strategies.draws import DIRECT, Array, Setup, Source, columns, with_spectrum
 from bilevel.testing.strategies.elementwise import BOUNDED, SQUARED, Loss

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Constants
+from bilevel.constants import Constants
+from bilevel.problem import BilevelProblem
 from bilevel.testing.strategies.draws import Array
 from bilevel.testing.strategies.oracle import Arrays, Derivatives, exact
 from bilevel.trees import Layout, Tree

@@ -18,7 +18,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel.problem import BilevelProblem, Constants, ProximalProblem
+from bilevel.constants import Constants
+from bilevel.problem import BilevelProblem
+from bilevel.proximal import ProximalProblem
 from bilevel.testing.strategies.case import MARGIN, Model, extreme_eigenvalues, longest_row, rounded, spectral_norm
 from bilevel.testing.strategies.draws import DIRECT, Array, Setup, columns, with_spectrum
 from bilevel.testing.strategies.elementwise import LOGISTIC, SQUARED, Loss, sigmoid, sigmoid_slope
