@@ -49,6 +49,7 @@ class Certificate:
         curvature, damping: of the linear system, as in the call.
         chunk_size, outer_chunk_size: as in the call.
         solves: the linear solver solves, unlike ``Identity``.
+        met: where it met its tolerance ``(*batch,)``.
         versions: how often each tensor had been written to when the gradient was taken.
     """
 
@@ -62,6 +63,7 @@ class Certificate:
     chunk_size: int | None
     outer_chunk_size: int | None
     solves: bool
+    met: Tensor
     versions: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class Certificate:
     @cached_property
     def diagnosis(self) -> Diagnosis:
         """See :meth:`bilevel.Hypergradient.diagnose`."""
-        found = self._each(lambda here, tasks: correct(here, self.ok[tasks], self.per_task))
+        found = self._each(lambda here, tasks: correct(here, self.ok[tasks], self.met[tasks], self.per_task))
         change = self._join([part.change for part in found]) if self.per_task else sum(part.change for part in found)
         if self.reduction == "none":
             error = torch.where(self.ok, norm(change), torch.nan)

@@ -23,9 +23,9 @@ CORRECTION = CG(max_steps=100, rtol=1e-8)
 number, so 1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost;
 where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md."""
 
-DIGITS_LOST = 0.01
-"""Where rounding in H u hides more than this part of b, less than two digits of b are left: H is singular as far as
-one can see, and CG may then find anything."""
+MUCH_LEFT = 0.01
+"""Where a solve that did not meet its tolerance has left more than this part of b, and rounding in H u may be as much, nobody can
+tell what is missing: H is singular as far as one can see."""
 
 NEWTON_STEPS = 8
 """Near a solution one does; where so many do not come near one, phi is too far from it for an estimate."""
@@ -53,14 +53,18 @@ class Correction(NamedTuple):
     num_matvecs: int
 
 
-def correct(here: Evaluation, ok: Tensor, per_task: bool) -> Correction:
-    """Go on with the linear solve at phi, then with the inner solve and again with the linear one."""
+def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correction:
+    """Go on with the linear solve at phi, then with the inner solve and again with the linear one.
+
+    ``met``: where the linear solve met its tolerance.
+    """
     known = here.objective.curvature_inverse(here.damping)
     rounding_r, rounding_slope = here.rounding_estimate()
     before = here.gradient(here.u)
     residual, slope = here.b - here.local.matvec(here.u), here.local.grad
     lost, change = _solve(here.local.matvec, residual, rounding_r, ok, known)
-    lost = lost | (rounding_r > DIGITS_LOST * norm(here.b))
+    left = norm(residual)
+    lost = lost | (~met & (left <= rounding_r) & (left > MUCH_LEFT * norm(here.b)))
     u = here.u + change
     after = here.gradient(u)
     lost_phi, there = _newton(here, rounding_slope, ok)

@@ -92,7 +92,11 @@ def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
     if not bool(ok.all()):
         lines.append(f"{int(ok.sum())} of {ok.numel()} tasks are ok and in the gradient; that of the others is NaN.")
     linear, inner = (_worst(ok, part) for part in _relative(found))
-    if math.isinf(linear + inner):
+    if math.isinf(linear):
+        lines.append(
+            "There is no estimate of the error: the linear system at phi is singular, or indefinite, as far as rounding lets it be told."
+        )
+    elif math.isinf(inner):
         lines.append(
             "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum."
         )

@@ -17,7 +17,8 @@ from bilevel.trees import Tree, flatten
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
     """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no
-    estimate, because the curvature is negative: then phi is near no minimum.
+    estimate: ``linear`` where H is singular or indefinite as far as one can see, ``inner`` where Newton's method from phi
+    comes near no minimum.
 
     Attributes:
         error: estimate of ``|grad - exact|`` over all leaves, reduced as ``outer``.

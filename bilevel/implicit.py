@@ -42,7 +42,7 @@ from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
 from bilevel.programs import with_programs
 from bilevel.result import Result
-from bilevel.status import Status
+from bilevel.status import Status, converged
 from bilevel.trees import Tree
 
 
@@ -251,6 +251,7 @@ def _hypergradient(
         chunk_size=chunk_size,
         outer_chunk_size=options.outer_chunk_size,
         solves=not options.linsys.needs_known_inverse,
+        met=converged(found.part.linear.codes),
     )
     return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 

@@ -38,15 +38,17 @@ class BilevelProblem(ABC):
     solve.
     """
 
-    def __new__(cls, *_args: Any, **_options: Any) -> Self:
+    def __new__(cls, *args: Any, **options: Any) -> Self:
         """Python's own words for an abstract class do not say that there are functions for this."""
         if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-            ready = _constructors(cls)
+            lacks = " and ".join(missing)
+            if ready := _constructors(cls):
+                raise TypeError(f"{cls.__name__} is a base class: use {ready}, or write a subclass with {lacks}.")
             raise TypeError(
-                f"{cls.__name__} is a base class: {f'use {ready}, or ' if ready else ''}write a subclass with "
-                f"{' and '.join(missing)}."
+                f"{cls.__name__} lacks {lacks}: every problem has to define {'them' if missing[1:] else 'it'}."
             )
-        return super().__new__(cls)
+        make: Callable[..., Self] = super().__new__
+        return make(cls) if make is object.__new__ else make(cls, *args, **options)
 
     @abstractmethod
     def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -227,7 +229,8 @@ def require_functions_of(*parameters: str, **functions: Any) -> None:
         if not callable(fn):
             raise TypeError(f"{wanted}, got {type(fn).__name__}.")
         try:
-            signature = inspect.signature(fn)
+            # a decorator with functools.wraps shows the parameters of another function
+            signature = inspect.signature(fn, follow_wrapped=False)
         except ValueError:  # of a function in C
             continue
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -525,8 +526,40 @@ def test_a_base_class_says_what_to_use() -> None:
         def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
             return phi.sum()
 
-    with pytest.raises(TypeError, match=r"^Half is a base class: write a subclass with outer_loss.$"):
+    with pytest.raises(TypeError, match=r"^Half lacks outer_loss: every problem has to define it.$"):
         Half()  # type: ignore[abstract]
+
+
+def test_a_class_beside_a_problem_gets_its_arguments() -> None:
+    class Named:
+        def __new__(cls, name: str) -> Any:
+            made = super().__new__(cls)
+            made.name = name
+            return made
+
+    class Mine(BilevelProblem, Named):
+        def __init__(self, name: str) -> None: ...
+
+        def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return phi.sum()
+
+        outer_loss = inner_objective
+
+    assert Mine("a").name == "a"
+
+
+def test_a_decorated_function_is_judged_by_its_own_parameters() -> None:
+    def loss(phi: Tensor, data: Tensor) -> Tensor:
+        return (phi - data).square().sum()
+
+    @functools.wraps(loss)
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        return loss(phi, data) + theta @ phi
+
+    problem = BilevelProblem.from_functions(inner, lambda phi, theta, data: phi.sum())
+    solver, zero = solvers.NewtonCG(max_steps=3, tol=1e-6), torch.zeros(2)
+    found = bilevel.solve(problem, zero, torch.ones(2), init=zero, solver=solver)
+    torch.testing.assert_close(found.unwrap(), torch.ones(2))
 
 
 def test_a_problem_without_a_start_asks_for_one() -> None:

@@ -82,7 +82,8 @@ def _symmetrised(a: Tensor) -> Tensor:
         raise ValueError(
             "Exact() needs a symmetric matrix, got one that differs from its transpose by more than rounding. If it is meant to, pass "
             "bilevel.linsys.Operator(matvec, symmetric=False). A Hessian never is: then an operator of the objective has a wrong second "
-            "derivative (bilevel.testing.check_hypergradient names it; Hessian(product=FiniteDifference()) does without)."
+            "derivative (bilevel.testing.check_hypergradient names it; Hessian(product=FiniteDifference()) does without), or the products "
+            "are differences in too few digits (use float64)."
         )
     return 0.5 * (a + a.mT)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 import bilevel
 from bilevel import BilevelProblem, Hessian, Hypergradient, Result
 from bilevel.curvature import Curvature
+from bilevel.entry import prepare
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_number
 from bilevel.testing.determinism import check_deterministic
@@ -66,10 +68,10 @@ def check_hypergradient(
     """
     if rtol is not None:
         check_number("rtol", rtol, positive=True)
-    # first of all, so that neither a module nor an argument is changed by the call that follows
+    prepare(problem, theta, data, init, batched=batched)  # refuses what is no batch, say
+    # before the call that follows, so that it changes neither a module nor an argument
     first = 0 if batched else None
-    if not batched or any(isinstance(leaf, Tensor) for leaf in flatten(data)[0]):  # else the call says what is missing
-        check_deterministic(problem, theta, _of_task(data, first), init=_of_task(init, first))
+    check_deterministic(problem, theta, _of_task(data, first), init=_of_task(init, first))
     before = cast((theta, data), None)
     found = bilevel.hypergradient(
         problem,
@@ -88,7 +90,7 @@ def check_hypergradient(
     reports = []
     for index in _tasks(found) if batched else [None]:
         own, start = _of_task(data, index), _of_task(init, index)
-        if batched:
+        if index:  # the first has been looked at
             check_deterministic(problem, theta, own, init=start)
         start = problem.initial_phi(theta, own) if start is None else start
         report = _examine(_Task(problem, theta, own, start, found, index), Choices(linsys, curvature, damping), rtol)
@@ -165,10 +167,16 @@ def _examine(task: _Task, choices: Choices, rtol: float | None) -> Report:
     candidates = [start] if bool(answer.inner.failed) else [answer.phi, start]
     points = [phi for phi in candidates if seen.is_finite(phi, theta)]
     if not points:
-        raise AssertionError(
-            f"check_hypergradient FAILED: {task.title}G, L or dG/dphi is not finite at the start of the inner solve. "
-            + answer.inner.describe("The solver")
+        remark = f"G, L or dG/dphi is not finite where the inner solve starts. {answer.inner.describe('The solver')}"
+        nowhere = Part(
+            name="start",
+            error=math.nan,
+            tolerance=allowed,
+            compared="G, L and dG/dphi where the inner solve starts",
+            verdict=Verdict.FAULT,
+            remark=remark,
         )
+        return Report(parts=(nowhere,), rtol=allowed, setting=f"{task.title}{start.numel()} numbers in phi")
     parts = derivative_parts(seen, points, theta, allowed)
     wrong = {part.name for part in parts if part.verdict is Verdict.FAULT}
     notes, kappa = [], None

@@ -397,9 +397,28 @@ def test_a_divergence_and_a_nan_are_reported_as_what_they_are() -> None:
     text = failure(solver=GradientDescent(step_size=10.0, max_steps=100))
     assert at_fault(text) == "inner solve" and "DIVERGED" in text
     data = {**planted.make_data(), "target": torch.full((6,), torch.nan, dtype=F64)}
-    with pytest.raises(AssertionError, match="not finite at the start .* NON_FINITE"):
+    words = "(?s)at fault: start\n.*not finite where the inner solve starts.*NON_FINITE"
+    with pytest.raises(CheckFailed, match=words) as caught:
         init = {"w": torch.full((2, 2), torch.nan, dtype=F64), "b": torch.zeros(2, dtype=F64)}
         check_hypergradient(planted.problem(), planted.make_theta(), data, init=init, **accurate(F64))
+    assert caught.value.report.at_fault == ("start",)
+
+
+def test_arguments_that_are_no_batch_are_refused_by_the_library() -> None:
+    """And not by what the check does with the first task."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi - theta - data[0]).square().sum(),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros(3, dtype=F64),
+    )
+    theta, empty, two = torch.ones(3, dtype=F64), torch.zeros(0, 3, dtype=F64), torch.zeros(2, 3, dtype=F64)
+    for data, init, words in (
+        ((empty,), None, "expected at least one task, got an empty task axis"),
+        ((two,), empty, r"init: expected a leading task axis of 2, got shape \(0, 3\)"),
+        ((two, two[:1]), None, "expected 2 tasks along the first axis"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_hypergradient(problem, theta, data, init=init, batched=True, **accurate(F64))
 
 
 def test_a_kink_at_the_point_makes_the_reference_uncertain_and_no_derivative_wrong() -> None:
@@ -512,10 +531,10 @@ def test_the_first_tasks_of_a_batch_are_checked_as_they_come_out_of_the_batched_
     init = planted.normal(3, 5, 3)
     assert check_hypergradient(tasks(), theta, data, init=init, batched=True, **accurate(F64)).ok
     data[2] = torch.nan
-    with pytest.raises(AssertionError, match="task 2 of 5: .* not finite"):
+    with pytest.raises(AssertionError, match="(?s)task 2 of 5: .* not finite"):
         check_hypergradient(tasks(), theta, data, batched=True, **accurate(F64))
     data[2], data[3] = 0.0, torch.nan  # beyond the first three, but it failed
-    with pytest.raises(AssertionError, match="task 3 of 5: .* not finite"):
+    with pytest.raises(AssertionError, match="(?s)task 3 of 5: .* not finite"):
         check_hypergradient(tasks(), theta, data, batched=True, **accurate(F64))
 
 
@@ -679,7 +698,7 @@ def test_of_a_batch_the_tasks_that_failed_come_first() -> None:
     report = check_hypergradient(problem, theta, data, batched=True, **options)
     assert report.ok and report.notes == ("2 more tasks of the batch were not checked.",)
     data["y"][4, 0] = torch.nan
-    with pytest.raises(AssertionError, match="task 4 of 5: .* not finite"):
+    with pytest.raises(AssertionError, match="(?s)task 4 of 5: .* not finite"):
         check_hypergradient(problem, theta, data, batched=True, **options)
 
 
