@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
-from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis, with_tangent_alike
+from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis
 from bilevel.linsys.base import select
 
 
@@ -31,10 +30,9 @@ class PathObjective(Objective):
         self._both = over_levels(torch.func.grad_and_value(flat.inner), with_axis(levels))
         self._choose_tensors(0)  # what a method evaluates before its first step belongs to it
 
-    def begin_step(self, k: int, state: Any) -> Any:
+    def begin_step(self, k: int) -> None:
         """Step k carries the derivatives of the problems that do not skip it."""
         self._choose_tensors(k)
-        return _with_tangents_alike(state)
 
     def _choose_tensors(self, k: int) -> None:
         first, last = self._range
@@ -59,8 +57,7 @@ class PathObjective(Objective):
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
         gate = _Gate()
-        grad, value = self._both(gate(with_tangent_alike(phi)), *map(gate, self.tensors))
-        grad = with_tangent_alike(grad)
+        grad, value = self._both(gate(phi), *map(gate, self.tensors))
         gate.close(value, grad)
         self.num_grads += 1
         return value, grad
@@ -74,26 +71,14 @@ class PathObjective(Objective):
         return _PathLinearisation(self, phi, damping)
 
 
-def _with_tangents_alike(state: Any) -> Any:
-    """The state of a solver, whose own scalars are 0-d where there is no batch."""
-
-    def of_field(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return with_tangent_alike(value)
-        return _with_tangents_alike(value) if is_dataclass(value) else value
-
-    return replace(state, **{field.name: of_field(getattr(state, field.name)) for field in fields(state)})
-
-
 class _PathLinearisation:
     def __init__(self, objective: PathObjective, phi: Tensor, damping: float) -> None:
         self._objective, self._damping = objective, damping
         gate = _Gate()
         tensors = [gate(tensor) for tensor in objective.tensors]
         self.grad, self._pull, self.value = torch.func.vjp(  # type: ignore[misc]  # three with has_aux
-            lambda point: objective._both(point, *tensors), gate(with_tangent_alike(phi)), has_aux=True
+            lambda point: objective._both(point, *tensors), gate(phi), has_aux=True
         )
-        self.grad = with_tangent_alike(self.grad)
         gate.close(self.value, self.grad)
         objective.num_grads += 1
 
@@ -102,7 +87,7 @@ class _PathLinearisation:
         self._objective.num_matvecs += 1
         pull = lambda row: self._pull(row)[0]  # noqa: E731
         product = pull(v) if v.ndim == self.grad.ndim else torch.func.vmap(pull)(v)
-        return with_tangent_alike(product) + self._damping * v
+        return product + self._damping * v
 
 
 class _Gate:

@@ -148,6 +148,15 @@ class _Path:
         """``initial_phi(theta)``, or what was given in its place ``(*batch, d)``."""
         return self.call.phi if self.fixed_start else initial(self.call.flat, *self._tensors(theta))
 
+    def as_batch(self) -> _Path:
+        """A single problem as a batch of one, whose scalars are no 0-d tensors: PyTorch's tangent of a 0-d float32 times a number of
+        Python is float64.
+        """
+        call, skip = self.call, self.skip
+        levels: Levels = ((False,) * len(call.tensors),)
+        batch = replace(call, levels=levels, sizes=(1,), phi=call.phi.unsqueeze(0))
+        return replace(self, call=batch, skip=None if skip is None else skip.unsqueeze(0))
+
     def _tensors(self, theta: Sequence[Tensor]) -> tuple[list[Tensor], Levels]:
         n = len(theta)
         return [*theta, *self.call.tensors[n:]], tuple((True,) * n + flags[n:] for flags in self.call.levels)
@@ -162,6 +171,9 @@ def _backwards(phi: Tensor, theta: Sequence[Tensor], slope: Tensor) -> list[Tens
 
 def _forwards(path: _Path, theta: Sequence[Tensor], slope: Tensor) -> list[Tensor | None]:
     """The same, by one directional derivative for each entry of theta, for all tasks at once."""
+    if slope.ndim == 1:
+        of_batch = _forwards(path.as_batch(), [leaf.unsqueeze(0) for leaf in theta], slope.unsqueeze(0))
+        return [None if grad is None else grad.squeeze(0) for grad in of_batch]
     theta = [leaf.detach() for leaf in theta]
     grads: list[Tensor | None] = []
     for i, leaf in enumerate(theta):

@@ -307,6 +307,35 @@ def test_float32(forward_mode: bool) -> None:
         assert_same(vector(got.grad), vector(expected.grad), 1e-4)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [
+        GradientDescent(step_size=None, max_steps=5),
+        NesterovAGD(step_size=None, max_steps=5),
+        NesterovAGD(step_size=None, max_steps=5, strong_convexity=0.5),
+        NesterovAGD(step_size=None, max_steps=5, momentum=0.5),
+        LBFGS(max_steps=4),
+        NewtonCG(max_steps=3, damping=0.1),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("scalar", [True, False])
+def test_forwards_in_float32_with_scalars_of_the_solver(solver: Any, scalar: bool) -> None:
+    """PyTorch's tangent of a 0-d float32 times a number of Python is float64: step sizes are such, and a theta may be."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            ((phi - theta.sin()) ** 2).sum() + 0.1 * (phi**4).sum() + 0.3 * phi.sum() * theta.sum()
+        ),
+        lambda phi, theta, data: (phi - 1).square().sum(),
+        lambda theta, data: torch.zeros(2, dtype=theta.dtype),
+    )
+    theta = tensor(0.3) if scalar else tensor([0.3, -0.7])
+    expected = unrolled(problem, theta, solver=solver)
+    got = unrolled(problem, theta.float(), solver=solver, forward_mode=True)
+    assert got.grad.dtype == F32
+    assert_same(got.grad, expected.grad, 1e-3)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # As the steps grow.
 

@@ -12,7 +12,7 @@ functions:
 
 from bilevel.derivatives.backward import backward_product
 from bilevel.derivatives.flat import TENSOR, Flat
-from bilevel.derivatives.forward import alike, with_tangent_alike
+from bilevel.derivatives.forward import alike
 from bilevel.derivatives.functional import condition, condition_product, pullback, pushforward
 from bilevel.derivatives.guards import (
     is_dual,
@@ -50,5 +50,4 @@ __all__ = [
     "refuse_nested_forward_mode",
     "transforms_active",
     "with_axis",
-    "with_tangent_alike",
 ]

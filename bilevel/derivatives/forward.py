@@ -22,12 +22,3 @@ def tangent_along(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tenso
 def alike(value: Tensor, tangent: Tensor) -> Tensor:
     """The tangent in the dtype of its value: PyTorch's of a Python number times a 0-d float32 is float64."""
     return tangent.to(value.dtype)
-
-
-def with_tangent_alike(x: Tensor) -> Tensor:
-    """x, whose tangents, if it has any, are of its dtype: there and back again, for .to() alone sees the dtype of x."""
-    forward = any(
-        interpreter.key() == torch._C._functorch.TransformType.Jvp
-        for interpreter in torch._functorch.pyfunctorch.retrieve_all_functorch_interpreters()
-    )
-    return x.double().float() if forward and x.dtype == torch.float32 else x

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,9 +42,8 @@ class Objective:
     measures: ClassVar[bool] = True
     """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
 
-    def begin_step(self, k: int, state: Any) -> Any:
-        """Told by a solver at the start of its step k, which goes on with the state that is returned."""
-        return state
+    def begin_step(self, k: int) -> None:
+        """Told by a solver at the start of its step k."""
 
     def verify(self, phi: Tensor) -> None:
         """Told where a solve has ended; for objectives that were recorded earlier."""

@@ -195,7 +195,7 @@ class IterativeSolver(InnerSolver):
         # as well, as Run.result does, when tol is that small. Within a factor of 1e3: many small entries may be lost
         exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
         for k in range(first, self.max_steps):
-            state = objective.begin_step(k, state)
+            objective.begin_step(k)
             local = self.evaluate(objective, state.point)
             if self.tol > 0:
                 residual = norm(local.grad)
