@@ -62,11 +62,12 @@ class Hessian:
 
 @dataclass(frozen=True, kw_only=True)
 class GaussNewton:
-    """J^T H_out J for the part ``output_loss(predict(phi))`` of G, plus the exact Hessian of the regulariser.
+    """J^T H_out J for the part ``output_loss(predict(phi))`` of G, plus the exact Hessian of the regulariser, or of the penalty.
 
-    Positive semi-definite where ``output_loss`` is convex in the outputs, so CG cannot meet negative curvature; the
+    Positive semi-definite where ``output_loss`` (and the penalty) is convex, so CG cannot meet negative curvature; the
     implicit gradient is then biased by what is left out. (Schraudolph 2002; Martens 2010, section 4.2.) The problem
-    must say what its model is: :meth:`bilevel.ProximalProblem.from_model`.
+    must say what its model is: ``from_model`` of :class:`bilevel.BilevelProblem`, :class:`bilevel.ProximalProblem` or
+    :class:`bilevel.LearnedProximalProblem`.
     """
 
 

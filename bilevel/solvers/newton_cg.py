@@ -57,10 +57,11 @@ class NewtonCG(IterativeSolver):
 
     The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature
     it goes on with the direction found so far, or with the negative gradient at the first. The step length is the first
-    of 1, 1/2, 1/4, .., 1/256, and tenths from there on, that lowers G enough (Armijo). Where that test says nothing,
-    near the rounding floor of G, and where it is never passed or by 1/256 and less only, gradients decide: the first of
-    1, 1/2, .., 1/16 with which the gradient norm falls, or G falls along the whole step. Where there is none either,
-    what has passed the first test is taken; without that the method stops.
+    of 1, 1/2, 1/4, .., 1/256, and tenths from there on, that lowers G enough (Armijo). Where that test says nothing
+    (near the rounding floor of G; where it is never passed; where 1/256 or less has passed it, with a change of G that
+    may be rounding), gradients decide: the first of 1, 1/2, .., 1/16 with which the gradient norm falls, or G falls
+    along the whole step. Where there is none either, what has passed the first test is taken; without that the method
+    stops.
 
     Args:
         max_steps: Newton steps, >= 1.
