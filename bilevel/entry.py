@@ -20,10 +20,9 @@ from bilevel.derivatives import (
 )
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
-from bilevel.programs import Programs
 from bilevel.quadratic import QuadraticFlat, QuadraticObjective
+from bilevel.recorded import Programs, TracedObjective
 from bilevel.result import Result
-from bilevel.tracing import TracedObjective
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)

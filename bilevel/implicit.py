@@ -40,7 +40,7 @@ from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
-from bilevel.programs import with_programs
+from bilevel.recorded import with_programs
 from bilevel.result import Result
 from bilevel.status import Status, converged
 from bilevel.trees import Tree

@@ -16,7 +16,7 @@ FORBIDDEN = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_uniqu
 
 
 class FakeGraphs:
-    """In the place of ``bilevel.cuda_graphs.CudaGraphs``; ``calls`` lists what was asked of it."""
+    """In the place of ``bilevel.captured.cuda_graphs.CudaGraphs``; ``calls`` lists what was asked of it."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

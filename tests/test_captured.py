@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bilevel
 from bilevel import CapturedStep, cuda_graphs
-from bilevel.cuda_graphs import CudaGraphs
+from bilevel.captured.cuda_graphs import CudaGraphs
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG
 from bilevel.solvers import GradientDescent

@@ -15,8 +15,8 @@ from torch import Tensor
 import bilevel
 from bilevel.curvature import FiniteDifference, ForwardOverReverse, GaussNewton, Hessian, ReverseOverReverse
 from bilevel.linsys import CG, Exact
-from bilevel.programs import Programs
-from bilevel.recording import recorded, split_linearisation
+from bilevel.recorded.programs import Programs
+from bilevel.recorded.recording import recorded, split_linearisation
 from bilevel.solvers import GradientDescent, NewtonCG
 from bilevel.trees import flatten
 from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
@@ -427,7 +427,7 @@ def test_a_program_that_gives_other_numbers_is_not_used(
             return prepare, lambda v, *saved: 1.01 * product(v, *saved), cross
         return prepare, product, lambda u, *saved: [-leaf for leaf in cross(u, *saved)]
 
-    monkeypatch.setattr("bilevel.tracing.split_linearisation", wrong)
+    monkeypatch.setattr("bilevel.recorded.tracing.split_linearisation", wrong)
     theta = torch.ones(2, dtype=dtype)
     found = bilevel.implicit_gradient(Weighted(1.0), 0.5 * theta, theta, linsys=CG(max_steps=5), compile=True)
     assert found.unwrap()[0].item() == pytest.approx(0.5)
@@ -481,7 +481,7 @@ def test_what_cannot_be_recorded_is_logged_and_computed_without(caplog: pytest.L
         inner, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
     )
     for value, expected in ((1.0, 0.5), (-1.0, 2 / 3)):
-        with caplog.at_level(logging.WARNING, logger="bilevel.programs"):
+        with caplog.at_level(logging.WARNING, logger="bilevel.recorded.programs"):
             found = bilevel.hypergradient(
                 problem, torch.full((2,), value, dtype=F64), solver=NEWTON, linsys=SOLVED, compile=True
             )

@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bilevel
 from bilevel.linsys import CG
-from bilevel.lowering import _FUNCTIONS, direct, put_skinny_factors_in_front
-from bilevel.recording import recorded
+from bilevel.recorded.lowering import _FUNCTIONS, direct, put_skinny_factors_in_front
+from bilevel.recorded.recording import recorded
 from bilevel.solvers import GradientDescent, NewtonCG
 
 F32, F64 = torch.float32, torch.float64

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bilevel.simplify import FORMULAS, simplify
+from bilevel.recorded.simplify import FORMULAS, simplify
 
 F32, F64 = torch.float32, torch.float64
 X = torch.tensor([[1.0, -2.0, 0.0], [float("nan"), float("inf"), -0.5]], dtype=F64)

@@ -24,7 +24,7 @@ from applications.meta_learning.run import Ending, Run, StopRequest, stop_on_sig
 from applications.meta_learning.train import Trainer, TrainingFailed
 from bilevel.curvature import GaussNewton
 from bilevel.linsys import CG
-from bilevel.programs import Programs
+from bilevel.recorded.programs import Programs
 from tests.meta_learning.tiny import SINUSOID, TINY, tiny_source
 
 ALGORITHMS: dict[str, dict[str, Any]] = {

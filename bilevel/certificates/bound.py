@@ -23,7 +23,7 @@ delta comes from the gradient of G: |dG/dphi| / mu under strong convexity everyw
 of Newton and Kantorovich, (mu - sqrt(mu^2 - 2 rho |dG/dphi|)) / rho, under the condition of Lemma 3, delta < mu /
 (2 rho). That theorem also says that there is a solution so near, and H* >= mu - rho delta > 0 that it is a minimum.
 
-|r| and |dG/dphi| are measured, and enter with what rounding may hide in them (:mod:`bilevel.evaluation`).
+|r| and |dG/dphi| are measured, and enter with what rounding may hide in them (:mod:`bilevel.certificates.evaluation`).
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel.certificates.evaluation import Evaluation
 from bilevel.constants import Constants
 from bilevel.entry import Call
-from bilevel.evaluation import Evaluation
 from bilevel.linsys.base import norm
 
 NAMES = ("mu", "rho", "B", "L", "C")

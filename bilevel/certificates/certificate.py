@@ -1,13 +1,4 @@
-"""How good a hypergradient is: a rigorous bound where the user states constants, an estimate always, and sentences.
-
-Let phi be the point, H and C the derivatives d2G/dphi2 and d2G/dphi dtheta there, b = dL/dphi, and r = b - H u what the linear
-solver left. Stars mark the exact inner solution. With g = dL/dtheta - C^T u as computed, w = H^{-1} b and w* = H*^{-1} b*,
-
-    g* - g = - C^T H^{-1} r + (dL/dtheta* - dL/dtheta) - (C*^T w* - C^T w),
-
-a *linear* part, the first term, and an *inner* part, the rest, which vanishes with delta = |phi - phi*|. :mod:`bilevel.bound` bounds
-the two, :mod:`bilevel.estimate` computes them, both from what :mod:`bilevel.evaluation` measures at phi.
-"""
+"""What a hypergradient keeps of the call that made it, and answers from."""
 
 from __future__ import annotations
 
@@ -19,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel.bound import bound, constants_of, constants_per_task
+from bilevel.certificates.bound import bound, constants_of, constants_per_task
+from bilevel.certificates.estimate import correct
+from bilevel.certificates.evaluation import Evaluation
+from bilevel.certificates.explanation import Spectrum, explain
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import Call
-from bilevel.estimate import correct
-from bilevel.evaluation import Evaluation
-from bilevel.explanation import Spectrum, explain
 from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import norm

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bilevel.simplify import like
+from bilevel.recorded.simplify import like
 
 _aten = torch.ops.aten
 

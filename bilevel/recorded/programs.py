@@ -1,4 +1,4 @@
-"""What was recorded for a problem (:mod:`bilevel.tracing`): kept from call to call, and made anew where it no longer
+"""What was recorded for a problem (:mod:`bilevel.recorded.tracing`): kept from call to call, and made anew where it no longer
 holds.
 """
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bilevel.lowering import direct, put_skinny_factors_in_front
-from bilevel.simplify import FORMULAS, simplify
+from bilevel.recorded.lowering import direct, put_skinny_factors_in_front
+from bilevel.recorded.simplify import FORMULAS, simplify
 
 Function = Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""A step as one CUDA graph: recorded once, then replayed without Python and without a launch for each operator."""
+"""The step: when it is captured, replayed or called as it is."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.cuda_graphs import CudaGraphs, Graphs
+from bilevel.captured.cuda_graphs import CudaGraphs, Graphs
+from bilevel.captured.mutated import Mutable, Mutated
 from bilevel.isolation import DEVICES
 from bilevel.linsys.base import check_count
-from bilevel.mutated import Mutable, Mutated
 from bilevel.trees import Structure, Tree, flatten, tree_map, unflatten
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("bilevel.captured")
 
 
 class CapturedStep:

@@ -3,7 +3,7 @@ bounded.
 
 CG goes on at phi for the linear part; Newton's method from phi, mostly one step, and CG there, for the inner part. What
 is below the rounding of a gradient or a product is zero; how much that is, two of them right beside each other show,
-because the model of :mod:`bilevel.evaluation` is one of the worst case.
+because the model of :mod:`bilevel.certificates.evaluation` is one of the worst case.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel.evaluation import Evaluation
+from bilevel.certificates.evaluation import Evaluation
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.result import Result
