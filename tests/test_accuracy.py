@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bilevel
-from bilevel import Status, Tolerances
+from bilevel import BilevelProblem, Status, Tolerances
 from bilevel.linsys import CG, Exact, Identity, LinearSolver, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 
@@ -468,3 +468,54 @@ def test_warm_starts_of_something_else_are_refused():
     for other, shape in ((Ridge(d=5), "(5,)"), (Ridge(tasks=2), "(2, 12)")):
         with pytest.raises(ValueError, match=message + re.escape(shape)):
             ridge.run(**TIGHT, warm_start=other.run(**TIGHT))
+
+
+def ill_conditioned_ridge() -> tuple[BilevelProblem, torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Ridge regression with features of sizes from 1 to 0.01 and a tiny penalty, theta, data and the exact gradient, in float64."""
+    g, f64 = torch.Generator().manual_seed(0), torch.float64
+    scales = torch.logspace(0, -2, 20, dtype=f64)
+    X, w, X_val = (torch.randn(*shape, generator=g, dtype=f64) for shape in ((100, 20), (20,), (100, 20)))
+    X = X * scales
+    y, y_val = X @ w + 0.3 * torch.randn(100, generator=g, dtype=f64), X_val @ w
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            0.5 * (data[0] @ phi - data[1]).square().mean() + 0.5 * (theta.exp() * phi.square()).sum()
+        ),
+        lambda phi, theta, data: 0.5 * (data[2] @ phi - data[3]).square().mean(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.full((20,), -13.0, dtype=f64)
+    H = X.T @ X / 100 + theta.exp().diag()
+    phi = torch.linalg.solve(H, X.T @ y / 100)
+    u = torch.linalg.solve(H, X_val.T @ (X_val @ phi - y_val) / 100)
+    return problem, theta, (X, y, X_val, y_val), -theta.exp() * phi * u
+
+
+@pytest.mark.parametrize("accuracy", [0.1, 0.01])
+def test_float32_is_precise_enough_for_an_ill_conditioned_problem(accuracy: float) -> None:
+    """kappa = 1e4: rounding in H u may be a percent of b, and hides what the solve has left; that is no reason to give up."""
+    problem, theta, data, exact = ill_conditioned_ridge()
+    found = bilevel.hypergradient(
+        problem,
+        theta.float(),
+        tuple(tensor.float() for tensor in data),
+        solver=NewtonCG(max_steps=20, cg_steps=40, tol=1e-3),
+        linsys=CG(max_steps=60),
+        accuracy=accuracy,
+    )
+    assert found.inner.status is Status.CONVERGED and found.linear.status is Status.CONVERGED
+    assert float((found.grad.double() - exact).norm()) < accuracy * float(exact.norm())
+    assert found.error_estimate.isfinite()
+
+
+def test_an_exact_answer_in_float32_has_an_estimate() -> None:
+    """Eigenvalues 1 and 1e-4, everything exact in float32."""
+    eigenvalues = torch.tensor([1.0, 2.0**-13])
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (eigenvalues * phi * phi).sum() - (theta * phi).sum(),
+        lambda phi, theta, data: phi.sum(),
+    )
+    for linsys in (Exact(), CG(max_steps=5)):
+        found = bilevel.implicit_gradient(problem, torch.ones(2), eigenvalues, linsys=linsys)
+        torch.testing.assert_close(found.grad, 1 / eigenvalues)
+        assert float(found.error_estimate) == 0 and "Nothing to change." in found.explain()

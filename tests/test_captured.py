@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import bilevel
-from bilevel import CapturedStep, cuda_graphs
+from bilevel import CapturedStep
+from bilevel.captured import cuda_graphs
 from bilevel.captured.cuda_graphs import CudaGraphs
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG

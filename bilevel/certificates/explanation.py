@@ -92,14 +92,12 @@ def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
     if not bool(ok.all()):
         lines.append(f"{int(ok.sum())} of {ok.numel()} tasks are ok and in the gradient; that of the others is NaN.")
     linear, inner = (_worst(ok, part) for part in _relative(found))
-    if math.isinf(linear):
-        lines.append(
-            "There is no estimate of the error: the linear system at phi is singular, or indefinite, as far as rounding lets it be told."
-        )
-    elif math.isinf(inner):
+    if math.isinf(inner):
         lines.append(
             "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum."
         )
+    elif math.isinf(linear):
+        lines.append("There is no estimate of the error: H is singular at phi as far as rounding lets it be told.")
     else:
         each = "" if ok.ndim == 0 else " of a task, at most"
         lines.append(
@@ -188,6 +186,11 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str
     if not solves and bool(ok.any()):
         lines.append(
             "Identity() solves no linear system: this is the first-order gradient. CG comes closer to the exact one."
+        )
+    elif bool((ok & linear.isinf()).any()):
+        lines.append(
+            "H is singular or indefinite at phi, so more steps of the linear solver do not help: add regularisation or damping, or "
+            "solve the inner problem further."
         )
     elif bool((rough := ok & (linear > enough) & (linear >= inner)).any()):
         lines.append("The linear solve limits the accuracy: " + _more(result.linear.codes[rough], "rtol"))
