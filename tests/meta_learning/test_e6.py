@@ -1,5 +1,7 @@
 """E6: its numbers against NumPy and SciPy, its search against made-up errors."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from applications.meta_learning.config import Config
 from applications.meta_learning.data import SinusoidSampler
 from applications.meta_learning.experiments import e6_sinusoid as e6
 from applications.meta_learning.experiments.base import Request
@@ -38,7 +41,7 @@ def slopes(theta: list[np.ndarray], x: np.ndarray, y: np.ndarray) -> list[np.nda
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7])
-def test_curve_is_that_of_gradient_descent_in_numpy(lam: float) -> None:
+def test_curve_is_that_of_gradient_descent_in_numpy(lam: float, tmp_path: Path) -> None:
     config = replace(
         SINUSOID,
         dtype="float64",
@@ -49,7 +52,7 @@ def test_curve_is_that_of_gradient_descent_in_numpy(lam: float) -> None:
         eval_interval=1,
         seed=4,
     )
-    found = e6.trained(config, tasks=3)
+    found = e6.trained(request(tmp_path), "run", config, tasks=3)
     trainer = Trainer(config, load_source(config))
     for _ in range(2):
         trainer.meta_step()
@@ -74,6 +77,28 @@ def test_curve_is_that_of_gradient_descent_in_numpy(lam: float) -> None:
         assert point["mean"] == pytest.approx(np.mean(errors), rel=1e-9)
         assert point["interval"] == pytest.approx(1.96 * np.std(errors, ddof=1) / 3**0.5, rel=1e-9)
     assert [point["step"] for point in found["training"]] == [1, 2]
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends as one that was not interrupted, in every number but its time."""
+    config = replace(SINUSOID, outer_steps=6, eval_interval=2, checkpoint_interval=2, seed=3)
+    whole = e6.trained(request(tmp_path / "whole"), "run", config, tasks=3)
+    steps, take = [], Trainer.meta_step
+
+    def one_step(self: Trainer) -> Any:
+        steps.append(self.progress.step)
+        if len(steps) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self)
+
+    monkeypatch.setattr(Trainer, "meta_step", one_step)
+    with pytest.raises(KeyboardInterrupt):
+        e6.trained(request(tmp_path / "parts"), "run", config, tasks=3)
+    assert steps == [0, 1, 2, 3]
+    found = e6.trained(request(tmp_path / "parts"), "run", config, tasks=3)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    del whole["seconds_per_step"], found["seconds_per_step"]
+    assert found == whole and [point["step"] for point in found["training"]] == [2, 4, 6]
 
 
 def with_search(folder: Path, row: str, errors: list[float | None], finals: dict[int, float | None]) -> None:
@@ -113,8 +138,8 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     configs: dict[str, list[Any]] = {"searched": [], "trained": []}
     for name in configs:
 
-        def record(config: Any, *rest: int, name: str = name) -> dict[str, Any]:
-            configs[name].append(config)
+        def record(*arguments: Any, name: str = name) -> dict[str, Any]:
+            configs[name] += [one for one in arguments if isinstance(one, Config)]
             return {"error": 1.0, "failed_tasks": 0}
 
         monkeypatch.setattr(e6, name, record)

@@ -22,6 +22,7 @@ from matplotlib.ticker import NullFormatter
 from applications.meta_learning.config import Config
 from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
 from applications.meta_learning.experiments.e4_omniglot import T95
+from applications.meta_learning.experiments.training import train
 from applications.meta_learning.logs import environment
 from applications.meta_learning.presets import preset
 from applications.meta_learning.report import STYLE
@@ -64,7 +65,7 @@ GRID: dict[str, list[Numbers]] = {
 
 def base(row: str) -> Config:
     """What the search leaves as it is. Meta-training adapts with so many steps; meta-test with 1 to 100."""
-    common = replace(preset("sinusoid"), device="cpu", threads=1)
+    common = replace(preset("sinusoid"), device="cpu", threads=1, checkpoint_interval=1000)
     if row == "hf":
         return common
     common = replace(common, inner="gd", inner_curvature="hessian")
@@ -89,16 +90,16 @@ class E6(Experiment):
         runs: list[Numbers] = []
         for seed, k, row in itertools.product(range(seeds), shots, ROWS):  # whole seeds first
             config = self._config(request, row, settings[row]["chosen"], k, request.seed + seed)
-            measured = request.part(f"{row}-{k}-{seed}", partial(trained, config, 4 if quick else TASKS))
+            measured = self._trained(request, f"{row}-{k}-{seed}", config)
             runs.append({"row": row, "shots": k, "seed": seed, "factor": 1, **measured})
         for seed, row in itertools.product(range(0 if quick else seeds), ROWS):
             config = self._config(request, row, settings[row]["chosen"], SHOTS[-1], request.seed + seed)
-            measured = request.part(f"{row}-long-{seed}", partial(trained, longer(config, LONGER), TASKS))
+            measured = self._trained(request, f"{row}-long-{seed}", longer(config, LONGER))
             runs.append({"row": row, "shots": SHOTS[-1], "seed": seed, "factor": LONGER, **measured})
         longest: list[Numbers] = []
         for row in () if quick else LONGEST_ROWS:
             config = self._config(request, row, settings[row]["chosen"], SHOTS[-1], request.seed)
-            measured = request.part(f"{row}-longest-0", partial(trained, longer(config, LONGEST), TASKS))
+            measured = self._trained(request, f"{row}-longest-0", longer(config, LONGEST))
             longest.append({"row": row, "shots": SHOTS[-1], "seed": 0, "factor": LONGEST, **measured})
         return {
             "settings": settings,
@@ -117,6 +118,10 @@ class E6(Experiment):
             config, eval_interval=max(1, steps // 10), eval_query_shots=QUERY_SHOTS, eval_tasks=SEARCH_TASKS
         )
         return replace(config, channels=8, meta_batch=2, eval_tasks=4) if request.quick else config
+
+    def _trained(self, request: Request, name: str, config: Config) -> Numbers:
+        tasks = 4 if request.quick else TASKS
+        return request.part(name, partial(trained, request, name, config, tasks), spinner=False)
 
     def _search(self, request: Request, row: str) -> Numbers:
         """All candidates in short runs, then the best one of each outer rate in a run as long as those that are reported: a short run
@@ -212,16 +217,20 @@ def searched(config: Config) -> Numbers:
     return {"error": error if math.isfinite(error) else None, "failed_tasks": trainer.progress.failed_tasks}
 
 
-def trained(config: Config, tasks: int) -> Numbers:
+def trained(request: Request, name: str, config: Config, tasks: int) -> Numbers:
     """Meta-training, its curve on held-out tasks, and the error over the number of inner steps on others.
 
     The tasks of the curve are drawn from the seed of the run, those of the end from another one: no task is in both.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; the checkpoint is written, and another start goes on from there.
+        TrainingFailed: too many meta-steps in a row failed.
     """
-    trainer, training = Trainer(config, load_source(config)), []
-    for step in range(1, config.outer_steps + 1):
-        trainer.meta_step()
-        if step % config.eval_interval == 0:
-            training.append({"step": step, "error": trainer.check_progress().mean})
+    trainer, entries, failure = train(request, name, config)
+    if failure is not None:
+        raise TrainingFailed(failure)
+    evaluations = [entry for entry in entries if entry["kind"] == "evaluation" and entry["step"]]
+    training = [{"step": entry["step"], "error": entry["mean"]} for entry in evaluations]
     curve = trainer.test_over_inner_steps(tasks=tasks, query_shots=QUERY_SHOTS, seed=config.seed + 10_000)
     progress = trainer.progress
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config
@@ -19,8 +20,16 @@ CURVE = ("step", "seconds", "step_seconds", "mean", "interval")
 TRACE = ("step", "loss", "inner_residual", "linear_residual", "negative_curvature", "failed")
 
 
-def trained(request: Request, name: str, config: Config, protocols: tuple[Protocol, ...], trace_every: int) -> Numbers:
-    """What there is to say of the run of these settings: its curve, what it met, and its final tests.
+class Trained(NamedTuple):
+    """A run that has ended: the trainer as it is then, the entries of the log, and why it gave up, if it did."""
+
+    trainer: Trainer
+    entries: list[dict[str, Any]]
+    failure: str | None
+
+
+def train(request: Request, name: str, config: Config) -> Trained:
+    """Train with these settings in a folder of this name among the parts, from the checkpoint there if there is one.
 
     Raises:
         KeyboardInterrupt: it was stopped; the checkpoint is written.
@@ -42,11 +51,20 @@ def trained(request: Request, name: str, config: Config, protocols: tuple[Protoc
                 raise KeyboardInterrupt
         except TrainingFailed as error:
             failure = str(error)
+    return Trained(trainer, read_log(folder / "log.jsonl"), failure)
+
+
+def trained(request: Request, name: str, config: Config, protocols: tuple[Protocol, ...], trace_every: int) -> Numbers:
+    """What there is to say of the run of these settings: its curve, what it met, and its final tests.
+
+    Raises:
+        KeyboardInterrupt: as :func:`train`.
+    """
+    trainer, entries, failure = train(request, name, config)
     tests = {
         p.name: asdict(trainer.test(tasks=p.tasks, query_shots=p.query_shots or config.shots, seed=config.seed))
         for p in protocols
     }
-    entries = read_log(folder / "log.jsonl")
     progress = trainer.progress
     return {
         "config": config.to_dict(),
