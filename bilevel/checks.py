@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 
 def check_number(name: str, value: float, *, positive: bool = False) -> None:
     """Refuse an option that is no number (Python's or NumPy's), or not in its range (NaN is in no range)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}.")
-    if not ((value > 0 if positive else value >= 0) and value < math.inf):
+    if not ((value > 0 if positive else value >= 0) and _is_finite(value)):
         raise ValueError(f"{name}: expected a finite number {'> 0' if positive else '>= 0'}, got {value!r}.")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # of an integer that no float holds
+        return False
 
 
 def check_count(name: str, value: int, *, at_least: int = 1) -> None:
     """Refuse an option that is no integer (Python's or NumPy's), or too small."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__} {value!r}.")
     if value < at_least:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}.")
 
 
 def keep_python_numbers(options: Any) -> None:
-    """Turn the numbers in the fields of a frozen dataclass into Python's.
-
-    PyTorch does not know fractions, and sums in the small types of NumPy overflow.
-    """
+    """Turn NumPy's numbers in the fields of a frozen dataclass into Python's: sums in its small types overflow."""
     for field in fields(options):
         value: Any = getattr(options, field.name)
-        if isinstance(value, Real) and not isinstance(value, bool):
-            object.__setattr__(options, field.name, int(value) if isinstance(value, Integral) else float(value))
+        if isinstance(value, np.floating | np.integer):
+            object.__setattr__(options, field.name, value.item())

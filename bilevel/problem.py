@@ -47,6 +47,10 @@ class BilevelProblem(ABC):
             raise TypeError(
                 f"{cls.__name__} lacks {lacks}: every problem has to define {'them' if missing[1:] else 'it'}."
             )
+        if cls.__init__ is object.__init__ and (args or options) and super().__new__ is object.__new__:
+            raise TypeError(
+                f"{cls.__name__}() takes no arguments: it has no __init__."
+            )  # Python's own check is off with a __new__
         make: Callable[..., Self] = super().__new__
         return make(cls) if make is object.__new__ else make(cls, *args, **options)
 
@@ -231,7 +235,7 @@ def require_functions_of(*parameters: str, **functions: Any) -> None:
         try:
             # a decorator with functools.wraps shows the parameters of another function
             signature = inspect.signature(fn, follow_wrapped=False)
-        except ValueError:  # of a function in C
+        except (TypeError, ValueError):  # of a function in C, or with a signature that is none
             continue
         try:
             signature.bind(*parameters)

@@ -37,8 +37,19 @@ class ProximalProblem(BilevelProblem):
 
     @property
     def lam(self) -> Any:
-        """Lambda as it was given, a copy: a float, a tree of floats and tensors, or a tensor."""
+        """Lambda as it was given: a float, a tree of floats and tensors, or a tensor. To change it, make a new problem."""
         return self._weights.lam
+
+    @lam.setter
+    def lam(self, lam: Any) -> None:
+        raise AttributeError(
+            f"lam: {type(self).__name__} takes it once, by super().__init__(lam); for another one make a new problem, or learn it with "
+            "LearnedProximalProblem."
+        )
+
+    def _is_own(self, *names: str) -> bool:
+        """Whether no subclass has another method, or property, of these names."""
+        return all(getattr(type(self), name) is getattr(ProximalProblem, name) for name in names)
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
         """The training loss of one task, a 0-d tensor. A subclass defines this method, or the property ``composition``
@@ -57,9 +68,8 @@ class ProximalProblem(BilevelProblem):
 
     @property
     def split(self) -> Split | None:
-        for name in ("inner_objective", "regulariser"):
-            if getattr(type(self), name) is not getattr(ProximalProblem, name):
-                return None  # a subclass has another G
+        if not self._is_own("inner_objective", "regulariser"):
+            return None  # a subclass has another G
         return Split(lambda phi, theta, data: self.train_loss(phi, data), lambda theta: theta)
 
     def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
@@ -73,13 +83,15 @@ class ProximalProblem(BilevelProblem):
         return self._weights.quadratic(tree_map(torch.sub, phi, theta))
 
     @property
-    def constant_cross_norm(self) -> float:
-        """The largest eigenvalue of Lambda: the cross derivative is -Lambda."""
-        return self._weights.largest
+    def constant_cross_norm(self) -> float | None:
+        """The largest eigenvalue of Lambda: the cross derivative is -Lambda, where G is that of this class."""
+        return self._weights.largest if self._is_own("inner_objective", "regulariser") else None
 
     @property
     def curvature_scale(self) -> float | None:  # type: ignore[override]  # lam decides
-        return self.lam if isinstance(self.lam, float) else None
+        lam = self._weights.lam
+        own = self._is_own("regulariser", "curvature_product", "curvature_inverse")
+        return lam if own and isinstance(lam, float) else None
 
     def curvature_product(self, v: Tree, theta: Tree = None) -> Tree:
         return self._weights.product(v)

@@ -104,7 +104,10 @@ class Weights:
         key = (damping, x.dtype, x.device)
         if self._last_inverse is None or self._last_inverse[0] != key:
             eye = torch.eye(len(self.lam), dtype=self.lam.dtype, device=self.lam.device)
-            self._last_inverse = key, _like(x, torch.cholesky_inverse(torch.linalg.cholesky(self.lam + damping * eye)))
+            found = _like(x, torch.cholesky_inverse(torch.linalg.cholesky(self.lam + damping * eye)))
+            if torch._C._functorch.is_functorch_wrapped_tensor(found):  # which must not outlive its transform
+                return found
+            self._last_inverse = key, found
         return self._last_inverse[1]
 
     def _is_matrix_for(self, v: Tree) -> bool:

@@ -555,3 +555,18 @@ def test_a_full_matrix_as_lambda_is_recorded(caplog: pytest.LogCaptureFixture) -
     found = bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED, compile=True)
     assert count(problem) > 0 and not caplog.records
     assert_same(found, bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED))
+
+
+def test_a_copy_of_a_result_answers_without_the_programs() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi - theta.sin()).square().sum() + 0.1 * phi.pow(4).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    options: Any = {"solver": NEWTON, "linsys": SOLVED}
+    theta = torch.ones(2, dtype=F64)
+    found = bilevel.hypergradient(problem, theta, compile=True, **options)
+    copied = copy.deepcopy(found)
+    assert float(copied.error_estimate) < 1e-8 and "Eigenvalues" in copied.explain()
+    again = bilevel.hypergradient(problem, theta, warm_start=copied, accuracy=1e-6, compile=True, **options)
+    torch.testing.assert_close(again.grad, found.grad)

@@ -206,6 +206,23 @@ def test_newton_cg_stays_in_a_shallow_well(dtype: torch.dtype, level: float, dep
     assert found.status is Status.CONVERGED and abs(float(found.value)) < 1e-3 * width
 
 
+def test_a_task_of_nan_ends_at_once() -> None:
+    """And does not keep the others waiting for max_steps line searches."""
+    calls: list[int] = []
+
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        calls.append(1)
+        return ((phi - theta) ** 2).sum() * data
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+    )
+    solver = NewtonCG(max_steps=50, cg_steps=3, tol=1e-5)
+    found = bilevel.solve(problem, torch.ones(2), torch.tensor([1.0, torch.nan]), solver=solver, batched=True)
+    assert found.codes.tolist() == [int(Status.CONVERGED), int(Status.NON_FINITE)] and found.steps.tolist() == [1, 1]
+    assert len(calls) < 50
+
+
 def test_tasks_that_are_done_cost_no_gradients() -> None:
     """Newton-CG of a batch asks for as many gradients as its longest task alone."""
     g = torch.Generator().manual_seed(0)

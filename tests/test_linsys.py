@@ -689,12 +689,12 @@ def test_constructor_errors(make: Any, error: type[Exception], match: str) -> No
     ("given", "same"),
     [
         (lambda: CG(max_steps=np.int8(5), rtol=np.float32(0.5)), CG(max_steps=5, rtol=0.5)),
-        (lambda: CG(max_steps=5, rtol=Fraction(1, 4), atol=np.int64(1)), CG(max_steps=5, rtol=0.25, atol=1)),
+        (lambda: CG(max_steps=5, rtol=np.float16(0.25), atol=np.int64(1)), CG(max_steps=5, rtol=0.25, atol=1)),
         (lambda: GMRES(max_steps=np.int64(5), restart=np.uint8(2)), GMRES(max_steps=5, restart=2)),
         (lambda: Neumann(num_terms=np.int32(5), step_size=np.float64(0.1)), Neumann(num_terms=5, step_size=0.1)),
         (lambda: Nystrom(rank=np.int64(2), shift=np.float32(0.5)), Nystrom(rank=2, shift=0.5)),
         (
-            lambda: NystromPreconditioner(rank=np.int64(2), shift=Fraction(1, 2)),
+            lambda: NystromPreconditioner(rank=np.int64(2), shift=np.float32(0.5)),
             NystromPreconditioner(rank=2, shift=0.5),
         ),
         (lambda: Jacobi(num_probes=np.int64(2)), Jacobi(num_probes=2)),
@@ -702,6 +702,21 @@ def test_constructor_errors(make: Any, error: type[Exception], match: str) -> No
 )
 def test_numbers_of_any_kind_become_those_of_python(given: Any, same: Any) -> None:
     assert repr(given()) == repr(same)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "words"),
+    [
+        (10**400, ValueError, "expected a finite number"),
+        (np.float32(np.inf), ValueError, "expected a finite number"),
+        (Fraction(1, 2), TypeError, "expected a number, got Fraction"),
+        (torch.tensor(0.5), TypeError, "expected a number, got Tensor"),
+        (np.array(0.5), TypeError, "expected a number, got ndarray"),
+    ],
+)
+def test_what_is_no_number_of_python_or_numpy_is_refused(number: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=f"rtol: {words}"):
+        CG(max_steps=5, rtol=number)
 
 
 def test_the_first_term_of_neumann_is_counted() -> None:

@@ -548,6 +548,48 @@ def test_a_class_beside_a_problem_gets_its_arguments() -> None:
     assert Mine("a").name == "a"
 
 
+def test_arguments_that_nobody_takes_are_refused() -> None:
+    class Mine(BilevelProblem):
+        penalty = 0.1
+
+        def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return phi.sum()
+
+        outer_loss = inner_objective
+
+    with pytest.raises(TypeError, match=r"^Mine\(\) takes no arguments: it has no __init__.$"):
+        Mine(penalty=5.0)
+    assert Mine().penalty == 0.1
+
+
+def test_a_regulariser_of_ones_own_is_the_one_that_counts() -> None:
+    """Five times Lambda, with its two products: closed forms by hand."""
+
+    class Five(ProximalProblem):
+        def train_loss(self, phi: Any, data: Any) -> Tensor:
+            return (phi**2).sum()
+
+        def test_loss(self, phi: Any, data: Any) -> Tensor:
+            return phi.sum()
+
+        def regulariser(self, phi: Any, theta: Any) -> Tensor:
+            return 5 * super().regulariser(phi, theta)
+
+        def curvature_product(self, v: Any, theta: Any = None) -> Any:
+            return 5 * super().curvature_product(v, theta)
+
+        def curvature_inverse(self, v: Any, theta: Any = None, damping: float = 0.0) -> Any:
+            return v / (5 * self.lam + damping)
+
+    zero = torch.zeros(2, dtype=torch.float64)
+    for linsys, expected in ((CG(max_steps=5), 5 / 7), (Identity(), 1.0)):
+        found = bilevel.implicit_gradient(Five(1.0), zero, zero, linsys=linsys)
+        torch.testing.assert_close(found.grad, torch.full_like(zero, expected))
+    assert Five(1.0).constant_cross_norm is None and Five(1.0).curvature_scale is None
+    with pytest.raises(AttributeError, match=r"lam: Five takes it once, by super\(\).__init__\(lam\)"):
+        Five(1.0).lam = 2.0
+
+
 def test_a_decorated_function_is_judged_by_its_own_parameters() -> None:
     def loss(phi: Tensor, data: Tensor) -> Tensor:
         return (phi - data).square().sum()

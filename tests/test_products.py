@@ -308,6 +308,24 @@ def test_rounding_does_not_shorten_the_step(level: float) -> None:
     torch.testing.assert_close(found, fixed, rtol=0, atol=0)
 
 
+def test_the_step_suits_all_directions_that_are_asked_for_at_once() -> None:
+    """G curves sharply along the second axis only; the first product of Exact is along the first."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            phi.square().sum() + 1e-6 * (3e4 * (phi[1] - theta[1])).cosh() + 0.1 * (phi * theta).sum()
+        ),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: theta.clone(),
+    )
+    zero = torch.zeros(2, dtype=torch.float64)
+    found = bilevel.implicit_gradient(
+        problem, zero, zero, linsys=Exact(), curvature=Hessian(product=FiniteDifference())
+    )
+    second = 1e-6 * 3e4**2  # of cosh at 0
+    expected = torch.tensor([-0.1 / 2, (second - 0.1) / (2 + second)], dtype=torch.float64)
+    torch.testing.assert_close(found.grad, expected, rtol=1e-6, atol=0)
+
+
 def test_the_first_product_costs_two_gradients_more() -> None:
     calls = []
 

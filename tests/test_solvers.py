@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -884,7 +883,7 @@ def test_constructor_errors(make: Any, error: type[Exception], match: str) -> No
             GradientDescent(step_size=0.5, max_steps=5, tol=0.25),
         ),
         (
-            lambda: NesterovAGD(step_size=Fraction(1, 4), max_steps=np.int64(5), momentum=np.float32(0.5)),
+            lambda: NesterovAGD(step_size=np.float32(0.25), max_steps=np.int64(5), momentum=np.float32(0.5)),
             NesterovAGD(step_size=0.25, max_steps=5, momentum=0.5),
         ),
         (

@@ -63,7 +63,8 @@ class Certificate:
         object.__setattr__(self, "versions", self._versions())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "versions": None if self.fresh else ()}  # the tensors of a copy count anew
+        # the tensors of a copy count anew, and its problem has no recorded programs
+        return {**self.__dict__, "call": replace(self.call, programs=None), "versions": None if self.fresh else ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -51,7 +51,10 @@ class Differences:
     def rows(self, v: Tensor) -> Tensor:
         """The first part alone, for v ``(*batch, d)`` or with further axes in front, one after the other."""
         phi = self._phi
-        found = [self(row)[0] for row in v.reshape(-1, *phi.shape)]
+        rows = v.reshape(-1, *phi.shape)
+        if not self._settled and len(rows) > 1:  # by a direction that has a part in each of them
+            self(rows.sum(0))
+        found = [self(row)[0] for row in rows]
         stacked = torch.stack([row for row in found if row is not None])
         return stacked.reshape(*v.shape[: v.ndim - phi.ndim], *stacked.shape[1:])
 

@@ -43,6 +43,7 @@ class CG(KrylovSolver):
         preconditioned = system.preconditioner is not None
         size = norm(r)
         lengths: list[Tensor] = []
+        size_of_a = None  # a lower bound of |A|, from the first product where the lengths of the steps do not tell one
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -60,6 +61,8 @@ class CG(KrylovSolver):
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
             if not preconditioned:
                 lengths.append(alpha)
+            elif size_of_a is None:
+                size_of_a = torch.where(active, norm(ap) / norm(p), 0)
             u = torch.addcmul(u, alpha, p)
             r = torch.addcmul(r, alpha, ap, value=-1)
             z = system.precondition(r)
@@ -80,7 +83,7 @@ class CG(KrylovSolver):
             flags=tuple(flags),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
-            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else None,
+            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else size_of_a,
         )
 
 

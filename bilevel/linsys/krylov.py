@@ -33,6 +33,9 @@ from bilevel.status import Status
 MUCH = 0.1
 """The part of b that a solve has left when its steps were of little use."""
 
+LITTLE = 0.01
+"""The part of b that is left at most by a solve that is an answer, however long it is."""
+
 STUCK = 30
 """In the place of ROUNDING, for calling A singular where all steps have left that much of b.
 
@@ -240,12 +243,17 @@ class KrylovSolver(LinearSolver):
             # what has diverged has failed by any name: the usual bound of the rank tells why
             bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
             return most <= bound * end.size * norm(u)
-        # CG lowers the error in the norm of A, so that |r| <= sqrt(kappa) |b|, whatever the preconditioner: more than that, for the
-        # largest kappa that the number format can tell, is rounding in A u
-        found = residual > size / eps**0.5
+        # CG lowers the error in the norm of a definite A, so that |r| <= sqrt(kappa) |b|, whatever the preconditioner: more than that, for
+        # the largest kappa that the number format can tell, is rounding in A u
+        definite = (
+            torch.ones_like(size, dtype=torch.bool) if end.negative_curvature is None else ~end.negative_curvature
+        )
+        found = definite & (residual > size / eps**0.5)
         if end.size is not None:
-            # its iterates are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer
-            found = found | ((size <= ROUNDING * eps * end.size * norm(u)) & (residual > MUCH * size))
+            # its iterates are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer, and
+            # what is kept at negative curvature in the first direction is none
+            huge = size <= ROUNDING * eps * end.size * norm(u)
+            found = found | (huge & (residual > LITTLE * size) & (definite | (end.steps > 0)))
         return found
 
     def _result(self, system: System, end: Outcome, start: Tensor) -> Result:

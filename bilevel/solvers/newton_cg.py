@@ -210,7 +210,7 @@ class NewtonCG(IterativeSolver):
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle. A problem that is done has no direction
-        undecided = ~state.stalled & (at_floor | searching | short) & (norm(local.grad) > self.tol)
+        undecided = ~state.stalled & (at_floor | searching | short) & ~(norm(local.grad) <= self.tol)
         short = short & (best != point).any(-1)
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):

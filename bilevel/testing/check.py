@@ -62,8 +62,8 @@ def check_hypergradient(
 
     Raises:
         CheckFailed: something is at fault, an ``AssertionError``; the message is the report, which it has as ``report``.
-        ValueError: the problem is no deterministic function (:func:`~bilevel.testing.check_deterministic`), or the solver writes to theta
-            or data.
+        ValueError: the problem is no deterministic function (:func:`~bilevel.testing.check_deterministic`), its ``composition`` is not
+            that of its ``inner_objective``, or the solver writes to theta or data.
         TypeError, ValueError: an argument that ``hypergradient`` refuses.
     """
     if rtol is not None:
@@ -93,6 +93,7 @@ def check_hypergradient(
         if index:  # the first has been looked at
             check_deterministic(problem, theta, own, init=start)
         start = problem.initial_phi(theta, own) if start is None else start
+        _refuse_another_composition(problem, start, theta, own)
         report = _examine(_Task(problem, theta, own, start, found, index), Choices(linsys, curvature, damping), rtol)
         if not report.ok:
             raise CheckFailed(report)
@@ -102,6 +103,22 @@ def check_hypergradient(
     return (
         replace(worst, notes=(*worst.notes, f"{unseen} more tasks of the batch were not checked.")) if unseen else worst
     )
+
+
+def _refuse_another_composition(problem: BilevelProblem, start: Tree, theta: Tree, data: Any) -> None:
+    """``GaussNewton()`` takes the problem's word for what G is made of; the bias of another G would pass for a choice."""
+    if problem.composition is None or (problem.split is None and problem.knows_curvature):
+        return
+    objective = problem.inner_objective if problem.split is None else problem.split.remainder
+    with torch.no_grad():
+        phi = tree_map(lambda leaf: leaf + 0.1 * torch.arange(leaf.numel()).to(leaf).cos().reshape(leaf.shape), start)
+        value, made = objective(phi, theta, data), problem.composition.objective(phi, theta, data)
+    apart, size = float((value - made).abs()), float(value.abs() + made.abs())
+    if apart > torch.finfo(value.dtype).eps ** 0.5 * (1 + size):  # not where it is NaN: that is for the report
+        raise ValueError(
+            f"composition: expected what inner_objective is (without its known part), got {float(made):.6g} in the place of "
+            f"{float(value):.6g} near the start. GaussNewton() would be that of another problem."
+        )
 
 
 def _tasks(found: Hypergradient) -> list[int]:

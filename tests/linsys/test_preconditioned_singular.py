@@ -117,3 +117,40 @@ def test_a_small_lambda_in_float32_is_not_singular(max_steps: int, lam: float) -
         assert not found.linear.failed, (seed, found.describe())
         if max_steps > 8:  # 8 directions, with rounding, are not quite the 8 that X has
             assert float((found.grad.double() - exact).norm()) < 1e-2 * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("d", [5, 20])
+def test_one_eigenvalue_of_zero_is_seen_whatever_the_number_of_steps(d: int, dtype: torch.dtype) -> None:
+    """A u that is longer than |b| / eps is no answer, even where the residual has stayed at the size of b."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        Q = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64)).Q
+        values = 1 + torch.rand(d, generator=g, dtype=torch.float64)
+        values[-1] = 0
+        A = (Q * values @ Q.T).to(dtype)
+        A, b = (A + A.T) / 2, torch.randn(d, generator=g, dtype=torch.float64).to(dtype)
+        for max_steps in (d, 3 * d, 100):
+            for preconditioner in (None, Jacobi()):
+                solver = CG(max_steps=max_steps, preconditioner=preconditioner)
+                found = solver.solve(lambda v, A=A: v @ A, b)
+                assert found.failed or float(found.value.norm()) * torch.finfo(dtype).eps <= float(b.norm())
+    v = torch.tensor([1.0, 0.1], dtype=dtype)
+    rank_one = torch.outer(v, v)
+    found = CG(max_steps=10, preconditioner=Jacobi()).solve(
+        lambda x: x @ rank_one, torch.tensor([1.0, 0.0], dtype=dtype)
+    )
+    assert found.failed
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lam", [1e-2, 1e-4, 1e-5])
+def test_what_steihaug_keeps_is_not_called_singular(lam: float, dtype: torch.dtype) -> None:
+    """At negative curvature in the first direction that is M b = b / lam, whose residual is many times b. lam u is b: first order."""
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, data: -0.5 * phi.square().sum(), lambda phi, data: phi.sum(), lam
+    )
+    zero = torch.zeros(3, dtype=dtype)
+    found = bilevel.implicit_gradient(problem, zero, zero, linsys=CG(max_steps=5, steihaug=True))
+    assert found.linear.status is Status.STOPPED_AT_NEGATIVE_CURVATURE
+    torch.testing.assert_close(found.grad, torch.ones(3, dtype=dtype))

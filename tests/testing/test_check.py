@@ -778,3 +778,31 @@ def test_float32_inside_is_unclear_and_not_a_fault() -> None:
     ) as caught:
         check_hypergradient(rounded, theta, one, solver=NewtonCG(max_steps=9, cg_steps=9, tol=1e-4), linsys=Exact())
     assert Verdict.UNCLEAR in {part.verdict for part in caught.value.report.parts}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_composition_that_is_not_the_objective_is_refused(right: bool) -> None:
+    class Mine(BilevelProblem):
+        def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return (1 if right else 3) * (phi - theta).square().sum() + phi.square().sum()
+
+        def outer_loss(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+            return (phi - 1).square().sum()
+
+        def initial_phi(self, theta: Any, data: Any = None) -> Tensor:
+            return theta.clone()  # where both are equal
+
+        @property
+        def composition(self) -> bilevel.Composition:
+            return bilevel.Composition(
+                lambda phi, theta, data: phi - theta,
+                lambda outputs, theta, data: outputs.square().sum(),
+                lambda phi, theta, data: phi.square().sum(),
+            )
+
+    theta, options = torch.tensor([0.5, -0.3], dtype=F64), {**accurate(F64), "curvature": GaussNewton()}
+    if right:
+        assert check_hypergradient(Mine(), theta, **options).ok
+    else:
+        with pytest.raises(ValueError, match="composition: expected what inner_objective is"):
+            check_hypergradient(Mine(), theta, **options)
