@@ -20,8 +20,9 @@ from bilevel.derivatives import (
 )
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
-from bilevel.quadratic import QuadraticFlat, QuadraticObjective
+from bilevel.quadratic import QuadraticObjective
 from bilevel.recorded import Programs, TracedObjective
+from bilevel.residual import Residual, RootFlat
 from bilevel.result import Result
 from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
 
@@ -66,7 +67,7 @@ class Call:
     def objective(self) -> Objective:
         """G over the tasks of this call."""
         if self.programs is None:
-            return self.flat.objective(self.levels, self.tensors, self.sizes)
+            return objective_of(self.flat, self.levels, self.tensors, self.sizes)
         traced = TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
         return QuadraticObjective(traced) if self.flat.problem.quadratic else traced
 
@@ -78,6 +79,14 @@ class Call:
         values, grads, directs = zip(*parts, strict=True)
         direct = [None if leaf[0] is None else torch.cat(leaf) for leaf in zip(*directs, strict=True)]
         return torch.cat(values), torch.cat(grads), direct
+
+
+def objective_of(flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+    """Numbers at base level over a batch: of G, or of equations."""
+    if isinstance(flat, RootFlat):
+        return Residual(flat, levels, tensors, sizes)
+    objective = Objective(flat, levels, tensors, sizes)
+    return QuadraticObjective(objective) if flat.problem.quadratic else objective
 
 
 def prepare(
@@ -113,8 +122,6 @@ def prepare(
         levels = (flags,)
         sizes = (_task_count([(path, x) for path, x, flag in zip(paths, tensors, flags, strict=True) if flag]),)
     static = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in data_leaves)
-    if problem.quadratic:
-        flat_type = QuadraticFlat
     flat = flat_type(problem, Layout(theta_structure, ()), theta_structure, data_structure, static)
     if phi is None:
         layout, phi_leaves = _initial(flat, tensors, levels)

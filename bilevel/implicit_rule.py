@@ -29,7 +29,7 @@ from bilevel.derivatives import (
     transforms_active,
     with_axis,
 )
-from bilevel.entry import Call, run_solver
+from bilevel.entry import Call, objective_of, run_solver
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator
 from bilevel.result import Result
@@ -109,7 +109,7 @@ class _Solution(torch.autograd.Function):
     def forward(mapped: _Mapped, phi: Tensor, *tensors: Tensor) -> Tensor:
         rule = mapped.rule
         phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
-        objective = rule.flat.objective(tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
+        objective = objective_of(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
         result = run_solver(objective, phi.clone(), rule.solver)
         rule.tell(result, rule.flat.phi.unravel(result.value), f"{rule.name}, inner solve")
         return torch.where(result.failed.unsqueeze(-1), torch.nan, result.value)
@@ -169,7 +169,7 @@ class _LinearSolve(torch.autograd.Function):
         point_levels = tuple(levels[axis] for axis in shared)
         point_sizes = tuple(sizes[axis] for axis in shared)
         phi = _expand(phi, [flags[1] for flags in point_levels], point_sizes)
-        objective = rule.flat.objective(tuple(flags[2:] for flags in point_levels), tensors, point_sizes)
+        objective = objective_of(rule.flat, tuple(flags[2:] for flags in point_levels), tensors, point_sizes)
         local = objective.linearise(phi, Hessian(), 0.0)
         matvec = Operator(
             local.transposed_matvec if mapped.transposed else local.matvec,

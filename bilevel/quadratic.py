@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
-from bilevel.derivatives import Flat, Levels, Objective
+from bilevel.derivatives import Levels, Objective
 from bilevel.linsys.base import dot, from_columns, norm, select, to_columns
 
 LARGEST = 2**22
@@ -32,14 +32,6 @@ STACKED = 16
 """So many products in one stack cost about as much as one alone, because the data is read once for all of them.
 Measured in float64 on one core of a busy machine: 6 to 25 for d from 512 to 2000 (0.5 to 9 up to 256, where the
 matrix is made at once)."""
-
-
-class QuadraticFlat(Flat):
-    """The functions of a problem whose G is quadratic in phi."""
-
-    def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
-        """See the base class."""
-        return QuadraticObjective(Objective(self, levels, tensors, sizes))
 
 
 class QuadraticObjective(Objective):
@@ -101,6 +93,9 @@ class QuadraticObjective(Objective):
             return local
         is_new = self._model is None
         return _Verified(self._model_from(phi, local), local, damping, is_new)
+
+    def _like(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        return QuadraticObjective(Objective(self.flat, levels, tensors, sizes))
 
     def only(self, rows: Tensor) -> None:
         """Not here: products with a matrix are cheap, and the model is checked for all tasks at once."""

@@ -59,10 +59,6 @@ class RootFlat(Flat):
         """F itself."""
         return self.condition(phi, *tensors)
 
-    def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Residual:
-        """Numbers at base level, over a batch."""
-        return Residual(self, levels, tensors, sizes)
-
 
 def _named(structure: Structure) -> str:
     if structure.kind is None:

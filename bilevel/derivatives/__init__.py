@@ -25,8 +25,7 @@ from bilevel.derivatives.guards import (
     transforms_active,
 )
 from bilevel.derivatives.levels import Levels, over_levels, with_axis
-from bilevel.derivatives.linearisation import Linearisation
-from bilevel.derivatives.objective import Objective
+from bilevel.derivatives.objective import Linearisation, Objective
 
 __all__ = [
     "TENSOR",

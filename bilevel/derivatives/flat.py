@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import HessianProduct
-from bilevel.derivatives.levels import Levels
-from bilevel.derivatives.objective import Objective
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
@@ -40,10 +38,6 @@ class Flat:
     def probe(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """Any number that carries whatever the condition depends on."""
         return self.inner(phi, *tensors)
-
-    def objective(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
-        """Numbers at base level, over a batch."""
-        return Objective(self, levels, tensors, sizes)
 
     @property
     def said(self) -> set[str]:

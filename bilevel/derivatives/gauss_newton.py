@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,37 +11,44 @@ from bilevel.curvature import ForwardOverReverse
 from bilevel.derivatives.backward import backward_product, total
 from bilevel.derivatives.differences import Differences
 from bilevel.derivatives.fall_back import OF_A_MODEL, FallBack
+from bilevel.derivatives.flat import Flat
 from bilevel.derivatives.forward import tangent_along
-from bilevel.derivatives.levels import over_levels, with_axis
-
-if TYPE_CHECKING:
-    from bilevel.derivatives.objective import Objective
+from bilevel.derivatives.levels import Levels, over_levels, with_axis
 
 
 class GaussNewtonProduct:
-    """v -> J^T H_out J v + (known part) v + (Hessian of the penalty) v, J the Jacobian of predict, H_out the Hessian of output_loss."""
+    """v -> J^T H_out J v + (known part) v + (Hessian of the penalty) v, J the Jacobian of predict, H_out the Hessian of output_loss.
 
-    def __init__(self, objective: Objective, phi: Tensor) -> None:
-        flat = objective.flat
+    ``known``: v -> (known part) v; None: there is none.
+    """
+
+    def __init__(
+        self,
+        flat: Flat,
+        levels: Levels,
+        tensors: Sequence[Tensor],
+        phi: Tensor,
+        known: Callable[[Tensor], Tensor] | None,
+    ) -> None:
         composition = flat.problem.composition
         if composition is None:
             raise ValueError(
                 "GaussNewton() needs a problem of the form output_loss(predict(phi, ...), ...): build it with BilevelProblem.from_model, "
                 "ProximalProblem.from_model or LearnedProximalProblem.from_model, or use Hessian()."
             )
-        levels = with_axis(objective.levels)
+        levels = with_axis(levels)
         predict = over_levels(flat.predict, levels)
         self._phi, self._said = phi, flat.said
         self._way = FallBack(OF_A_MODEL[0], OF_A_MODEL, "GaussNewton", flat.fallen, GaussNewtonProduct, flat.said)
-        self._predict = lambda point: predict(point, *objective.tensors)
+        self._predict = lambda point: predict(point, *tensors)
         self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
-        loss = over_levels(flat.output_loss, levels)(self._z, *objective.tensors)
+        loss = over_levels(flat.output_loss, levels)(self._z, *tensors)
         (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
-        self._known = objective.curvature_product if flat.problem.knows_curvature else None
+        self._known = known
         self._penalty_slope: Tensor | None = None
         if composition.penalty is not None:
-            penalty = total(over_levels(flat.penalty, levels)(phi, *objective.tensors))
+            penalty = total(over_levels(flat.penalty, levels)(phi, *tensors))
             if penalty.requires_grad:
                 (slope,) = torch.autograd.grad(penalty, phi, create_graph=True, allow_unused=True)
                 self._penalty_slope = slope

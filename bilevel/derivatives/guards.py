@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from bilevel.derivatives.flat import Flat
+
+class Probed(Protocol):
+    """A function of the user's that can be asked for any number that carries whatever it depends on."""
+
+    @property
+    def source(self) -> str:
+        """What the user calls it."""
+
+    def probe(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """The number."""
+
 
 _CAPTURED = (
     "{name} uses a tensor that carries {what} but is no part of theta or data, so no derivative would reach it. "
@@ -38,7 +47,7 @@ def refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def refuse_eager_forward_mode(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]) -> None:
+def refuse_eager_forward_mode(flat: Probed, phi: Tensor, tensors: Sequence[Tensor]) -> None:
     """Eager dual numbers do not nest, and a Function's forward does not even see them."""
     if torch.autograd.forward_ad._current_level < 0:
         return
@@ -69,7 +78,7 @@ def is_transformed(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def refuse_captured_under_transforms(flat: Flat, phi: Tensor, tensors: Sequence[Tensor]) -> None:
+def refuse_captured_under_transforms(flat: Probed, phi: Tensor, tensors: Sequence[Tensor]) -> None:
     """The same check where a transform may hide the tensor: G of plain tensors must be plain.
 
     Every level of every input is stripped (one slice of a batch, the primal of a dual), so that whatever the value

@@ -111,8 +111,11 @@ class TracedObjective(Objective):
         """See the base class. Each size is recorded for itself, which few tasks do not earn back."""
         return super().only(rows) if len(rows) >= FEWEST else None
 
-    def _of(self, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
-        return TracedObjective(self.flat, self.levels, tensors, sizes, self._programs)
+    def _like(self, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> Objective:
+        """See the base class. One task after the other is for solvers that know nothing of programs."""
+        if not sizes:
+            return Objective(self.flat, levels, tensors, sizes)
+        return TracedObjective(self.flat, levels, tensors, sizes, self._programs)
 
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
         """See the base class."""
