@@ -206,6 +206,25 @@ def test_newton_cg_stays_in_a_shallow_well(dtype: torch.dtype, level: float, dep
     assert found.status is Status.CONVERGED and abs(float(found.value)) < 1e-3 * width
 
 
+def test_newton_cg_keeps_a_short_step_that_lowers_g_by_much() -> None:
+    """The full step ends on a plateau a millionth below the start, where G is flat; the shorter ones in a well that is far deeper."""
+    width, start = 1e-3, 0.7e-3
+
+    def far(x: Tensor) -> Tensor:  # 0 in the well, 1 outside
+        return x**2 / (x**2 + 0.02**2)
+
+    at_start = torch.tensor(start, dtype=torch.float64)
+    plateau = (1 / (1 + (start / width) ** 2) + 1e-6) / (1 - float(far(at_start)))
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (-1 / (1 + (phi / width) ** 2) - plateau * far(phi)).sum() + 0 * theta,
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: at_start.reshape(1),
+    )
+    solver = NewtonCG(max_steps=60, cg_steps=3, tol=1e-6)
+    found = bilevel.solve(problem, torch.tensor(0.0, dtype=torch.float64), solver=solver)
+    assert found.status is Status.CONVERGED and abs(float(found.value)) < 1e-6 * width
+
+
 def test_a_task_of_nan_ends_at_once() -> None:
     """And does not keep the others waiting for max_steps line searches."""
     calls: list[int] = []

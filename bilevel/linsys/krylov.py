@@ -250,10 +250,9 @@ class KrylovSolver(LinearSolver):
         )
         found = definite & (residual > size / eps**0.5)
         if end.size is not None:
-            # its iterates are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer, and
-            # what is kept at negative curvature in the first direction is none
+            # its iterates are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer
             huge = size <= ROUNDING * eps * end.size * norm(u)
-            found = found | (huge & (residual > LITTLE * size) & (definite | (end.steps > 0)))
+            found = found | (huge & (residual > LITTLE * size))
         return found
 
     def _result(self, system: System, end: Outcome, start: Tensor) -> Result:

@@ -144,7 +144,7 @@ def test_one_eigenvalue_of_zero_is_seen_whatever_the_number_of_steps(d: int, dty
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("lam", [1e-2, 1e-4, 1e-5])
+@pytest.mark.parametrize("lam", [1e-2, 1e-4, 1e-5, 1e-8])
 def test_what_steihaug_keeps_is_not_called_singular(lam: float, dtype: torch.dtype) -> None:
     """At negative curvature in the first direction that is M b = b / lam, whose residual is many times b. lam u is b: first order."""
     problem = bilevel.ProximalProblem.from_losses(
