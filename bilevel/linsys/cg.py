@@ -43,7 +43,8 @@ class CG(KrylovSolver):
         preconditioned = system.preconditioner is not None
         size = norm(r)
         lengths: list[Tensor] = []
-        size_of_a = None  # a lower bound of |A|, from the first product where the lengths of the steps do not tell one
+        shares: list[Tensor] = []  # of the direction before in the next one
+        scales: list[Tensor] = []  # r^T z / z^T z
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -59,15 +60,16 @@ class CG(KrylovSolver):
             # one pass for each vector: a problem that is done keeps its iterate because its alpha is zero, and its direction, finite as
             # it is, does no harm
             alpha = torch.where(active, rz / curvature, 0).unsqueeze(-1)
-            if not preconditioned:
-                lengths.append(alpha)
-            elif size_of_a is None:
-                size_of_a = torch.where(active, norm(ap) / norm(p), 0)
+            lengths.append(alpha)
+            if preconditioned:
+                scales.append((rz / dot(z, z)).unsqueeze(-1))
             u = torch.addcmul(u, alpha, p)
             r = torch.addcmul(r, alpha, ap, value=-1)
             z = system.precondition(r)
             rz_new = dot(r, z)
-            p = torch.addcmul(z, torch.where(active, rz_new / rz, 0).unsqueeze(-1), p)
+            beta = torch.where(active, rz_new / rz, 0).unsqueeze(-1)
+            shares.append(beta)
+            p = torch.addcmul(z, beta, p)
             rz = rz_new
             size = norm(r) if preconditioned else rz.sqrt()
             active = system.going(active, size, steps)
@@ -83,12 +85,20 @@ class CG(KrylovSolver):
             flags=tuple(flags),
             negative_curvature=stopped,
             not_definite=not_definite if preconditioned else None,
-            size=_largest_eigenvalue(torch.cat(lengths, -1)) if lengths else size_of_a,
+            size=_largest_quotient(lengths, shares, scales) if lengths else None,
         )
 
 
-def _largest_eigenvalue(lengths: Tensor) -> Tensor:
-    """A lower bound of that of A, from the lengths ``(*batch, steps)`` of the steps, 0 where none was taken: 1 / length is below an entry
-    on the diagonal of Lanczos's matrix.
+def _largest_quotient(lengths: list[Tensor], shares: list[Tensor], scales: list[Tensor]) -> Tensor:
+    """The largest z^T A z / z^T z ``(*batch,)`` that the iteration met, a lower bound of the norm of A.
+
+    z = p - beta p' with p^T A p' = 0, so that z^T A z needs no product: it is r^T z times an entry on the diagonal of Lanczos's matrix,
+    1 / alpha + beta / alpha'. What p^T A p shows instead is far below where p has a long part in the null space.
     """
-    return torch.where(lengths > 0, lengths, torch.inf).amin(-1).reciprocal()
+    taken = torch.cat(lengths, -1)
+    inverse = torch.where(taken > 0, taken, torch.inf).reciprocal()
+    diagonal = torch.cat(shares, -1)[..., :-1] * inverse[..., :-1] + inverse[..., 1:]
+    quotients = torch.cat([inverse[..., :1], diagonal], -1)
+    if scales:
+        quotients = quotients * torch.cat(scales, -1)
+    return torch.where(taken > 0, quotients, 0).amax(-1)
