@@ -257,6 +257,14 @@ def test_a_lambda_that_does_not_match_theta_is_refused_at_use(lam: Any, match: s
         bilevel.solve(problem, tree(2), solver=solvers.GradientDescent(step_size=0.1, max_steps=2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_matrix_lambda_in_half_precision_is_refused_by_the_dtype_of_theta(dtype: torch.dtype) -> None:
+    """Before: TypeError of NumPy, whose linear algebra knows no such type."""
+    problem = ProximalProblem.from_losses(zero, zero, torch.eye(3, dtype=dtype))
+    with pytest.raises(TypeError, match="theta: expected float32 or float64, got torch.b?float16"):
+        bilevel.solve(problem, torch.zeros(3, dtype=dtype), solver=solvers.GradientDescent(step_size=0.1, max_steps=2))
+
+
 # --- the ways to write a problem -----------------------------------------------------------------
 
 
