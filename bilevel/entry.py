@@ -24,7 +24,7 @@ from bilevel.quadratic import QuadraticObjective
 from bilevel.recorded import Programs, TracedObjective
 from bilevel.residual import Residual, RootFlat
 from bilevel.result import Result
-from bilevel.trees import Layout, Tree, flatten, layout_of, unflatten
+from bilevel.trees import Layout, Structure, Tree, flatten, layout_of, unflatten
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -108,9 +108,9 @@ def prepare(
         TypeError, ValueError: what was expected, what came, what to do.
     """
     _check_circumstances(problem, batched, theta_batched)
-    theta_leaves, theta_structure = flatten(theta)
+    theta_leaves, theta_structure = _usable(*flatten(theta))
     _check_variable("theta", theta_leaves, theta_structure.paths())
-    data_leaves, data_structure = flatten(data)
+    data_leaves, data_structure = _usable(*flatten(data))
     data_tensors = _check_data(data_leaves, data_structure.paths(), theta_leaves[0].device)
     tensors = [*theta_leaves, *data_tensors]
     flags = (theta_batched,) * len(theta_leaves) + (True,) * len(data_tensors)
@@ -136,6 +136,11 @@ def prepare(
     start = layout.ravel(phi_leaves).detach().contiguous()  # what all tasks share is a view, which forward mode refuses
     programs = Programs.of(problem) if compile else None
     return Call(replace(flat, phi=layout), tensors, levels, sizes, start, programs=programs)
+
+
+def _usable(leaves: list[Any], structure: Structure) -> tuple[list[Any], Structure]:
+    """Autograd refuses what was made in inference mode, such as the features of a frozen network; copies it takes."""
+    return [x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in leaves], structure
 
 
 def _check_circumstances(problem: BilevelProblem, batched: bool, theta_batched: bool) -> None:
@@ -172,14 +177,14 @@ def refuse_transforms(call: Call, name: str) -> None:
 
 
 def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[Tensor]]:
-    leaves, structure = flatten(phi)
+    leaves, structure = _usable(*flatten(phi))
     for path, leaf in zip(structure.paths(), leaves, strict=True):
         if isinstance(leaf, Tensor) and leaf.shape[: len(sizes)] != sizes:
             raise ValueError(
                 f"{name}{path}: expected a leading task axis of {sizes[0]}, got shape {tuple(leaf.shape)}."
             )
     _check_variable(name, leaves, structure.paths())
-    return layout_of(phi, len(sizes))
+    return Layout(structure, tuple(leaf.shape[len(sizes) :] for leaf in leaves)), leaves
 
 
 def initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.composition import Composition, Loss, ModelLoss, composition_of
-from bilevel.problem import BilevelProblem, require_functions_of
+from bilevel.problem import BilevelProblem, knows_its_own, require_functions_of
 from bilevel.regularisation import Kind, described_layout
 from bilevel.trees import Tree, flatten, layout_of, tree_map
 
@@ -33,7 +33,12 @@ class LearnedProximalProblem(BilevelProblem):
         ValueError: (at use) theta is not of the form above.
     """
 
-    knows_curvature = True
+    _composition_is_part = True
+
+    @property
+    def knows_curvature(self) -> bool:  # type: ignore[override]  # a subclass decides
+        """Not where a subclass has another regulariser and does not tell the curvature of that."""
+        return knows_its_own(self, LearnedProximalProblem)
 
     def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)

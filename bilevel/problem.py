@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -88,6 +88,9 @@ class BilevelProblem(ABC):
 
     knows_curvature: bool = False
     """Whether part of the inner Hessian is known in closed form: the next two methods."""
+
+    _composition_is_part: ClassVar[bool] = False
+    """Whether :attr:`composition` is G without a known part, so that ``GaussNewton()`` needs that part."""
 
     curvature_scale: float | None = None
     """k where that part is k I. The library then works with whole vectors, without the two methods."""
@@ -181,6 +184,15 @@ class BilevelProblem(ABC):
 def _constructors(cls: type) -> str:
     """The ready-made ways to a problem of this class, for a message."""
     return " or ".join(f"{cls.__name__}.{name}(...)" for name in vars(cls) if name.startswith("from_"))
+
+
+def knows_its_own(problem: BilevelProblem, base: type) -> bool:
+    """Whether the products of ``base`` with the curvature of its regulariser are those of this problem, or it has its own."""
+
+    def own(name: str) -> bool:
+        return getattr(type(problem), name) is getattr(base, name)
+
+    return own("regulariser") or not (own("curvature_product") or own("curvature_inverse"))
 
 
 def require_own(cls: type, base: type, name: str) -> None:

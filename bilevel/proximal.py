@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel.composition import Composition, Loss, ModelLoss, composition_of
-from bilevel.problem import BilevelProblem, Split, require_functions_of, require_own
+from bilevel.problem import BilevelProblem, Split, knows_its_own, require_functions_of, require_own
 from bilevel.trees import Tree, tree_map
 from bilevel.weights import Weights
 
@@ -30,7 +30,12 @@ class ProximalProblem(BilevelProblem):
         ValueError: lam is not positive (definite), or (at use) does not match theta.
     """
 
-    knows_curvature = True
+    _composition_is_part = True
+
+    @property
+    def knows_curvature(self) -> bool:  # type: ignore[override]  # a subclass decides
+        """Not where a subclass has another regulariser and does not tell the curvature of that."""
+        return knows_its_own(self, ProximalProblem)
 
     def __init__(self, lam: Any) -> None:
         self._weights = Weights(lam)

@@ -2,7 +2,8 @@
 
 A tree is a tensor or a nested dict / list / tuple (named tuples too) of leaves. Dicts are matched by key and never by
 insertion order: leaves are always listed in the order of the sorted keys, which is the *ravel order* of the
-documentation.
+documentation. Subclasses of dict and tuples of PyTorch's own (``torch.return_types``) reach the user's functions as
+plain dicts and tuples, without methods of their own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ LEAF = Structure(None)
 
 def _children(tree: Tree) -> tuple[type, tuple[Any, ...], list[Tree], tuple[Any, ...]] | None:
     if isinstance(tree, dict):
-        keys = tuple(sorted(tree, key=lambda key: (type(key).__name__, key)))
+        try:
+            keys = tuple(sorted(tree, key=lambda key: (type(key).__name__, key)))
+        except TypeError:  # members of an enum, tuples of unlike things
+            keys = tuple(sorted(tree, key=lambda key: (type(key).__name__, repr(key))))
         return dict, keys, [tree[key] for key in keys], tuple(tree)
     if isinstance(tree, tuple | list):
         kind = type(tree) if hasattr(tree, "_fields") else tuple if isinstance(tree, tuple) else list

@@ -570,3 +570,65 @@ def test_a_copy_of_a_result_answers_without_the_programs() -> None:
     assert float(copied.error_estimate) < 1e-8 and "Eigenvalues" in copied.explain()
     again = bilevel.hypergradient(problem, theta, warm_start=copied, accuracy=1e-6, compile=True, **options)
     torch.testing.assert_close(again.grad, found.grad)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 500.0), (torch.float64, 5e4)])
+def test_a_change_that_shows_in_a_variable_of_small_units_leads_to_a_new_recording(
+    dtype: torch.dtype, unit: float
+) -> None:
+    """A column of incomes, a flag and a score: the gradient of the first hides that of the others. Before, the old penalty counted, and
+    statuses, residuals and estimates said that all was well.
+    """
+    g = torch.Generator().manual_seed(0)
+    columns = [unit * (1 + 0.3 * torch.randn(200, generator=g)), (torch.rand(200, generator=g) > 0.5).float()]
+    x = torch.stack([*columns, torch.randn(200, generator=g)], 1).double()
+    y = 0.5 / unit * x[:, 0] + 1.5 * x[:, 1] - x[:, 2]
+
+    class Ridge(bilevel.BilevelProblem):
+        penalty = 0.0
+
+        def inner_objective(self, w: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+            return 0.5 * (x.to(w) @ w - y.to(w) * theta.exp()).square().mean() + 0.5 * self.penalty * w.square().sum()
+
+        def outer_loss(self, w: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+            return w[1]
+
+        def initial_phi(self, theta: Tensor, data: Any = None) -> Tensor:
+            return torch.zeros(3, dtype=theta.dtype)
+
+    problem, theta = Ridge(), torch.zeros((), dtype=dtype)
+    for problem.penalty in (0.02, 0.2, 0.5):
+        solver = NewtonCG(max_steps=50, cg_steps=6, tol=1e-2)
+        found = bilevel.hypergradient(problem, theta, solver=solver, linsys=Exact(), compile=True).unwrap()
+        matrix = x.T @ x / 200 + problem.penalty * torch.eye(3, dtype=torch.float64)
+        exact = torch.linalg.solve(matrix, x.T @ y / 200)[1]  # phi* is linear in exp(theta)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e3), (torch.float64, 1e5)])
+def test_a_task_beside_larger_ones_does_not_keep_an_old_recording(dtype: torch.dtype, large: float) -> None:
+    """theta / phi* = (penalty + x^2) / penalty by hand: what a task answers depends on no other."""
+
+    class Captured:
+        penalty = 1.0
+
+    def inner(w: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+        return 0.5 * (x * w - x).square().sum() + 0.5 * Captured.penalty * (w - theta).square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda w, theta, x: w.sum(), lambda theta, x: torch.zeros_like(theta)
+    )
+    x, theta = torch.tensor([[large, large], [1.0, 1.0]], dtype=dtype), torch.zeros(2, dtype=dtype)
+    for Captured.penalty in (1.0, 3.0):
+        found = bilevel.hypergradient(
+            problem,
+            theta,
+            x,
+            solver=NewtonCG(max_steps=30, cg_steps=4, tol=1e-3),
+            linsys=Exact(),
+            batched=True,
+            reduction="none",
+            compile=True,
+        )
+        expected = torch.full((2,), Captured.penalty / (1 + Captured.penalty), dtype=dtype)
+        torch.testing.assert_close(found.grad[1], expected)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
-from bilevel.linsys import CG, GMRES, Exact, Operator
-from bilevel.solvers import GradientDescent, NewtonCG
+from bilevel.linsys import CG, GMRES, Exact, Jacobi, Nystrom, NystromPreconditioner, Operator
+from bilevel.solvers import GradientDescent, NewtonCG, ScipyMinimize
 
 BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
 NEWTON, SOLVE = NewtonCG(max_steps=30, tol=1e-12), CG(max_steps=50, rtol=1e-12)
@@ -409,3 +409,108 @@ def test_running_statistics_in_a_batch_come_with_a_note() -> None:
     assert "track_running_stats=False" in caught.value.__notes__[0]
     net.eval()
     assert bilevel.hypergradient(problem, one, x, **options).num_ok == 5
+
+
+def small_ridge(inner: Callable[..., Tensor] | None = None, outer: Callable[..., Tensor] | None = None) -> Any:
+    """One penalty, 3 unknowns, 8 equations; and theta, data."""
+
+    def plain(w: Any, theta: Any, data: Any) -> Tensor:
+        return 0.5 * (data["x"] @ w - data["y"]).square().mean() + 0.5 * theta.exp() * w.square().sum()
+
+    g = torch.Generator().manual_seed(0)
+    data = {"x": torch.randn(8, 3, generator=g), "y": torch.randn(8, generator=g)}
+    problem = bilevel.BilevelProblem.from_functions(
+        inner or plain,
+        outer or (lambda w, theta, data: w.square().sum()),
+        lambda theta, data: torch.zeros_like(data["x"][0]),
+    )
+    return problem, torch.tensor(-1.0), data
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("where", ["inner_objective", "outer_loss"])
+def test_a_function_that_writes_to_its_arguments_is_refused(where: str, batched: bool, compiled: bool) -> None:
+    """Before: ok, a gradient that moved with every call, and the caller's y drifting away."""
+
+    def inner(w: Tensor, theta: Tensor, data: Any) -> Tensor:
+        residual = data["y"]
+        residual -= 0.01 * data["x"][:, 0]  # no clone
+        return 0.5 * (data["x"] @ w - residual).square().mean() + 0.5 * theta.exp() * w.square().sum()
+
+    def outer(w: Tensor, theta: Tensor, data: Any) -> Tensor:
+        return (w * data["y"].mul_(0.5).sum()).sum()
+
+    problem, theta, data = small_ridge(inner) if where == "inner_objective" else small_ridge(outer=outer)
+    if batched:
+        data = {name: torch.stack([leaf, leaf.flip(0)]) for name, leaf in data.items()}
+    with pytest.raises(ValueError, match=f"^{where} writes to theta or data in place.*let it work on clones"):
+        bilevel.hypergradient(
+            problem,
+            theta,
+            data,
+            solver=NewtonCG(max_steps=10, tol=1e-4),
+            linsys=CG(max_steps=5),
+            batched=batched,
+            compile=compiled,
+        )
+
+
+def test_argmin_refuses_an_objective_that_writes_to_theta() -> None:
+    problem, theta, data = small_ridge(lambda w, theta, data: (w - 1).square().sum() * theta.exp_())
+    with pytest.raises(ValueError, match="^inner_objective writes to theta or data in place"):
+        bilevel.argmin(
+            problem,
+            theta,
+            data,
+            solver=GradientDescent(step_size=0.1, max_steps=3),
+            linsys=CG(max_steps=5),
+            check=False,
+        )
+
+
+@pytest.mark.parametrize("which", ["theta", "data", "init"])
+def test_tensors_of_inference_mode_are_taken(which: str) -> None:
+    """The features of a frozen network are such. Before, an error of PyTorch about tensors saved for backward."""
+    problem, theta, data = small_ridge()
+    options: dict[str, Any] = {"solver": NewtonCG(max_steps=10, tol=1e-4), "linsys": CG(max_steps=5)}
+    init = torch.zeros(3)
+    expected = bilevel.hypergradient(problem, theta, data, init=init, **options).unwrap()
+    with torch.inference_mode():
+        if which == "theta":
+            theta = theta.clone()
+        elif which == "data":
+            data = {name: leaf.clone() for name, leaf in data.items()}
+        else:
+            init = init.clone()
+    found = bilevel.hypergradient(problem, theta, data, init=init, **options)
+    torch.testing.assert_close(found.unwrap(), expected, rtol=0, atol=0)
+    phi = bilevel.argmin(problem, theta, data, init=init, **options)
+    torch.testing.assert_close(phi, found.phi)
+
+
+@pytest.mark.parametrize(
+    "linsys",
+    [
+        CG(max_steps=5, preconditioner=Jacobi()),
+        CG(max_steps=5, preconditioner=Jacobi(num_probes=4)),
+        CG(max_steps=5, preconditioner=NystromPreconditioner(rank=2)),
+        Nystrom(rank=3, shift=0.3),
+        GMRES(max_steps=5),
+        Exact(),
+    ],
+    ids=repr,
+)
+def test_the_default_device_does_not_matter(linsys: Any) -> None:
+    """ "meta" stands for one that is not where the tensors are: what is made there has no numbers."""
+    problem, theta, data = small_ridge()
+    solver = ScipyMinimize(tol=1e-3)
+    expected = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=linsys)
+    text = expected.explain()
+    torch.set_default_device("meta")
+    try:
+        found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=linsys)
+        assert found.explain() == text
+    finally:
+        torch.set_default_device(None)
+    torch.testing.assert_close(found.unwrap(), expected.unwrap(), rtol=0, atol=0)

@@ -13,7 +13,7 @@ from torch import Tensor
 import bilevel
 from bilevel import BilevelProblem, Status
 from bilevel.linsys import CG
-from bilevel.solvers import LBFGS, GradientDescent, InnerSolver, ScipyMinimize, TorchOptim
+from bilevel.solvers import LBFGS, BlackBox, GradientDescent, InnerSolver, ScipyMinimize, TorchOptim
 
 SGD = TorchOptim(lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.5), max_steps=500, tol=1e-9)
 BOXES: dict[str, InnerSolver] = {"scipy": ScipyMinimize(tol=1e-6), "torch": SGD}
@@ -191,3 +191,20 @@ def test_a_task_whose_objective_is_no_number_leaves_the_others_alone() -> None:
     alone = bilevel.solve(problem, torch.ones(()).double(), data[rest], solver=solver, init=start[rest], batched=True)
     assert torch.equal(found.value[rest], alone.value) and torch.equal(found.codes[rest], alone.codes)
     assert (alone.residual < 0.1 * torch.tensor([2.2, 2.2])).all()  # of 1 and more at the start
+
+
+def test_a_black_box_may_return_the_same_buffer_for_every_task() -> None:
+    """Before, all tasks got the answer of the last one."""
+    buffer = torch.empty(2, dtype=torch.float64)
+    problem = BilevelProblem.from_functions(
+        lambda w, theta, y: 0.5 * (w - theta * y).square().sum(),
+        lambda w, theta, y: w.sum(),
+        lambda theta, y: torch.zeros(2, dtype=torch.float64),
+    )
+
+    def work(problem: Any, theta: Tensor, y: Tensor, init: Tensor) -> Tensor:
+        return buffer.copy_(theta * y)
+
+    y = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
+    found = bilevel.solve(problem, torch.tensor(2.0, dtype=torch.float64), y, solver=BlackBox(work), batched=True)
+    torch.testing.assert_close(found.unwrap(check="converged"), 2 * y)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, Composition, LearnedProximalProblem, ProximalProblem, Split, solvers
+from bilevel.curvature import GaussNewton
 from bilevel.linsys import CG, Identity
 from bilevel.regularisation import Diagonal, Scalar
 
@@ -688,3 +689,62 @@ def test_functions_must_be_functions(make: Any, match: str) -> None:
 def test_functions_without_a_signature_and_with_defaults_are_taken() -> None:
     ProximalProblem.from_losses(lambda phi, data=None, *, scale=1.0: phi.sum(), torch.dot, 1.0)
     BilevelProblem.from_functions(max, fine, lambda theta, *rest: theta)
+
+
+class _Stiff(ProximalProblem):
+    """H = 1 + 30, whatever lam is: the regulariser is this class's own."""
+
+    composition = bilevel.Composition(
+        predict=lambda phi, theta, data: phi, output_loss=lambda out, theta, data: 0.5 * (out - 1).square().sum()
+    )
+
+    def test_loss(self, phi: Any, data: Any) -> Tensor:
+        return 0.5 * (phi - 5).square().sum()
+
+    def regulariser(self, phi: Any, theta: Any) -> Tensor:
+        return 15 * (phi - theta).square().sum()
+
+
+class _StiffAndKnown(_Stiff):
+    def curvature_product(self, v: Any, theta: Any = None) -> Any:
+        return 30 * v
+
+    def curvature_inverse(self, v: Any, theta: Any = None, damping: float = 0.0) -> Any:
+        return v / (30 + damping)
+
+
+def test_gauss_newton_and_identity_do_not_take_lambda_for_the_curvature_of_another_regulariser() -> None:
+    """phi* = (1 + 30 theta) / 31, dL/dtheta = (phi* - 5) 30 / 31. Before, lam = 2 was used in the place of 30, and ok said True."""
+    theta = torch.tensor([4.0], dtype=torch.float64)
+    phi = (1 + 30 * theta) / 31
+    exact = (phi - 5) * 30 / 31
+    solver = solvers.NewtonCG(max_steps=20, tol=1e-12)
+
+    def gradient(problem: ProximalProblem, **options: Any) -> Tensor:
+        return bilevel.hypergradient(problem, theta, solver=solver, **options).unwrap()
+
+    known = _StiffAndKnown(2.0)
+    for problem in (_Stiff(2.0), known):
+        torch.testing.assert_close(gradient(problem, linsys=CG(max_steps=5)), exact)
+    torch.testing.assert_close(gradient(known, linsys=CG(max_steps=5), curvature=GaussNewton()), exact)
+    torch.testing.assert_close(gradient(known, linsys=Identity()), phi - 5)
+    with pytest.raises(
+        TypeError, match=r"GaussNewton\(\): _Stiff has a regulariser of its own.*Define curvature_product"
+    ):
+        gradient(_Stiff(2.0), linsys=CG(max_steps=5), curvature=GaussNewton())
+    with pytest.raises(ValueError, match=r"Identity\(\) needs a problem.*which a regulariser of your own needs too"):
+        gradient(_Stiff(2.0), linsys=Identity())
+    assert (
+        not _Stiff(2.0).knows_curvature
+        and known.knows_curvature
+        and ProximalProblem.from_losses(zero, zero, 1.0).knows_curvature
+    )
+
+
+def test_a_learned_problem_with_another_regulariser_does_not_know_its_curvature() -> None:
+    class Other(bilevel.LearnedProximalProblem):
+        def regulariser(self, phi: Any, theta: Any) -> Tensor:
+            return 3 * super().regulariser(phi, theta)
+
+    for cls, knows in ((Other, False), (bilevel.LearnedProximalProblem, True)):
+        assert cls(zero, zero, bilevel.regularisation.Scalar()).knows_curvature is knows

@@ -507,3 +507,19 @@ def test_gauss_newton_of_a_function_without_forward_mode(batched: bool, caplog: 
 
     torch.testing.assert_close(gradient(Tanh.apply), gradient(torch.tanh), rtol=1e-9, atol=1e-12)
     assert sum("GaussNewton" in record.message for record in caplog.records) <= 1
+
+
+def test_gauss_newton_of_a_loss_that_ignores_the_outputs() -> None:
+    """A task whose points are all masked. Before, an error of autograd's; what is left is the penalty, with H = 2."""
+    problem = bilevel.BilevelProblem.from_model(
+        lambda phi, theta, data: phi * theta,
+        lambda out, theta, data: torch.ones((), dtype=torch.float64),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros(2, dtype=torch.float64),
+        penalty=lambda phi, theta, data: (phi - theta).square().sum(),
+    )
+    theta = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    found = bilevel.hypergradient(
+        problem, theta, solver=NewtonCG(max_steps=5, tol=1e-9), linsys=CG(max_steps=5), curvature=GaussNewton()
+    )
+    torch.testing.assert_close(found.unwrap(), torch.ones(2, dtype=torch.float64))

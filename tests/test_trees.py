@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
@@ -132,3 +133,17 @@ def test_trees_of_different_structure_are_refused(other: Any) -> None:
 
 def test_a_list_is_no_tuple() -> None:
     assert flatten([1, 2])[1] != flatten((1, 2))[1] != flatten(Pair(1, 2))[1]
+
+
+def test_keys_that_have_no_order_are_listed_by_their_names() -> None:
+    """Members of an enum, tuples of unlike things. Before: TypeError, '<' not supported."""
+
+    class Key(enum.Enum):
+        B = 1
+        A = 2
+
+    for tree in ({Key.B: 1, Key.A: 2}, {("a", 1): 1, (1, "a"): 2}):
+        leaves, structure = flatten(tree)
+        again = dict(reversed(tree.items()))
+        assert flatten(again) == (leaves, structure) and unflatten(structure, leaves) == tree
+    assert flatten({Key.B: 1, Key.A: 2})[0] == [2, 1]

@@ -44,7 +44,10 @@ class GaussNewtonProduct:
         self._outputs = self._predict(phi)
         self._z = self._outputs.detach().requires_grad_()
         loss = over_levels(flat.output_loss, levels)(self._z, *tensors)
-        (self._dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True)
+        dz = None
+        if loss.requires_grad:  # it may be a constant, as that of a task without data
+            (dz,) = torch.autograd.grad(loss.sum(), self._z, create_graph=True, allow_unused=True)
+        self._dz = torch.zeros_like(self._z) if dz is None else dz
         self._known = known
         self._penalty_slope: Tensor | None = None
         if composition.penalty is not None:

@@ -47,6 +47,20 @@ def refuse_captured(value: Tensor, inputs: Sequence[Tensor], name: str) -> None:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; what was made in inference mode does not count."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def refuse_writes(before: list[int], tensors: Sequence[Tensor], name: str) -> None:
+    """The tensors are the caller's own. ``before``: their :func:`versions`."""
+    if versions(tensors) != before:
+        raise ValueError(
+            f"{name} writes to theta or data in place. They are the caller's own, and the gradient would be that of other numbers: let it "
+            "work on clones. What was written stays written."
+        )
+
+
 def refuse_eager_forward_mode(flat: Probed, phi: Tensor, tensors: Sequence[Tensor]) -> None:
     """Eager dual numbers do not nest, and a Function's forward does not even see them."""
     if torch.autograd.forward_ad._current_level < 0:

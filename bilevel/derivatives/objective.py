@@ -17,7 +17,7 @@ from bilevel.derivatives.fall_back import FALL_BACK, FallBack
 from bilevel.derivatives.flat import Flat
 from bilevel.derivatives.forward import alike
 from bilevel.derivatives.gauss_newton import GaussNewtonProduct
-from bilevel.derivatives.guards import refuse_captured
+from bilevel.derivatives.guards import refuse_captured, refuse_writes, versions
 from bilevel.derivatives.levels import Levels, over_levels, with_axis
 
 
@@ -39,6 +39,7 @@ class Objective:
         self._inner = over_levels(flat.inner, with_axis(levels))
         self._remainder = over_levels(flat.remainder, with_axis(levels))
         self._checked = False
+        self._versions = versions(self.tensors)
 
     measures: ClassVar[bool] = True
     """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
@@ -94,6 +95,7 @@ class Objective:
             theta = self.theta_per_task()
             levels = tuple((True,) * (1 + n) + flags[n:] for flags in self.levels)
             value = over_levels(self.flat.outer, levels)(phi, *theta, *self.tensors[n:])
+            refuse_writes(self._versions, self.tensors, "outer_loss")
             if not value.requires_grad:
                 return value.detach(), torch.zeros_like(phi), [None] * n
             refuse_captured(value, [phi, *theta], "outer_loss")
@@ -183,13 +185,20 @@ class Objective:
         return torch.zeros_like(phi) if grad is None and self.centre is not None else _of_phi(grad)
 
     def _gauss_newton(self, phi: Tensor) -> GaussNewtonProduct:
-        known = self.curvature_product if self.flat.problem.knows_curvature else None
+        problem = self.flat.problem
+        if problem._composition_is_part and not problem.knows_curvature:
+            raise TypeError(
+                f"GaussNewton(): {type(problem).__name__} has a regulariser of its own, whose curvature it does not tell. Define "
+                "curvature_product(v, theta) and curvature_inverse(v, theta, damping) for it too, or use Hessian()."
+            )
+        known = self.curvature_product if problem.knows_curvature else None
         return GaussNewtonProduct(self.flat, self.levels, self.tensors, phi, known)
 
     def _check(self, value: Tensor, inputs: Sequence[Tensor]) -> None:
         """Once per call, on a graph that is there anyway."""
         if not self._checked:
             refuse_captured(value, inputs, "inner_objective")
+            refuse_writes(self._versions, self.tensors, "inner_objective")
         self._checked = True
 
 

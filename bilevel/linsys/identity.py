@@ -35,7 +35,7 @@ class Identity(LinearSolver):
         if preconditioner is None:
             raise ValueError(
                 "Identity() needs a problem that knows part of its Hessian in closed form, as ProximalProblem does; this one does not. "
-                "Use CG, Neumann or Exact."
+                "Use CG, Neumann or Exact; or define curvature_product and curvature_inverse, which a regulariser of your own needs too."
             )
         u = preconditioner(b)
         steps = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)

@@ -43,7 +43,7 @@ class Jacobi(Preconditioner):
             probes = torch.eye(d, dtype=b.dtype, device=b.device)
         else:
             generator = torch.Generator().manual_seed(self.seed)
-            probes = (2 * torch.randint(0, 2, (self.num_probes, d), generator=generator) - 1).to(b)
+            probes = (2 * torch.randint(0, 2, (self.num_probes, d), generator=generator, device="cpu") - 1).to(b)
         probes = probes.reshape(len(probes), *(1,) * len(batch), d).expand(len(probes), *batch, d)
         samples = probes * operator(probes)  # (k, *batch, d)
         if self.num_probes is None:

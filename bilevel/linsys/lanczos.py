@@ -71,7 +71,7 @@ def ritz_values(matvec: Matvec, b: Tensor, num_steps: int) -> RitzValues:
 def spread(b: Tensor) -> Tensor:
     """A start for :func:`ritz_values` that has a part of every eigenvector, and at least half of it along b (which may be zero)."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64).to(b)
+    noise = torch.randn(b.shape[-1], generator=generator, dtype=torch.float64, device="cpu").to(b)
     noise = noise / norm(noise)
     along = select(norm(b) > 0, b / norm(b).unsqueeze(-1), torch.zeros_like(b))
     return along + select(

@@ -60,7 +60,7 @@ def nystrom_approximation(operator: Operator, b: Tensor, rank: int, shift: float
     batch, d = batch_of(operator, b), b.shape[-1]
     k = min(rank, d)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64)).Q.to(b)
+    omega = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64, device="cpu")).Q.to(b)
     rows = omega.mT.reshape(k, *(1,) * len(batch), d).expand(k, *batch, d)
     product = operator(rows).movedim(0, -1)  # A Omega, (*batch, d, k)
     finite = product.isfinite().all(-1).all(-1)

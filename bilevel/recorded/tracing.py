@@ -24,6 +24,10 @@ STEP = 1e-2
 """Relative, to points nearby: so far that a derivative which changed shows in the gradient there by more than the
 tolerance of the comparison, sqrt(eps), in float32 too; and so near that G is mostly still defined."""
 
+ROUNDINGS = 64
+"""So many eps of the largest entry of a task's gradient may be rounding. A change that shows by less is hidden in the rounding of the
+solve itself."""
+
 SMALL = 2**14
 """Directions of at most so many numbers are kept, to save the time of making them again; for larger ones that time
 matters less, and the 64 that are kept are 8 MiB at most."""
@@ -87,9 +91,9 @@ class TracedObjective(Objective):
             return
         near, elsewhere, grad = self._gradient_nearby(phi)
         before, rest = parts
+        found = rest(near, *before(*elsewhere))[1]
         # a program of this very call is the objective's own but for chance; for an old one, a false alarm costs a recording
-        least = torch.finfo(phi.dtype).eps ** 0.5 if self._programs.old else 1.0
-        if not _same(grad, rest(near, *before(*elsewhere))[1], least):
+        if not (_same_but_for_rounding(grad, found) if self._programs.old else _same(grad, found, 1.0)):
             raise Stale
 
     def _gradient_nearby(self, phi: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -246,6 +250,17 @@ def _same(expected: Tensor, found: Tensor, least: float) -> bool:
     scale = least + expected.abs().nan_to_num(0, 0, 0).amax()
     same = (expected - found).abs() <= torch.finfo(expected.dtype).eps ** 0.5 * scale
     return bool((same | ~expected.isfinite()).all())
+
+
+def _same_but_for_rounding(expected: Tensor, found: Tensor) -> bool:
+    """The same entry by entry: a variable in small units, or a task beside others, must not hide behind the largest entry of all. What
+    rounding leaves is as large as some eps of the task's own largest entry.
+    """
+    eps, size = torch.finfo(expected.dtype).eps, expected.abs().nan_to_num(0, 0, 0)
+    if expected.numel() == 0:
+        return True
+    allowed = eps**0.5 * (eps**0.5 + size) + ROUNDINGS * eps * size.amax(-1, keepdim=True)
+    return bool((((expected - found).abs() <= allowed) | ~expected.isfinite()).all())
 
 
 def _check(expected: Tensor, found: Tensor) -> None:

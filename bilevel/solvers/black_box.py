@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.checks import check_number, keep_python_numbers
 from bilevel.derivatives import Objective
+from bilevel.derivatives.guards import refuse_writes, versions
 from bilevel.problem import require_functions_of
 from bilevel.solvers.base import InnerSolver, Run
 from bilevel.trees import flatten
@@ -93,14 +94,10 @@ class BlackBox(TaskByTask):
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         flat, layout = objective.flat, objective.flat.phi
         theta, data = flat.trees(objective.tensors)
-        versions = _versions(objective.tensors)
+        before = versions(objective.tensors)
         with torch.enable_grad():
             answer = self.fn(flat.problem, theta, data, layout.unravel(phi))
-        if _versions(objective.tensors) != versions:
-            raise ValueError(
-                "BlackBox: fn writes to theta or data in place. They are the caller's own, and the gradient would be that of other "
-                "numbers: let it work on clones."
-            )
+        refuse_writes(before, objective.tensors, "BlackBox: fn")
         leaves, structure = flatten(answer)
         if structure != layout.structure:
             raise ValueError(
@@ -113,9 +110,5 @@ class BlackBox(TaskByTask):
                 raise ValueError(
                     f"BlackBox: phi{path}: expected a tensor {phi.dtype} {tuple(shape)} like init, got {got}."
                 )
-        return Answer(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]))
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """How often each was written to; what was made in inference mode does not count."""
-    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+        # a copy: the next task may find its answer in the same buffer
+        return Answer(layout.ravel([leaf.detach().to(phi.device) for leaf in leaves]).clone())

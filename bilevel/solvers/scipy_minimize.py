@@ -159,7 +159,7 @@ class _Calls:
         self.error: Exception | None = None
 
     def tensor(self, x: Any) -> Tensor:
-        return torch.tensor(x).to(self._phi)
+        return torch.tensor(x, device="cpu").to(self._phi)
 
     def size(self, phi: Tensor) -> float:
         """``|dG/dphi|``."""

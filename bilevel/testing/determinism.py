@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import bilevel
 from bilevel import BilevelProblem
+from bilevel.entry import prepare
 from bilevel.isolation import isolated
-from bilevel.solvers import BlackBox
 from bilevel.testing.modules import Modules, same_entries
 from bilevel.trees import Tree, flatten, tree_map
 
@@ -40,9 +39,9 @@ def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, 
         TypeError, ValueError: an argument that the library refuses.
     """
     with _random_numbers_put_back(), Modules() as modules:
-        stay = BlackBox(lambda problem, theta, data, init: init)  # the library checks the arguments and gives the start
-        start = bilevel.solve(problem, *_copy((theta, data)), init=init, solver=stay).value
-        arguments = (tree_map(_moved, start), theta, data)
+        own_theta, own_data = _copy((theta, data))
+        call = prepare(problem, own_theta, own_data, init)  # the library checks the arguments and gives the start
+        arguments = (tree_map(_moved, call.flat.phi.unravel(call.phi)), theta, data)
         functions = {"inner_objective": problem.inner_objective, "outer_loss": problem.outer_loss}
         rounds: dict[str, list[_Round]] = {name: [] for name in functions}
         for _ in range(ROUNDS):
@@ -67,7 +66,9 @@ class _Round:
 
 def _moved(leaf: Tensor) -> Tensor:
     """A little beside the start, where derivatives are less likely to be zero."""
-    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(leaf)
+    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
+        leaf
+    )
     return leaf + 1e-3 * noise * torch.where(leaf == 0, 1, leaf.abs())
 
 

@@ -104,7 +104,9 @@ def directions(
     vectors, start = [], 0
     for length in lengths:
         block = torch.zeros(each, n, dtype=torch.float64)
-        block[:, start : start + length] = torch.randn(each, length, generator=generator, dtype=torch.float64)
+        block[:, start : start + length] = torch.randn(
+            each, length, generator=generator, dtype=torch.float64, device="cpu"
+        )
         vectors.append(block)
         start += length
     repeat = [i for i in range(len(lengths)) for _ in range(each)]

@@ -103,7 +103,7 @@ def unit_of_phi(view: View, phi: Tensor, theta: Tensor) -> float:
 
 def _unit(f: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """The length over which f changes by its own size, by its first and second derivative along one direction; at most 1."""
-    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x)
+    v = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64, device="cpu").to(x)
     v = v / v.norm().clamp_min(1e-30)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
@@ -139,7 +139,9 @@ def aside(view: View, phis: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """A point near the first, where nothing is zero by chance or by optimality; none if G is finite nowhere around."""
     sizes = typical_sizes(view.phi, phis, unit_of_phi(view, phis[0], theta))
     scale = torch.cat([phis[0].new_full((n,), size) for n, size in zip(view.phi.sizes, sizes, strict=True)])
-    noise = torch.randn(scale.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(scale)
+    noise = torch.randn(scale.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(
+        scale
+    )
     for length in (0.1, 0.01, 0.001):
         phi = phis[0] + length * scale * noise
         if view.is_finite(phi, theta):
