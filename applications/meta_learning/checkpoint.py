@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ) from error
     try:
         with warnings.catch_warnings(action="ignore"):  # on a foreign file torch warns before it fails
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()  # torch.load does not look at the checksums
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"bad checksum of {damaged}")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or foreign file makes zipfile and the unpickler raise nearly anything.
     except Exception as error:

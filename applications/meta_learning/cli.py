@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shlex
+import warnings
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.markup import escape
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.checkpoint import load_checkpoint
-from applications.meta_learning.config import Config, ConfigError, option_name
+from applications.meta_learning.config import MAX_SEED, Config, ConfigError, option_name
 from applications.meta_learning.demo import Plan, demo_config, run_demo
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import (
@@ -57,6 +58,7 @@ from applications.meta_learning.run import (
     clear_folder,
     matching_source,
     prepare_folder,
+    refuse_fixed,
     require_writable,
     stop_on_signals,
     use_threads,
@@ -91,6 +93,8 @@ def start(
 ) -> None:
     """What every command needs before it allocates anything."""
     keep_freed_memory()
+    # advice of PyTorch to its own developers: `--linear exact` maps over operators in place
+    warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
 
 
 @app.command()
@@ -187,6 +191,7 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
     old = Config.from_dict(stored["config"])
     if chosen.preset_name:
         preset(chosen.preset_name)  # a wrong name is an error here, too; with --resume it only says which folder
+    refuse_fixed(old, chosen.settings)
     config = replace(old, **chosen.settings)
     taken = stored["progress"]["step"]
     if config.outer_steps < taken:
@@ -253,6 +258,11 @@ def _train(
         out.print(
             f"  {_resume(folder)} --outer-steps {2 * progress.step}", markup=False, highlight=False, soft_wrap=True
         )
+    if ending is Ending.TIME and progress.step == began:
+        out.print("Its time is used up. For more, name the sum, or 0 for no limit:", highlight=False)
+        out.print(
+            f"  {_resume(folder)} --minutes {2 * config.minutes:g}", markup=False, highlight=False, soft_wrap=True
+        )
     _finish(trainer, folder, final_test)
 
 
@@ -291,10 +301,19 @@ def _draw(folder: Path, config: Config) -> None:
 
 
 def _algorithm(config: Config) -> str:
-    if config.linear == "identity":
-        return f"first-order MAML ({config.inner}, {config.inner_steps} steps)"
-    inner, linear = f"{config.inner}, {config.inner_steps} steps", f"{config.linear}, {config.linear_steps} steps"
-    return f"iMAML ({inner}; {linear}; {config.curvature})"
+    inner = f"{config.inner}, {config.inner_steps} steps"
+    if config.algorithm == "maml" and config.truncate:
+        return f"MAML, truncated ({inner}, through the last {config.truncate})"
+    if config.algorithm == "imaml" and config.linear != "identity":
+        return f"iMAML ({inner}; {config.linear}, {config.linear_steps} steps; {config.curvature})"
+    names = {"maml": "MAML", "reptile": "Reptile", "first-order": "first-order MAML", "imaml": "first-order MAML"}
+    return f"{names[config.algorithm]} ({inner})"
+
+
+def _regulariser(config: Config) -> str:
+    if not config.lam:
+        return "no proximal term"
+    return f"lambda {config.lam:g}" + (f", of the last layer {config.lam_head:g}" if config.lam_head else "")
 
 
 def _test(trainer: Trainer, protocol: Protocol, seed: int) -> Evaluation:
@@ -317,7 +336,7 @@ def evaluate_command(
     query_shots: Annotated[
         int | None, typer.Option(help="another number of queries per class", min=1, show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the test tasks", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="of the test tasks", min=0, max=MAX_SEED)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON and nothing else", metavar="")] = False,
     data_dir: DataDir = None,
     download: Download = False,
@@ -336,8 +355,7 @@ def evaluate_command(
         trainer = Trainer(config, source)
         load_theta(trainer.theta, stored["theta"])
         results = []
-        for each in {"paper": [PAPER], "tight": [TIGHT], "both": [PAPER, TIGHT]}[protocol]:
-            each = replace(each, tasks=tasks or each.tasks, query_shots=query_shots or each.query_shots)
+        for each in _protocols(protocol, tasks, query_shots):
             try:
                 with err.status(f"{each.tasks} test tasks ..."):
                     results.append((each, _test(trainer, each, seed)))
@@ -358,7 +376,15 @@ def evaluate_command(
         raise typer.Exit(1 if hopeless else 0)
     rows = [(each.name, result) for each, result in results]
     out.print(evaluation_table(rows, title=f"{config.dataset}, held-out ({config.split} split), step {step}"))
-    out.print(f"inner solver {trainer.method.solver}, lambda {config.lam}", highlight=False)
+    out.print(f"inner solver {trainer.method.solver}, {_regulariser(config)}", highlight=False)
+
+
+def _protocols(name: str, tasks: int | None, query_shots: int | None) -> list[Protocol]:
+    """Those asked for. Where both numbers are named nothing tells the two apart: one then, with a name of its own."""
+    if name == "both" and tasks and query_shots:
+        return [Protocol(name="own", tasks=tasks, query_shots=query_shots)]
+    asked = {"paper": [PAPER], "tight": [TIGHT], "both": [PAPER, TIGHT]}[name]
+    return [replace(each, tasks=tasks or each.tasks, query_shots=query_shots or each.query_shots) for each in asked]
 
 
 def _evaluation_report(

@@ -17,6 +17,8 @@ RUN = "Run"
 # What runs did that were written before these settings were there.
 IMPLIED = {"colours": "grey", "network": "strided", "capture": False, "compile": False, "weight_decay": 0.0}
 
+MAX_SEED = 2**62  # what all generators take, held-out tasks with a seed of their own included
+LARGEST_OMNIGLOT = 105  # pixels: the drawings as they were made
 SMALLEST_POOLED = 16  # pixels: what can be halved four times, rounding down
 
 
@@ -31,10 +33,11 @@ def setting(
     *,
     at_least: float | None = None,
     above: float | None = None,
+    at_most: float | None = None,
     fixed: bool = False,
 ) -> Any:
     """A field of `Config` with its help text and bounds. `fixed`: a resumed run cannot change it."""
-    meta = {"panel": panel, "help": text, "at_least": at_least, "above": above, "fixed": fixed}
+    meta = {"panel": panel, "help": text, "at_least": at_least, "above": above, "at_most": at_most, "fixed": fixed}
     return field(default=default, metadata=meta)
 
 
@@ -147,7 +150,7 @@ class Config:
     )
 
     # Run
-    seed: int = setting(0, RUN, "of the split, the network, and the tasks", at_least=0, fixed=True)
+    seed: int = setting(0, RUN, "of the split, the network, and the tasks", at_least=0, at_most=MAX_SEED, fixed=True)
     device: str = setting("auto", RUN, "auto: a GPU if there is one; or cpu, cuda, cuda:1")
     dtype: Literal["float32", "float64"] = setting("float32", RUN, "float32 or float64", fixed=True)
     threads: int = setting(0, RUN, "CPU threads; 0: what PyTorch chooses", at_least=0)
@@ -175,7 +178,9 @@ class Config:
         types = get_type_hints(Config)
         for f in fields(self):
             _check_type(f.name, types[f.name], getattr(self, f.name))
-            _check_bounds(f.name, getattr(self, f.name), f.metadata["at_least"], f.metadata["above"])
+            _check_bounds(
+                f.name, getattr(self, f.name), **{each: f.metadata[each] for each in ("at_least", "above", "at_most")}
+            )
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -189,11 +194,17 @@ class Config:
             )
         if (self.split == "published") != (self.dataset == "mini-imagenet"):
             raise ConfigError(
-                f"split: expected 'published' for mini-imagenet and for no other data set, got {self.split!r} for {self.dataset}"
+                f"split: expected 'published' for mini-imagenet and for no other data set, got {self.split!r} for {self.dataset} "
+                f"(of the preset, maybe); add --split {'published' if self.dataset == 'mini-imagenet' else 'random'}"
             )
         if self.dataset != "folder" and (self.colours == "rgb") != (self.dataset == "mini-imagenet"):
             raise ConfigError(
-                f"colours: expected 'rgb' for mini-imagenet, and 'grey' for drawings, got {self.colours!r} for {self.dataset}"
+                f"colours: expected 'rgb' for mini-imagenet, and 'grey' for drawings, got {self.colours!r} for {self.dataset} (of the "
+                f"preset, maybe); add --colours {'rgb' if self.dataset == 'mini-imagenet' else 'grey'}"
+            )
+        if self.dataset == "omniglot" and self.image_size > LARGEST_OMNIGLOT:
+            raise ConfigError(
+                f"image_size: expected at most {LARGEST_OMNIGLOT} for omniglot, whose drawings are that large, got {self.image_size}"
             )
         if self.network == "pooled" and self.image_size < SMALLEST_POOLED:
             raise ConfigError(
@@ -301,7 +312,9 @@ def _check_type(name: str, expected: Any, value: Any) -> None:
         raise ConfigError(f"{name}: expected a finite number, got {value!r}")
 
 
-def _check_bounds(name: str, value: Any, at_least: float | None, above: float | None) -> None:
+def _check_bounds(name: str, value: Any, *, at_least: float | None, above: float | None, at_most: float | None) -> None:
+    if at_most is not None and value > at_most:
+        raise ConfigError(f"{name}: expected at most {at_most}, got {value!r}")
     if at_least is not None and value < at_least:
         raise ConfigError(f"{name}: expected at least {at_least}, got {value!r}")
     if above is not None and value <= above:

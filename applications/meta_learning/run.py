@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import filelock
 import torch
@@ -151,15 +152,22 @@ def check_resumable(old: Config, new: Config) -> list[str]:
         ConfigError: one of them decides what the tasks or the network are.
     """
     changed = changed_fields(old, new)
-    fixed = [name for name in changed if name in FIXED_FIELDS]
+    refuse_fixed(old, {name: getattr(new, name) for name in changed})
+    return changed
+
+
+def refuse_fixed(old: Config, settings: dict[str, Any]) -> None:
+    """Refuse to change what decides what the tasks or the network are.
+
+    Raises:
+        ConfigError: one of the settings does.
+    """
+    fixed = {name: value for name, value in settings.items() if name in FIXED_FIELDS and value != getattr(old, name)}
     if fixed:
-        pairs = ", ".join(
-            f"{option_name(name)} is {getattr(old, name)!r}, got {getattr(new, name)!r}" for name in fixed
-        )
+        pairs = ", ".join(f"{option_name(name)} is {getattr(old, name)!r}, got {new!r}" for name, new in fixed.items())
         raise ConfigError(
             f"a resumed run keeps its data, tasks and network: {pairs}; leave them out, or start a new run with --out"
         )
-    return changed
 
 
 def matching_source(checkpoint: Checkpoint, config: Config, *, data_dir: Path | None, download: bool) -> TaskSource:
@@ -272,7 +280,13 @@ class Run:
 def use_threads(config: Config) -> None:
     """Set the number of CPU threads, where the settings name one, and full precision for convolutions on CUDA, as products have it: a
     chunk of one task is made of convolutions, others of products.
+
+    Raises:
+        ConfigError: more threads than a machine like this can use.
     """
     torch.backends.cudnn.allow_tf32 = False
+    most = 4 * (os.cpu_count() or 1)  # so many that the system refuses some would break the process
+    if config.threads > most:
+        raise ConfigError(f"threads: expected at most {most} on this machine, got {config.threads}")
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -74,7 +74,11 @@ class TaskSource:
 
 
 def load_source(
-    config: Config, *, data_dir: Path | None = None, download: bool = False, split: Split | None = None
+    config: Config,
+    *,
+    data_dir: Path | None = None,
+    download: bool = False,
+    split: Split | None = None,
 ) -> TaskSource:
     """The data that the settings ask for.
 
@@ -160,7 +164,7 @@ def device_of(config: Config) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(config.device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).cpu()  # which "meta" cannot
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

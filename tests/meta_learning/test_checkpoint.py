@@ -91,6 +91,19 @@ def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+def test_a_single_wrong_byte_is_seen(tmp_path: Path) -> None:
+    """Before, PyTorch read the numbers as they were; the archive has checksums."""
+    path = tmp_path / "checkpoint.pt"
+    trainer = Trainer(TINY, tiny_source())
+    save_checkpoint(path, trainer.checkpoint(None))
+    load_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(trainer.theta["head.weight"].detach().numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged or not a checkpoint of imaml"):
+        load_checkpoint(path)
+
+
 def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(CheckpointError, match="no checkpoint at .*expected a checkpoint.pt, or the folder"):

@@ -11,7 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import filelock
 import pytest
@@ -23,7 +23,7 @@ from applications.meta_learning import cli, logs
 from applications.meta_learning.__main__ import main
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.cli import app
-from applications.meta_learning.config import Config
+from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.evaluate import Evaluation
 from applications.meta_learning.logs import read_log
 from applications.meta_learning.presets import preset
@@ -98,6 +98,57 @@ def test_evaluate(finished: Path) -> None:
     tight = report["evaluations"]["tight"]
     assert tight["tasks"] == 20 and tight["query_shots"] == 15 and 0 <= tight["mean"] <= 1 and tight["failed"] == 0
     assert "transductive" in report["conditions"]["batch norm"] and "ink 1" in report["conditions"]["images"]
+
+
+def test_one_evaluation_has_one_name(finished: Path) -> None:
+    """Before, --tasks and --query-shots together gave the same numbers twice, as paper and as tight."""
+    options = ["--json", "--tasks", "5", "--query-shots", "2"]
+    for more, names in ([], ["own"]), (["--protocol", "paper"], ["paper"]):
+        report = json.loads(imaml("evaluate", finished, *options, *more).stdout)
+        assert list(report["evaluations"]) == names
+        assert (report["evaluations"][names[0]]["tasks"], report["evaluations"][names[0]]["query_shots"]) == (5, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "algorithm", "regulariser"),
+    [
+        ({"lam_head": 0.1}, "iMAML (gd, 16 steps; cg, 5 steps; hessian)", "lambda 2, of the last layer 0.1"),
+        ({"linear": "identity"}, "first-order MAML (gd, 16 steps)", "lambda 2"),
+        ({"algorithm": "first-order", "lam": 0.0}, "first-order MAML (gd, 16 steps)", "no proximal term"),
+        ({"algorithm": "reptile", "lam": 0.0}, "Reptile (gd, 16 steps)", "no proximal term"),
+        ({"algorithm": "maml", "lam": 0.0}, "MAML (gd, 16 steps)", "no proximal term"),
+        (
+            {"algorithm": "maml", "truncate": 4},
+            "MAML, truncated (gd, 16 steps, through the last 4)",
+            "lambda 2",
+        ),
+    ],
+)
+def test_figures_and_tables_name_the_algorithm(changes: dict[str, Any], algorithm: str, regulariser: str) -> None:
+    """Before, the figure of a run of MAML or of Reptile called it iMAML, with a linear solver that it does not have."""
+    config = replace(Config(lam=2.0), **changes)
+    assert cli._algorithm(config) == algorithm and cli._regulariser(config) == regulariser
+
+
+def test_a_run_whose_time_is_used_up_says_so(tmp_path: Path) -> None:
+    assert train(tmp_path, "--minutes", "0.0001").exit_code == 0
+    again = imaml("train", "--resume", "--out", tmp_path, "--no-final-test", "--no-tensorboard")
+    assert again.exit_code == 0
+    assert "Its time is used up. For more, name the sum, or 0 for no limit:" in squeezed(again.output)
+    assert "--minutes 0.0002" in squeezed(again.output)
+    assert "used up" not in train(tmp_path, "--overwrite").output
+
+
+def test_a_resumed_run_says_first_that_it_keeps_its_data(finished: Path) -> None:
+    result = imaml("train", "--resume", "--out", finished, "--dataset", "mini-imagenet")
+    assert result.exit_code == 2
+    assert "a resumed run keeps its data, tasks and network: --dataset is 'glyphs'" in squeezed(result.output)
+
+
+@pytest.mark.parametrize(("more", "words"), [({}, "add --split random"), ({"split": "random"}, "add --colours grey")])
+def test_a_preset_of_another_data_set_says_what_to_add(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"of the preset, maybe\); {words}"):
+        replace(preset("mini-imagenet-5w1s-gd"), dataset="glyphs", **more)
 
 
 def test_evaluate_with_another_inner_solver(finished: Path) -> None:
@@ -286,6 +337,10 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
         (["--linear", "exact", "--channels", "64"], "'exact' builds a dense Hessian"),
         (["--glyph-classes", "5"], "--train-classes: expected less than the 5"),
         (["--inner", "adam"], "'adam' is not one of 'gd', 'agd', 'newton-cg'"),
+        (["--device", "meta"], "device: expected auto or a device that works here, got 'meta'"),
+        (["--threads", "100000"], "--threads: expected at most [0-9]+ on this machine, got 100000"),
+        (["--seed", str(2**63)], f"--seed: expected at most {2**62}"),
+        (["--dataset", "omniglot", "--image-size", "200"], "--image-size: expected at most 105 for omniglot"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -399,6 +399,28 @@ def imaml(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "80", "BILEVEL_OMNIGLOT": "/nowhere"})
 
 
+def test_an_image_that_a_table_names_twice_is_refused(place: Path) -> None:
+    """It could be support and query of one task."""
+    write_csv(place, pictures({"train": {"n0": 3, "n1": 3}, "test": {"n2": 3, "n3": 3}}, size=16))
+    with (place / "train.csv").open("a") as file:
+        file.write("n000000001.jpg,n1\n")
+    with pytest.raises(
+        DataError, match="train.csv, line 8: expected every image once, found n000000001.jpg on line 3 too"
+    ):
+        load_mini_imagenet(place, size=16, num_classes=(2, 2))
+
+
+def test_an_image_in_both_tables_is_refused(place: Path) -> None:
+    """Classes with other names, and the same images."""
+    write_csv(place, pictures({"train": {"n0": 3, "n1": 3}, "test": {"n2": 3, "n3": 3}}, size=16))
+    with (place / "test.csv").open("a") as file:
+        file.write("n000000001.jpg,n2\n")
+    with pytest.raises(
+        DataError, match="expected different images in train and test, found 1 in both, such as n000000001.jpg"
+    ):
+        load_mini_imagenet(place, size=16, num_classes=(2, 2))
+
+
 TINY = (
     *("--image-size", "16", "--channels", "2", "--query-shots", "1", "--eval-query-shots", "1", "--outer-steps", "2"),
     *("--meta-batch", "2", "--eval-interval", "2", "--eval-tasks", "2", "--inner-steps", "2", "--device", "cpu"),

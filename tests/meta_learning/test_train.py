@@ -129,6 +129,13 @@ class Broken:
         self.inner.load_state_dict(state)
 
 
+def test_the_accuracy_leaves_failed_tasks_out() -> None:
+    """The largest of NaN outputs is the first one: before, a step in which all tasks failed had learned as much as chance."""
+    trainer = Trainer(replace(TINY, inner_step_size=1e30, log_interval=1, max_failed_steps=10), tiny_source())
+    record = trainer.meta_step()
+    assert record["ok_tasks"] == 0 and math.isnan(record["accuracy"]) and math.isnan(record["loss"])
+
+
 def test_failed_tasks_are_left_out_and_counted() -> None:
     trainer, clean = Trainer(TINY, tiny_source()), Trainer(TINY, tiny_source())
     trainer.sampler = Broken(trainer, [1])

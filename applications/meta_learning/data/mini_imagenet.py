@@ -67,6 +67,12 @@ def load_mini_imagenet(
         classes = cached(path, key, None, lambda: _from_pickles(paths, size))
     else:
         parts = [_listed(paths[i], paths[2]) if form == "csv" else class_folders(paths[i]) for i in range(2)]
+        in_train, in_test = ({path for of in classes.values() for path in of} for classes in parts)
+        if both := in_train & in_test:
+            raise DataError(
+                f"{folder}: expected different images in train and test, found {len(both)} in both, such as {min(both).name}; accuracy "
+                "on images that were trained on is not few-shot accuracy"
+            )
         files = {
             f"{part}/{name}": of for part, classes in zip(PARTS, parts, strict=True) for name, of in classes.items()
         }
@@ -117,6 +123,7 @@ def _check_classes(classes: ImageClasses, where: Path, num_classes: tuple[int, i
 def _listed(table: Path, images: Path) -> dict[str, list[Path]]:
     """The files of each class that a CSV names, in its order."""
     found: dict[str, list[Path]] = {}
+    lines: dict[str, int] = {}
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
@@ -129,6 +136,12 @@ def _listed(table: Path, images: Path) -> dict[str, list[Path]]:
                         f"{table}, line {rows.line_num}: expected the name of a file in images and a label, found "
                         f"{name!r}, {label!r}"
                     )
+                if name in lines:
+                    raise DataError(
+                        f"{table}, line {rows.line_num}: expected every image once, found {name} on line {lines[name]} too; it could be "
+                        "support and query of one task"
+                    )
+                lines[name] = rows.line_num
                 found.setdefault(label, []).append(images / name)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: could not be read as a table ({error}); get it again") from error

@@ -2,7 +2,8 @@
 
 The settings of every algorithm are found by a search of its own, with a seed and tasks that are not reported; then all of them get
 the same number of outer steps. With the larger K all of them are trained again, four times as long: these runs are reported, and what
-they gain says whether training had converged. One seed of the algorithms that still gained is trained once more, sixteen times as long.
+they gain says whether training had converged. One seed is trained once more, sixteen times as long; not with 50 gradient steps, which
+would take hours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ IMAML = ("gd", "hf")
 SHOTS, SEEDS = (5, 10), 3
 OUTER_STEPS, SEARCH_STEPS = 8000, 2000
 LONGER = 4  # with the last number of shots
-LONGEST, LONGEST_ROWS = 16, ("hf", "maml")  # one seed: does the error come to a floor at all?
+LONGEST, LONGEST_ROWS = 16, ("hf", "maml", "fo", "reptile")  # one seed: does the error come to a floor at all?
 TASKS, QUERY_SHOTS, SEARCH_TASKS = 200, 50, 100
 SEARCH_SEED = 100  # added to the seed asked for: neither the networks nor the tasks of the search are reported
 
@@ -175,7 +176,9 @@ class E6(Experiment):
         """Hours lie between the first run and the last, and maybe commits that change nothing here: each run has its own."""
         runs = stored["result"]["runs"] + stored["result"].get("longest", [])
         commits = [f"`{commit[:12]}`" for commit in dict.fromkeys(run.get("commit") for run in runs) if commit]
-        return super().sources(stored) + (f"; runs of the commits {', '.join(commits)}" if len(commits) > 1 else "")
+        words = super().sources(stored) + (f"; runs of the commits {', '.join(commits)}" if len(commits) > 1 else "")
+        elsewhere = {run["processor"] for run in runs if "processor" in run} - {stored["environment"]["processor"]}
+        return words + (f", some of the longest ones on {' and '.join(sorted(elsewhere))}" if elsewhere else "")
 
     def findings(self, result: Numbers) -> list[str]:
         return [
@@ -232,9 +235,10 @@ def trained(request: Request, name: str, config: Config, tasks: int) -> Numbers:
     evaluations = [entry for entry in entries if entry["kind"] == "evaluation" and entry["step"]]
     training = [{"step": entry["step"], "error": entry["mean"]} for entry in evaluations]
     curve = trainer.test_over_inner_steps(tasks=tasks, query_shots=QUERY_SHOTS, seed=config.seed + 10_000)
-    progress = trainer.progress
+    progress, here = trainer.progress, environment(torch.device("cpu"))
     return {
-        "commit": environment(torch.device("cpu"))["commit"],
+        "commit": here["commit"],
+        "processor": here["processor"],
         "outer_steps": config.outer_steps,
         "seconds_per_step": progress.step_seconds / progress.step,
         "failed_tasks": progress.failed_tasks,
@@ -429,8 +433,11 @@ def _longest(result: Numbers) -> list[str]:
         slope = math.log(ends[-1] / ends[-2]) / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
         rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
+    missing = [name for row, name in ROWS.items() if row not in {run["row"] for run in longest}]
+    without = f" ({', '.join(missing)}: not run so long)" if missing else ""
     return [
-        f"Does it come to a floor at all? One seed, {steps[-1]} outer steps; the error after {most} inner steps. The last column is the "
+        f"Does it come to a floor at all? One seed, {steps[-1]} outer steps{without}; the error after {most} inner steps. The last "
+        "column is the "
         f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would "
         "be 0, and above 0 it rose.",
         "",
