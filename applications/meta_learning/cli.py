@@ -328,7 +328,7 @@ def evaluate_command(
     protocol: Annotated[
         Literal["paper", "tight", "both"],
         typer.Option(
-            help="paper: 600 tasks, K queries per class; tight: 1,000 tasks, 15 queries; or both",
+            help="paper: 600 tasks, K queries per class; tight: 1,000 tasks, 15 queries; or both (one, where --tasks and --query-shots are given)",
             metavar="CHOICE",
         ),
     ] = "both",
