@@ -109,6 +109,11 @@ def test_one_evaluation_has_one_name(finished: Path) -> None:
         assert (report["evaluations"][names[0]]["tasks"], report["evaluations"][names[0]]["query_shots"]) == (5, 2)
 
 
+def test_the_seed_of_an_evaluation_has_a_largest_value(finished: Path) -> None:
+    result = imaml("evaluate", finished, "--seed", str(2**63))
+    assert result.exit_code == 2 and f"--seed: expected at most {2**62}, got {2**63}" in squeezed(result.output)
+
+
 @pytest.mark.parametrize(
     ("changes", "algorithm", "regulariser"),
     [
