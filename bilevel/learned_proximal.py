@@ -33,12 +33,21 @@ class LearnedProximalProblem(BilevelProblem):
         ValueError: (at use) theta is not of the form above.
     """
 
-    _composition_is_part = True
+    _knows: bool | None = None
 
     @property
-    def knows_curvature(self) -> bool:  # type: ignore[override]  # a subclass decides
-        """Not where a subclass has another regulariser and does not tell the curvature of that."""
-        return knows_its_own(self, LearnedProximalProblem)
+    def knows_curvature(self) -> bool:
+        """Not where a subclass has another regulariser and does not tell the curvature of that; unless it says so itself."""
+        return knows_its_own(self, LearnedProximalProblem) if self._knows is None else self._knows
+
+    @knows_curvature.setter
+    def knows_curvature(self, knows: bool) -> None:
+        self._knows = knows
+
+    @property
+    def _curvature_is_missing(self) -> bool:  # type: ignore[override]  # as above
+        by_rule = self._knows is None and type(self).knows_curvature is LearnedProximalProblem.knows_curvature
+        return by_rule and not self.knows_curvature
 
     def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -89,8 +89,8 @@ class BilevelProblem(ABC):
     knows_curvature: bool = False
     """Whether part of the inner Hessian is known in closed form: the next two methods."""
 
-    _composition_is_part: ClassVar[bool] = False
-    """Whether :attr:`composition` is G without a known part, so that ``GaussNewton()`` needs that part."""
+    _curvature_is_missing: bool = False
+    """Whether the regulariser is a subclass's own, and its curvature is not told; ``GaussNewton()`` needs that beside the composition."""
 
     curvature_scale: float | None = None
     """k where that part is k I. The library then works with whole vectors, without the two methods."""

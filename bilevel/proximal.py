@@ -30,12 +30,21 @@ class ProximalProblem(BilevelProblem):
         ValueError: lam is not positive (definite), or (at use) does not match theta.
     """
 
-    _composition_is_part = True
+    _knows: bool | None = None
 
     @property
-    def knows_curvature(self) -> bool:  # type: ignore[override]  # a subclass decides
-        """Not where a subclass has another regulariser and does not tell the curvature of that."""
-        return knows_its_own(self, ProximalProblem)
+    def knows_curvature(self) -> bool:
+        """Not where a subclass has another regulariser and does not tell the curvature of that; unless it says so itself."""
+        return knows_its_own(self, ProximalProblem) if self._knows is None else self._knows
+
+    @knows_curvature.setter
+    def knows_curvature(self, knows: bool) -> None:
+        self._knows = knows
+
+    @property
+    def _curvature_is_missing(self) -> bool:  # type: ignore[override]  # as above
+        by_rule = self._knows is None and type(self).knows_curvature is ProximalProblem.knows_curvature
+        return by_rule and not self.knows_curvature
 
     def __init__(self, lam: Any) -> None:
         self._weights = Weights(lam)

@@ -48,6 +48,11 @@ def _children(tree: Tree) -> tuple[type, tuple[Any, ...], list[Tree], tuple[Any,
         try:
             keys = tuple(sorted(tree, key=lambda key: (type(key).__name__, key)))
         except TypeError:  # members of an enum, tuples of unlike things
+            if nameless := [key for key in tree if type(key).__repr__ is object.__repr__]:  # type: ignore[comparison-overlap]
+                raise TypeError(
+                    f"expected keys that can be sorted, or have a name of their own, got {nameless[0]!r}: leaves are listed in the "
+                    "order of the keys. Use strings."
+                ) from None
             keys = tuple(sorted(tree, key=lambda key: (type(key).__name__, repr(key))))
         return dict, keys, [tree[key] for key in keys], tuple(tree)
     if isinstance(tree, tuple | list):

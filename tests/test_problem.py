@@ -741,6 +741,32 @@ def test_gauss_newton_and_identity_do_not_take_lambda_for_the_curvature_of_anoth
     )
 
 
+def test_what_a_problem_says_of_its_curvature_counts() -> None:
+    """A regulariser that is the same one in another dress may say so; and a composition may be all of G."""
+
+    class Logged(ProximalProblem):
+        knows_curvature = True
+        composition = bilevel.Composition(
+            predict=lambda phi, theta, data: phi, output_loss=lambda out, theta, data: (out - 1).square().sum()
+        )
+
+        def test_loss(self, phi: Any, data: Any) -> Tensor:
+            return phi.sum()
+
+        def regulariser(self, phi: Any, theta: Any) -> Tensor:
+            return super().regulariser(phi, theta)
+
+    zeros = torch.zeros(2, dtype=torch.float64)
+    for linsys, expected in ((CG(max_steps=5), 2 / 4), (Identity(), 1.0)):
+        found = bilevel.implicit_gradient(Logged(2.0), zeros, zeros, linsys=linsys, curvature=GaussNewton())
+        torch.testing.assert_close(found.grad, torch.full_like(zeros, expected))
+    problem = _Stiff(2.0)
+    problem.knows_curvature = True
+    assert problem.knows_curvature and not problem._curvature_is_missing
+    problem.knows_curvature = False
+    assert not problem.knows_curvature and not problem._curvature_is_missing
+
+
 def test_a_learned_problem_with_another_regulariser_does_not_know_its_curvature() -> None:
     class Other(bilevel.LearnedProximalProblem):
         def regulariser(self, phi: Any, theta: Any) -> Tensor:

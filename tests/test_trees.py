@@ -147,3 +147,9 @@ def test_keys_that_have_no_order_are_listed_by_their_names() -> None:
         again = dict(reversed(tree.items()))
         assert flatten(again) == (leaves, structure) and unflatten(structure, leaves) == tree
     assert flatten({Key.B: 1, Key.A: 2})[0] == [2, 1]
+
+
+def test_keys_without_order_and_without_a_name_are_refused() -> None:
+    """An order by their addresses would change from run to run."""
+    with pytest.raises(TypeError, match="expected keys that can be sorted, or have a name of their own, got <object"):
+        flatten({object(): 1, object(): 2})

@@ -59,6 +59,7 @@ from applications.meta_learning.run import (
     matching_source,
     prepare_folder,
     refuse_fixed,
+    require_threads,
     require_writable,
     stop_on_signals,
     use_threads,
@@ -143,6 +144,7 @@ def train(
     with reported_errors(), ExitStack() as held:
         if resume and overwrite:
             raise ConfigError("expected one of --resume and --overwrite, got both")
+        require_threads(settings)
         chosen = _Chosen(settings, preset_name, data_dir, download)
         folder = folder or Path("runs") / chosen.name
         known = (folder / CHECKPOINT).exists()
@@ -348,6 +350,7 @@ def evaluate_command(
     inner solver is the one of the training, unless an option replaces it.
     """
     with reported_errors():
+        require_threads(settings)
         if seed > MAX_SEED:
             raise ConfigError(f"seed: expected at most {MAX_SEED}, got {seed}")
         stored = load_checkpoint(checkpoint)

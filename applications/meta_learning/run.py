@@ -280,13 +280,21 @@ class Run:
 def use_threads(config: Config) -> None:
     """Set the number of CPU threads, where the settings name one, and full precision for convolutions on CUDA, as products have it: a
     chunk of one task is made of convolutions, others of products.
-
-    Raises:
-        ConfigError: more threads than a machine like this can use.
     """
     torch.backends.cudnn.allow_tf32 = False
-    most = 4 * (os.cpu_count() or 1)  # so many that the system refuses some would break the process
-    if config.threads > most:
-        raise ConfigError(f"threads: expected at most {most} on this machine, got {config.threads}")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.threads:  # those of a run from a larger machine may be more than this one has
+        torch.set_num_threads(min(config.threads, _most_threads()))
+
+
+def require_threads(settings: dict[str, Any]) -> None:
+    """Refuse to be asked for so many threads that the system may not give them, which would break the process.
+
+    Raises:
+        ConfigError: they are too many.
+    """
+    if settings.get("threads", 0) > _most_threads():
+        raise ConfigError(f"threads: expected at most {_most_threads()} on this machine, got {settings['threads']}")
+
+
+def _most_threads() -> int:
+    return 4 * (os.cpu_count() or 1)

@@ -161,7 +161,6 @@ def _found(meta: MetaGradient) -> Found:
     return {
         "numbers": torch.stack([number.double() for number in numbers]),
         "phi": meta.phi,
-        "ok": meta.ok,
         "inner": _of_tasks(meta.inner),
         "linear": None if linear is None else _of_tasks(linear),
     }

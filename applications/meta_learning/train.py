@@ -98,9 +98,9 @@ class Trainer:
         if self._logs_this_step and not self.config.is_regression:  # a forward pass more
             outputs = batched_outputs(self.module, found["phi"], data["query"]["x"])
             share = accuracy(outputs, data["query"]["y"])  # of NaN it would be that of the first class
-            share = torch.where(found["ok"], share, torch.nan).nanmean(0, keepdim=True)
+            share = torch.where(outputs.isfinite().flatten(1).all(1), share, torch.nan).nanmean(0, keepdim=True)
             found["numbers"] = torch.cat([found["numbers"], share])
-        del found["phi"], found["ok"]
+        del found["phi"]
         self._unread.append(found)
         if self.step.is_deferred:
             self.schedule.step()

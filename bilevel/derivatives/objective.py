@@ -186,10 +186,11 @@ class Objective:
 
     def _gauss_newton(self, phi: Tensor) -> GaussNewtonProduct:
         problem = self.flat.problem
-        if problem._composition_is_part and not problem.knows_curvature:
+        if problem._curvature_is_missing:
             raise TypeError(
                 f"GaussNewton(): {type(problem).__name__} has a regulariser of its own, whose curvature it does not tell. Define "
-                "curvature_product(v, theta) and curvature_inverse(v, theta, damping) for it too, or use Hessian()."
+                "curvature_product(v, theta) and curvature_inverse(v, theta, damping) for it too, or use Hessian(). Where it is Lambda "
+                "all the same, say knows_curvature = True."
             )
         known = self.curvature_product if problem.knows_curvature else None
         return GaussNewtonProduct(self.flat, self.levels, self.tensors, phi, known)

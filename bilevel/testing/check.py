@@ -108,7 +108,7 @@ def check_hypergradient(
 def _refuse_another_composition(problem: BilevelProblem, start: Tree, theta: Tree, data: Any) -> None:
     """``GaussNewton()`` takes the problem's word for what G is made of; the bias of another G would pass for a choice."""
     if problem.composition is None or (
-        problem.split is None and (problem.knows_curvature or problem._composition_is_part)
+        problem.split is None and (problem.knows_curvature or problem._curvature_is_missing)
     ):
         return
     objective = problem.inner_objective if problem.split is None else problem.split.remainder

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bilevel import BilevelProblem
-from bilevel.entry import prepare
+from bilevel.entry import prepare, refuse_transforms
 from bilevel.isolation import isolated
 from bilevel.testing.modules import Modules, same_entries
 from bilevel.trees import Tree, flatten, tree_map
@@ -41,6 +41,7 @@ def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, 
     with _random_numbers_put_back(), Modules() as modules:
         own_theta, own_data = _copy((theta, data))
         call = prepare(problem, own_theta, own_data, init)  # the library checks the arguments and gives the start
+        refuse_transforms(call, "check_deterministic")
         arguments = (tree_map(_moved, call.flat.phi.unravel(call.phi)), theta, data)
         functions = {"inner_objective": problem.inner_objective, "outer_loss": problem.outer_loss}
         rounds: dict[str, list[_Round]] = {name: [] for name in functions}
@@ -50,6 +51,7 @@ def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, 
     findings = [f"- {name} {finding}" for name in functions for finding in _findings(rounds[name])]
     if findings:
         raise ValueError("expected deterministic functions of phi, theta and data, but\n" + "\n".join(findings))
+    call.objective().value_and_grad(call.phi)  # what else the library refuses, such as a G that does not depend on phi
 
 
 @dataclass(frozen=True)

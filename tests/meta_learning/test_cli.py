@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 import bilevel
 from applications.meta_learning import cli, logs
 from applications.meta_learning.__main__ import main
-from applications.meta_learning.checkpoint import load_checkpoint
+from applications.meta_learning.checkpoint import load_checkpoint, save_checkpoint
 from applications.meta_learning.cli import app
 from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.evaluate import Evaluation
@@ -142,6 +142,18 @@ def test_a_run_whose_time_is_used_up_says_so(tmp_path: Path) -> None:
     assert "Its time is used up. For more, name the sum, or 0 for no limit:" in squeezed(again.output)
     assert "--minutes 0.0002" in squeezed(again.output)
     assert "used up" not in train(tmp_path, "--overwrite").output
+
+
+def test_a_run_of_a_larger_machine_takes_the_threads_that_are_here(finished: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    stored = load_checkpoint(finished)
+    stored["config"]["threads"] = 10**6
+    save_checkpoint(tmp_path / "checkpoint.pt", stored)
+    try:
+        result = imaml("evaluate", tmp_path, "--tasks", "2", "--protocol", "paper")
+        assert result.exit_code == 0, result.output
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_resumed_run_says_first_that_it_keeps_its_data(finished: Path) -> None:

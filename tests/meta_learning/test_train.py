@@ -134,6 +134,10 @@ def test_the_accuracy_leaves_failed_tasks_out() -> None:
     trainer = Trainer(replace(TINY, inner_step_size=1e30, log_interval=1, max_failed_steps=10), tiny_source())
     record = trainer.meta_step()
     assert record["ok_tasks"] == 0 and math.isnan(record["accuracy"]) and math.isnan(record["loss"])
+    # a linear solve that fails says nothing of what was learned from the support set
+    unsolved = replace(TINY, curvature="hessian", lam=1e-6, inner_steps=1, linear_steps=30, log_interval=1)
+    record = Trainer(replace(unsolved, max_failed_steps=10), tiny_source()).meta_step()
+    assert record["ok_tasks"] < TINY.meta_batch and 0 <= record["accuracy"] <= 1
 
 
 def test_failed_tasks_are_left_out_and_counted() -> None:

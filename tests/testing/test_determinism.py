@@ -237,6 +237,34 @@ def test_arguments_that_are_written_to_are_named_and_the_original_is_not() -> No
     assert not data["batch"][0].any()
 
 
+@pytest.mark.parametrize(
+    ("inner", "words"),
+    [
+        (lambda phi, theta, data: theta.square().sum(), "expected a function of phi"),
+        (lambda phi, theta, data: (phi.detach() - theta).square().sum(), "expected a function of phi"),
+        (lambda phi, theta, data: (phi * CAPTURED).sum(), "carries a gradient"),
+        (lambda phi, theta, data: phi.float().square().sum(), "expected torch.float64 like phi"),
+    ],
+)
+def test_what_the_library_refuses_is_refused_here_too(inner: Callable[..., Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_deterministic(functions(inner), THETA)
+
+
+def test_it_does_not_run_under_a_transform() -> None:
+    def value(theta: Tensor) -> Tensor:
+        check_deterministic(functions(quadratic), theta)
+        return theta.sum()
+
+    with pytest.raises(
+        TypeError, match="check_deterministic returns plain numbers and cannot run under a torch.func transform"
+    ):
+        torch.func.grad(value)(THETA)
+
+
+CAPTURED = torch.ones(3, dtype=F64, requires_grad=True)
+
+
 def test_nan_is_the_same_as_nan() -> None:
     check_deterministic(functions(lambda phi, theta, data: (phi - 1e3).log().sum()), THETA)
 
