@@ -168,7 +168,7 @@ def is_positive_definite(matrix: Tensor) -> bool:
 
 def _fault(matrix: Tensor) -> str:
     """What keeps a square matrix from being symmetric positive definite, or "". In NumPy, which no recording sees."""
-    plain = matrix.detach().to("cpu", torch.float64)  # NumPy has no linear algebra in half precision
+    plain = matrix.detach().cpu().double()  # NumPy has no linear algebra in half precision, some devices no double
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     numbers = np.array(plain.tolist()) if transformed else plain.numpy()  # below torch.func it has no memory to look at
     if not np.isfinite(numbers).all():

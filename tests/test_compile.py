@@ -605,7 +605,9 @@ def test_a_change_that_shows_in_a_variable_of_small_units_leads_to_a_new_recordi
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 1e3), (torch.float64, 1e5)])
+@pytest.mark.parametrize(
+    ("dtype", "large"), [(torch.float32, 1e3), (torch.float32, 1e5), (torch.float64, 1e5), (torch.float64, 1e9)]
+)
 def test_a_task_beside_larger_ones_does_not_keep_an_old_recording(dtype: torch.dtype, large: float) -> None:
     """theta / phi* = (penalty + x^2) / penalty by hand: what a task answers depends on no other."""
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 import bilevel
 from bilevel.linsys import CG, GMRES, Exact, Jacobi, Nystrom, NystromPreconditioner, Operator
 from bilevel.solvers import GradientDescent, NewtonCG, ScipyMinimize
+from bilevel.testing import check_hypergradient
 
 BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
 NEWTON, SOLVE = NewtonCG(max_steps=30, tol=1e-12), CG(max_steps=50, rtol=1e-12)
@@ -507,10 +508,13 @@ def test_the_default_device_does_not_matter(linsys: Any) -> None:
     solver = ScipyMinimize(tol=1e-3)
     expected = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=linsys)
     text = expected.explain()
+    checked = str(check_hypergradient(problem, theta, data, solver=solver, linsys=linsys)) if linsys == Exact() else ""
     torch.set_default_device("meta")
     try:
         found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=linsys)
         assert found.explain() == text
+        if checked:
+            assert str(check_hypergradient(problem, theta, data, solver=solver, linsys=linsys)) == checked
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(found.unwrap(), expected.unwrap(), rtol=0, atol=0)

@@ -15,6 +15,7 @@ from bilevel import BilevelProblem, Composition, LearnedProximalProblem, Proxima
 from bilevel.curvature import GaussNewton
 from bilevel.linsys import CG, Identity
 from bilevel.regularisation import Diagonal, Scalar
+from bilevel.testing import check_hypergradient
 
 # theta = {"w": (2, 2), "b": (2,)}: d = 6, ravel order b_0 b_1 w_00 w_01 w_10 w_11
 
@@ -739,6 +740,12 @@ def test_gauss_newton_and_identity_do_not_take_lambda_for_the_curvature_of_anoth
         and known.knows_curvature
         and ProximalProblem.from_losses(zero, zero, 1.0).knows_curvature
     )
+
+
+def test_a_composition_without_the_regulariser_is_checked_only_where_it_is_used() -> None:
+    theta = torch.tensor([4.0], dtype=torch.float64)
+    solver = solvers.NewtonCG(max_steps=20, tol=1e-12)
+    assert check_hypergradient(_Stiff(2.0), theta, solver=solver, linsys=CG(max_steps=5)).ok
 
 
 def test_what_a_problem_says_of_its_curvature_counts() -> None:

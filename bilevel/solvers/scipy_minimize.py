@@ -186,7 +186,7 @@ class _Calls:
         return self._products(x, self.tensor(v))
 
     def hessian(self, x: Any) -> Any:
-        return self._products(x, torch.eye(len(x)).to(self._phi))
+        return self._products(x, torch.eye(len(x), device="cpu").to(self._phi))
 
     def _measured(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """G and its gradient; the last of them is kept, because the start and the end of a run are wanted twice."""

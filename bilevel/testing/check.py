@@ -113,7 +113,10 @@ def _refuse_another_composition(problem: BilevelProblem, start: Tree, theta: Tre
         return
     objective = problem.inner_objective if problem.split is None else problem.split.remainder
     with torch.no_grad():
-        phi = tree_map(lambda leaf: leaf + 0.1 * torch.arange(leaf.numel()).to(leaf).cos().reshape(leaf.shape), start)
+        phi = tree_map(
+            lambda leaf: leaf + 0.1 * torch.arange(leaf.numel(), device=leaf.device).to(leaf).cos().reshape(leaf.shape),
+            start,
+        )
         value, made = objective(phi, theta, data), problem.composition.objective(phi, theta, data)
     apart, size = float((value - made).abs()), float(value.abs() + made.abs())
     if apart > torch.finfo(value.dtype).eps ** 0.5 * (1 + size):  # not where it is NaN: that is for the report

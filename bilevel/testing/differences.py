@@ -96,14 +96,17 @@ def directions(
     if n <= every:
         repeat = [i for i, length in enumerate(lengths) for _ in range(length)]
         return Directions(
-            torch.eye(n).to(like), like.new_ones(n), [sizes[i] for i in repeat], [names[i] for i in repeat]
+            torch.eye(n, device=like.device).to(like),
+            like.new_ones(n),
+            [sizes[i] for i in repeat],
+            [names[i] for i in repeat],
         )
     if len(lengths) > count:
         lengths, names, sizes = [n], [""], [max(min(sizes), 1e-3 * max(sizes))]
     each = math.ceil(count / len(lengths))
     vectors, start = [], 0
     for length in lengths:
-        block = torch.zeros(each, n, dtype=torch.float64)
+        block = torch.zeros(each, n, dtype=torch.float64, device="cpu")
         block[:, start : start + length] = torch.randn(
             each, length, generator=generator, dtype=torch.float64, device="cpu"
         )

@@ -104,7 +104,7 @@ class System:
         d = like.numel()
         if d > DENSE:
             return System(product, None)
-        return System(product, torch.stack([product(row) for row in torch.eye(d).to(like)]))
+        return System(product, torch.stack([product(row) for row in torch.eye(d, device=like.device).to(like)]))
 
     def solve(self, b: Tensor, rtol: float | None = None) -> Tensor:
         """The solution ``(d,)``; not finite where there is none. ``rtol``: an accuracy that is enough, where it is iterative."""
