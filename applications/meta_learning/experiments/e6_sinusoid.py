@@ -74,7 +74,7 @@ def base(row: str) -> Config:
         # 10 left |dG/dphi| = 2, where the meta-gradient is not that of iMAML any more: one seed of three went astray
         return replace(common, inner_steps=50)
     algorithm = {"maml": "maml", "fo": "first-order", "reptile": "reptile"}[row]
-    return replace(common, lam=0.0, algorithm=algorithm, compile=False, inner_steps=10 if row == "reptile" else 5)  # type: ignore[arg-type]
+    return replace(common, lam=0.0, algorithm=algorithm, compile=False, inner_steps=10 if row == "reptile" else 5)  # type: ignore[arg-type]  # of the dict above
 
 
 class E6(Experiment):

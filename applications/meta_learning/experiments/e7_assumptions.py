@@ -134,7 +134,7 @@ def _config(setting: Setting, request: Request) -> Config:
     config = replace(
         preset("omniglot-5w1s-gd"),
         lam=setting.lam,
-        curvature=setting.curvature,  # type: ignore[arg-type]
+        curvature=setting.curvature,  # type: ignore[arg-type]  # one of the names that Config knows
         channels=CHANNELS,
         meta_batch=META_BATCH,
         seed=request.seed,

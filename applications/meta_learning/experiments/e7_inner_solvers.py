@@ -63,7 +63,7 @@ class E7InnerSolvers(Experiment):
             for row in times["rows"]:
                 call = partial(_memory, config, request.data_dir, path, row["name"], row["budget"], tasks)
                 name = f"memory-{row['name']}-{row['budget']}".replace(" ", "-")
-                row["peak_mb"] = request.part(name, lambda call=call: processes.submit(call).result())["peak_mb"]  # type: ignore[misc]
+                row["peak_mb"] = request.part(name, lambda call=call: processes.submit(call).result())["peak_mb"]  # type: ignore[misc]  # call=
         return {
             "dataset": config.dataset,
             "conditions": conditions(config),

@@ -139,7 +139,7 @@ def gradients(config: Config, data_dir: Path | None, trained_network: Path, ladd
     data = sampler.sample(GRADIENT_TASKS)
 
     def meta_gradient(**changes: object) -> MetaGradient:
-        method = build_method(replace(config, **changes), trainer.module)  # type: ignore[arg-type]
+        method = build_method(replace(config, **changes), trainer.module)  # type: ignore[arg-type]  # settings by name
         return method.algorithm.meta_gradient(method.problem, trainer.theta, data)
 
     found = {"initial network": along_the_ladder(meta_gradient, ladder)}
