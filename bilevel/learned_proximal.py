@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from bilevel.composition import Composition, Loss, ModelLoss, composition_of
-from bilevel.problem import BilevelProblem, knows_its_own, require_functions_of
+from bilevel.problem import require_functions_of
 from bilevel.regularisation import Kind, described_layout
+from bilevel.regularised_problem import RegularisedProblem
 from bilevel.trees import Tree, flatten, layout_of, tree_map
 
 
-class LearnedProximalProblem(BilevelProblem):
+class LearnedProximalProblem(RegularisedProblem):
     """iMAML's problem with a learned regulariser.
 
     G = train_loss(phi) + 1/2 (phi - centre)^T Lambda (phi - centre), L = test_loss(phi).
@@ -32,22 +33,6 @@ class LearnedProximalProblem(BilevelProblem):
         TypeError: a loss is no function, or kind is no kind.
         ValueError: (at use) theta is not of the form above.
     """
-
-    _knows: bool | None = None
-
-    @property
-    def knows_curvature(self) -> bool:
-        """Not where a subclass has another regulariser and does not tell the curvature of that; unless it says so itself."""
-        return knows_its_own(self, LearnedProximalProblem) if self._knows is None else self._knows
-
-    @knows_curvature.setter
-    def knows_curvature(self, knows: bool) -> None:
-        self._knows = knows
-
-    @property
-    def _curvature_is_missing(self) -> bool:  # type: ignore[override]  # as above
-        by_rule = self._knows is None and type(self).knows_curvature is LearnedProximalProblem.knows_curvature
-        return by_rule and not self.knows_curvature
 
     def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)

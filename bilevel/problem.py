@@ -186,15 +186,6 @@ def _constructors(cls: type) -> str:
     return " or ".join(f"{cls.__name__}.{name}(...)" for name in vars(cls) if name.startswith("from_"))
 
 
-def knows_its_own(problem: BilevelProblem, base: type) -> bool:
-    """Whether the products of ``base`` with the curvature of its regulariser are those of this problem, or it has its own."""
-
-    def own(name: str) -> bool:
-        return getattr(type(problem), name) is getattr(base, name)
-
-    return own("regulariser") or not (own("curvature_product") or own("curvature_inverse"))
-
-
 def require_own(cls: type, base: type, name: str) -> None:
     """Refuse the constructor ``name`` of ``base`` where a subclass inherits it: the problem would lack what the
     subclass adds, such as a regulariser, and nothing would say so.

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from bilevel.composition import Composition, Loss, ModelLoss, composition_of
-from bilevel.problem import BilevelProblem, Split, knows_its_own, require_functions_of, require_own
+from bilevel.problem import Split, require_functions_of, require_own
+from bilevel.regularised_problem import RegularisedProblem
 from bilevel.trees import Tree, tree_map
 from bilevel.weights import Weights
 
 
-class ProximalProblem(BilevelProblem):
+class ProximalProblem(RegularisedProblem):
     """The problem of iMAML (Eqs. 3 and 4).
 
     G = train_loss(phi) + 1/2 (phi - theta)^T Lambda (phi - theta), L = test_loss(phi).
@@ -30,22 +31,6 @@ class ProximalProblem(BilevelProblem):
         ValueError: lam is not positive (definite), or (at use) does not match theta.
     """
 
-    _knows: bool | None = None
-
-    @property
-    def knows_curvature(self) -> bool:
-        """Not where a subclass has another regulariser and does not tell the curvature of that; unless it says so itself."""
-        return knows_its_own(self, ProximalProblem) if self._knows is None else self._knows
-
-    @knows_curvature.setter
-    def knows_curvature(self, knows: bool) -> None:
-        self._knows = knows
-
-    @property
-    def _curvature_is_missing(self) -> bool:  # type: ignore[override]  # as above
-        by_rule = self._knows is None and type(self).knows_curvature is ProximalProblem.knows_curvature
-        return by_rule and not self.knows_curvature
-
     def __init__(self, lam: Any) -> None:
         self._weights = Weights(lam)
 
@@ -60,10 +45,6 @@ class ProximalProblem(BilevelProblem):
             f"lam: {type(self).__name__} takes it once, by super().__init__(lam); for another one make a new problem, or learn it with "
             "LearnedProximalProblem."
         )
-
-    def _is_own(self, *names: str) -> bool:
-        """Whether no subclass has another method, or property, of these names."""
-        return all(getattr(type(self), name) is getattr(ProximalProblem, name) for name in names)
 
     def train_loss(self, phi: Tree, data: Any) -> Tensor:
         """The training loss of one task, a 0-d tensor. A subclass defines this method, or the property ``composition``
@@ -82,7 +63,7 @@ class ProximalProblem(BilevelProblem):
 
     @property
     def split(self) -> Split | None:
-        if not self._is_own("inner_objective", "regulariser"):
+        if not self._is_own(ProximalProblem, "inner_objective", "regulariser"):
             return None  # a subclass has another G
         return Split(lambda phi, theta, data: self.train_loss(phi, data), lambda theta: theta)
 
@@ -99,12 +80,12 @@ class ProximalProblem(BilevelProblem):
     @property
     def constant_cross_norm(self) -> float | None:
         """The largest eigenvalue of Lambda: the cross derivative is -Lambda, where G is that of this class."""
-        return self._weights.largest if self._is_own("inner_objective", "regulariser") else None
+        return self._weights.largest if self._is_own(ProximalProblem, "inner_objective", "regulariser") else None
 
     @property
     def curvature_scale(self) -> float | None:  # type: ignore[override]  # lam decides
         lam = self._weights.lam
-        own = self._is_own("regulariser", "curvature_product", "curvature_inverse")
+        own = self._is_own(ProximalProblem, "regulariser", "curvature_product", "curvature_inverse")
         return lam if own and isinstance(lam, float) else None
 
     def curvature_product(self, v: Tree, theta: Tree = None) -> Tree:

@@ -742,6 +742,25 @@ def test_gauss_newton_and_identity_do_not_take_lambda_for_the_curvature_of_anoth
     )
 
 
+def test_the_curvature_of_a_regulariser_is_not_that_of_the_one_below_or_above_it() -> None:
+    """A class that knows its curvature, under one that has yet another regulariser; and one object with its own."""
+
+    class Stiffer(_StiffAndKnown):
+        def regulariser(self, phi: Any, theta: Any) -> Tensor:
+            return 2 * super().regulariser(phi, theta)
+
+    class Same(_StiffAndKnown):
+        pass
+
+    assert not Stiffer(2.0).knows_curvature and Same(2.0).knows_curvature
+    problem: Any = ProximalProblem.from_losses(lambda phi, data: (phi - 1).square().sum() / 2, zero, 2.0)
+    problem.regulariser = lambda phi, theta: 15 * (phi - theta).square().sum()
+    assert not problem.knows_curvature
+    theta = torch.tensor([4.0], dtype=torch.float64)
+    found = bilevel.solve(problem, theta, solver=solvers.NewtonCG(max_steps=20, tol=1e-12))
+    torch.testing.assert_close(found.value, (1 + 30 * theta) / 31)
+
+
 def test_a_composition_without_the_regulariser_is_checked_only_where_it_is_used() -> None:
     theta = torch.tensor([4.0], dtype=torch.float64)
     solver = solvers.NewtonCG(max_steps=20, tol=1e-12)
