@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_accuracy
 from bilevel.entry import Call
 from bilevel.gradient import Diagnosis, Hypergradient
-from bilevel.linsys.base import LinearSolver, check_number, mark, norm
+from bilevel.linsys.base import LinearSolver, mark, norm
 from bilevel.result import Result
 from bilevel.status import Status
 
@@ -50,7 +51,7 @@ def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
 
     Args:
         result: a hypergradient of the same problem at this theta or one nearby. Costs what :meth:`bilevel.Hypergradient.diagnose` costs.
-        accuracy: wanted ``|grad - exact| / |exact|`` of each task, > 0.
+        accuracy: wanted ``|grad - exact| / |exact|`` of each task, between 0 and 1.
 
     Returns:
         :class:`Tolerances`; for a batch what the most demanding of its tasks needs.
@@ -58,7 +59,7 @@ def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
     Raises:
         ValueError: no task of the result is ok.
     """
-    check_number("accuracy", accuracy, positive=True)
+    check_accuracy(accuracy)
     if not bool(result.ok_per_task.any()):
         raise ValueError(f"tolerances: expected a result with at least one task that is ok, got\n{result.describe()}")
     found = result.diagnose()
@@ -109,7 +110,7 @@ def to_accuracy(
     warm_start: Hypergradient | None,
 ) -> Hypergradient:
     """Run until the estimated relative error of each task is at most ``accuracy``, or no further."""
-    check_number("accuracy", accuracy, positive=True)
+    check_accuracy(accuracy)
     _check_methods(solver, linsys)
     start, rounds = warmed(call, warm_start, phi_too=True), []
     tol, rtol = _first(call, accuracy, warm_start)

@@ -24,6 +24,15 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def check_accuracy(accuracy: float) -> None:
+    """Refuse a relative error that is none: 1 is that of a gradient of zeros."""
+    check_number("accuracy", accuracy, positive=True)
+    if accuracy >= 1:
+        raise ValueError(
+            f"accuracy: expected a relative error below 1, such as 1e-3, got {accuracy!r}. Five per cent are 0.05."
+        )
+
+
 def check_count(name: str, value: int, *, at_least: int = 1) -> None:
     """Refuse an option that is no integer (Python's or NumPy's), or too small."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):

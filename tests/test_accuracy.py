@@ -144,6 +144,8 @@ def test_tolerances_refuse_what_they_cannot_use():
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="accuracy: expected a finite number > 0"):
             bilevel.tolerances(result, bad)
+    with pytest.raises(ValueError, match="accuracy: expected a relative error below 1.*Five per cent are 0.05"):
+        bilevel.tolerances(result, 5)
     ridge.data["x"][:] = torch.nan
     with pytest.raises(ValueError, match=r"(?s)expected a result with at least one task that is ok, got\n.*NON_FINITE"):
         bilevel.tolerances(ridge.run(few), 1e-3)
@@ -307,6 +309,9 @@ def test_accuracy_needs_tolerances_to_choose():
     ridge = Ridge()
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="accuracy: expected a finite number > 0"):
+            ridge.run(accuracy=bad)
+    for bad in (1.0, 5):  # per cent?
+        with pytest.raises(ValueError, match="accuracy: expected a relative error below 1, such as 1e-3, got"):
             ridge.run(accuracy=bad)
 
     class NoTol:

@@ -557,6 +557,30 @@ def test_a_full_matrix_as_lambda_is_recorded(caplog: pytest.LogCaptureFixture) -
     assert_same(found, bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED))
 
 
+def test_recordings_are_bounded_and_those_in_use_stay(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many examples as calls, and one shape that comes back in between."""
+    monkeypatch.setattr("bilevel.recorded.programs.MOST", 8)
+    problem, theta, data = logistic()
+    task = one_task(data, 0)
+
+    def call(examples: int) -> Any:
+        part = {**task, "x": task["x"][:examples], "y": task["y"][:examples], "v": task["v"][:examples]}
+        options: Any = {"solver": NEWTON, "linsys": SOLVED}
+        found = bilevel.hypergradient(problem, theta, part, compile=True, **options).unwrap()
+        torch.testing.assert_close(found, bilevel.hypergradient(problem, theta, part, **options).unwrap())
+        return set(problem._programs._programs)  # type: ignore[attr-defined]
+
+    often = call(10)
+    for examples in range(4, 9):
+        call(examples)
+        assert often <= call(10)
+        assert count(problem) <= 8
+    (told,) = [message for message in caplog.messages if "recordings for one problem" in message]
+    assert "8 recordings" in told and "Pad them to a few sizes" in told
+
+
 def test_a_copy_of_a_result_answers_without_the_programs() -> None:
     problem = bilevel.BilevelProblem.from_functions(
         lambda phi, theta, data: (phi - theta.sin()).square().sum() + 0.1 * phi.pow(4).sum(),

@@ -140,9 +140,14 @@ def test_what_the_users_function_raises_reaches_the_caller(name: str) -> None:
         (lambda: LBFGS(max_steps=5, memory=0), ValueError, "memory: expected at least 1, got 0"),
         (lambda: TorchOptim(torch.optim.Adam, max_steps=0), ValueError, "max_steps"),
         (lambda: TorchOptim("adam", max_steps=1), TypeError, "factory: expected a function of the parameters"),  # type: ignore[arg-type]
+        (
+            lambda: TorchOptim(lambda params: torch.optim.Adam(torch.nn.Linear(2, 2).parameters()), max_steps=1),
+            ValueError,
+            "expected an optimizer of the parameters that it is given.*not with module",
+        ),
         (lambda: ScipyMinimize(method="no such method"), ValueError, "method"),
     ],
-    ids=["steps", "memory", "optimizer steps", "factory", "method"],
+    ids=["steps", "memory", "optimizer steps", "factory", "other parameters", "method"],
 )
 def test_wrong_options(make: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):

@@ -27,6 +27,11 @@ C = TypeVar("C", bound=_Call)
 
 _logger = logging.getLogger(__name__)
 
+MOST = 128
+"""Programs kept for one problem. A call needs up to six, of each size that a batch shrinks to; that makes the last twenty shapes or
+more. A recording takes as much memory as a small model.
+"""
+
 
 class Stale(Exception):
     """What was recorded is not what the problem does now."""
@@ -37,7 +42,8 @@ class Programs:
 
     def __init__(self, problem: BilevelProblem) -> None:
         self._problem = weakref.ref(problem)
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[Any, Any] = {}  # the one used last at the end
+        self._told = False
         self.old = False
         """Whether there may be some that an earlier call has recorded."""
 
@@ -62,7 +68,10 @@ class Programs:
 
     def get(self, key: Any, record: Callable[[], P]) -> P | None:
         """The program, recorded if it is not there yet; None if it cannot be recorded."""
-        if key not in self._programs:
+        if key in self._programs:
+            self._programs[key] = self._programs.pop(key)
+        else:
+            self._make_room()
             try:
                 self._programs[key] = record()
             except Exception as error:
@@ -76,6 +85,18 @@ class Programs:
                 )
                 self._programs[key] = None
         return self._programs[key]
+
+    def _make_room(self) -> None:
+        while len(self._programs) >= MOST:
+            del self._programs[next(iter(self._programs))]
+            if not self._told:
+                _logger.warning(
+                    "compile=True: %d recordings for one problem, so the oldest are forgotten, and made again when they are needed, which "
+                    "takes longer than without. Do shapes in data change from call to call? Pad them to a few sizes. Plain numbers? Make "
+                    "them tensors. Or leave compile out.",
+                    MOST,
+                )
+            self._told = True
 
 
 class _Nothing:

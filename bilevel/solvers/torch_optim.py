@@ -31,7 +31,7 @@ class TorchOptim(TaskByTask):
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps, unless it is exactly zero.
 
     Raises:
-        TypeError: at use, the factory makes no optimizer.
+        TypeError, ValueError: at use, the factory makes no optimizer, or one of other tensors than it is given.
     """
 
     factory: Callable[[list[Tensor]], Any]
@@ -55,6 +55,12 @@ class TorchOptim(TaskByTask):
         optimizer = self.factory(leaves)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"factory: expected it to make a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not all(id(leaf) in held for leaf in leaves):
+            raise ValueError(
+                "factory: expected an optimizer of the parameters that it is given, got one that does not hold all of them. "
+                "Write lambda params: torch.optim.Adam(params, lr=1e-2), and not with module.parameters()."
+            )
         seen: list[Tensor] = []  # the last point, and G and its gradient there
 
         def closure() -> Tensor:

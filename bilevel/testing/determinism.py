@@ -91,7 +91,8 @@ def _evaluate(
             if value.requires_grad:
                 grads = list(torch.autograd.grad(value, variables, allow_unused=True))
         after = _generators()
-    found = [x.new_zeros(()) if grad is None else grad for x, grad in zip(variables, grads, strict=True)]
+    # a leaf may be used in one call and not in the next, where the function keeps something of the first
+    found = [torch.zeros_like(x) if grad is None else grad for x, grad in zip(variables, grads, strict=True)]
     values = {
         "value": value.detach(),
         "gradient in phi": torch.cat([grad.reshape(-1) for grad in found[:num_phi]]),

@@ -212,6 +212,28 @@ def test_a_state_of_its_own_is_found() -> None:
     assert "keep a state of its own" in text  # at the start itself, phi = 0, nothing would be seen
 
 
+def test_a_cache_that_only_the_first_call_fills_is_found() -> None:
+    """Later calls do not use the leaf of theta that went into it: the graph shows other leaves than in the first."""
+    theta = {"log": torch.zeros(4, dtype=F64), "centre": torch.ones(4, dtype=F64)}
+
+    def remembers(phi: Tensor, theta: Any, data: Any, cache: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006 - the mistake
+        if "weights" not in cache:
+            cache["weights"] = theta["log"].exp()
+        return (cache["weights"] * phi.square()).sum() + (phi - theta["centre"]).square().sum()
+
+    def counts(phi: Tensor, theta: Any, data: Any, calls: list[int] = []) -> Tensor:  # noqa: B006
+        calls.append(0)
+        extra = theta["log"].sum() if len(calls) == 1 else 0.0
+        return (phi - theta["centre"]).square().sum() + extra
+
+    for function in (remembers, counts):
+        problem = BilevelProblem.from_functions(
+            function, lambda phi, theta, data: phi.sum(), lambda theta, data: theta["centre"]
+        )
+        with pytest.raises(ValueError, match=r"inner_objective changes from call to call.*keep a state of its own"):
+            check_deterministic(problem, theta)
+
+
 def test_a_change_of_one_bit_is_found() -> None:
     count = [0]
 
