@@ -127,7 +127,8 @@ class _Solution(torch.autograd.Function):
         mapped = ctx.mapped
         levels = mapped.at_solution
         u = _LinearSolve.apply(
-            _Mapped(mapped.rule, with_axis(levels), mapped.sizes, True), *_guarded([cotangent, phi, *tensors])
+            _Mapped(mapped.rule, with_axis(levels), mapped.sizes, True),
+            *_guarded([_nan_after_failure(cotangent, phi), phi, *tensors]),
         )
         wanted = [want and _has_derivatives(t) for want, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
         products = pullback(condition(mapped.rule.flat, levels), [phi, *tensors], -u, [False, *wanted])
@@ -145,7 +146,8 @@ class _Solution(torch.autograd.Function):
         if change is None:
             return torch.zeros_like(phi)
         return _LinearSolve.apply(
-            _Mapped(mapped.rule, with_axis(levels), mapped.sizes), *_guarded([-change, phi, *tensors])
+            _Mapped(mapped.rule, with_axis(levels), mapped.sizes),
+            *_guarded([_nan_after_failure(-change, phi), phi, *tensors]),
         )
 
     @staticmethod
@@ -195,7 +197,7 @@ class _LinearSolve(torch.autograd.Function):
         mapped = ctx.mapped
         levels = mapped.at_solution
         flipped = _Mapped(mapped.rule, levels, mapped.sizes, not mapped.transposed)
-        w = _LinearSolve.apply(flipped, *_guarded([cotangent, phi, *tensors]))
+        w = _LinearSolve.apply(flipped, *_guarded([_nan_after_failure(cotangent, u), phi, *tensors]))
         wanted = [
             want and _has_derivatives(t) for want, t in zip(ctx.needs_input_grad[2:], [phi, *tensors], strict=True)
         ]
@@ -217,12 +219,20 @@ class _LinearSolve(torch.autograd.Function):
         if rhs is None:
             return torch.zeros_like(u)
         same = _Mapped(mapped.rule, levels, mapped.sizes, mapped.transposed)
-        return _LinearSolve.apply(same, *_guarded([rhs, phi, *tensors]))
+        return _LinearSolve.apply(same, *_guarded([_nan_after_failure(rhs, u), phi, *tensors]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], mapped: _Mapped, *tensors: Tensor) -> tuple[Tensor, int]:
         more, moved = mapped.mapped(info.batch_size, in_dims[1:], tensors)
         return _LinearSolve.apply(more, *moved), 0
+
+
+def _nan_after_failure(v: Tensor, answer: Tensor) -> Tensor:
+    """v, for a derivative of this answer; NaN where the solve failed and the answer is NaN: where A and the condition's other derivatives
+    do not depend on the answer, as of a quadratic, the derivative would be finite. Not where v is zero, for nobody looks at that answer.
+    """
+    failed = answer.isnan().all(-1, keepdim=True) & (v != 0).any(-1, keepdim=True)
+    return torch.where(failed, torch.nan, v)
 
 
 def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:

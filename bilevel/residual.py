@@ -41,7 +41,15 @@ class RootFlat(Flat):
     source: ClassVar[str] = "F"
 
     def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
-        """F ``(d,)``."""
+        """What is to be zero ``(d,)``."""
+        return self.zero(phi, self.given(phi, *tensors))
+
+    def zero(self, phi: Tensor, given: Tensor) -> Tensor:
+        """The condition, from the value of the user's function; vectors with any batch axes."""
+        return given
+
+    def given(self, phi: Tensor, *tensors: Tensor) -> Tensor:
+        """The user's function ``(d,)``."""
         assert isinstance(self.problem, Condition)
         value = self.problem(self.phi.unravel(phi), *self.trees(tensors))
         leaves, structure = flatten(value)
@@ -71,9 +79,9 @@ class FixedPointFlat(RootFlat):
 
     source: ClassVar[str] = "T"
 
-    def condition(self, phi: Tensor, *tensors: Tensor) -> Tensor:
-        """phi - T ``(d,)``."""
-        return phi - super().condition(phi, *tensors)
+    def zero(self, phi: Tensor, given: Tensor) -> Tensor:
+        """phi - T."""
+        return phi - given
 
 
 class Residual(Objective):
@@ -81,7 +89,8 @@ class Residual(Objective):
 
     def __init__(self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...]) -> None:
         super().__init__(flat, levels, tensors, sizes)
-        self._condition = over_levels(flat.condition, with_axis(levels))
+        assert isinstance(flat, RootFlat)
+        self._zero, self._given = flat.zero, over_levels(flat.given, with_axis(levels))
 
     def value(self, phi: Tensor) -> Tensor:
         """|F|^2 / 2 ``(*batch,)``."""
@@ -93,12 +102,12 @@ class Residual(Objective):
         if not self._checked:
             with torch.enable_grad():
                 point = phi.detach().requires_grad_()
-                residual = self._condition(point, *self.tensors)
-                self._check(residual, [point])
-            residual = residual.detach()
+                given = self._given(point, *self.tensors)
+                self._check(given, [point])
+            residual = self._zero(point, given).detach()
         else:
             with torch.no_grad():
-                residual = self._condition(phi.detach(), *self.tensors)
+                residual = self._zero(phi.detach(), self._given(phi.detach(), *self.tensors))
         return 0.5 * torch.linalg.vecdot(residual, residual), residual
 
     def linearise(  # type: ignore[override]  # what a solver of equations needs of it
@@ -116,7 +125,8 @@ class Residual(Objective):
             return
         if not value.requires_grad:
             raise ValueError(
-                f"{self.flat.source}: expected a function of phi, but the graph shows no dependence on it. Was phi detached?"
+                f"{self.flat.source}: expected a function of phi, but the graph shows no dependence on it. Was phi detached, or the "
+                "function evaluated without a graph (torch.no_grad)?"
             )
         refuse_captured(value, inputs, self.flat.source)
         self._checked = True
@@ -134,8 +144,9 @@ class ResidualLinearisation:
         self._residual = residual
         with torch.enable_grad():
             self._phi = phi.detach().requires_grad_()
-            self._value = residual._condition(self._phi, *residual.tensors)
-            residual._check(self._value, [self._phi])
+            given = residual._given(self._phi, *residual.tensors)
+            residual._check(given, [self._phi])
+            self._value = residual._zero(self._phi, given)
             # A v is the derivative of w -> A^T w, which is linear: right for every operator that has a double backward
             self._w = torch.zeros_like(self._value, requires_grad=True)
             self._pull = (

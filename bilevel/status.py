@@ -81,8 +81,8 @@ class Status(IntEnum):
     SINGULAR = (
         8,
         True,
-        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping, or "
-        "remove variables that the inner objective does not depend on.",
+        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping; "
+        "remove variables that the inner objective does not depend on, and equations that say the same twice; or start elsewhere.",
     )
     BREAKDOWN = (
         9,

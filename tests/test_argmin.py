@@ -855,6 +855,34 @@ def test_a_failed_inner_solve_is_nan_and_so_are_its_derivatives() -> None:
     assert theta.grad.isnan().all()
 
 
+def test_after_a_failed_inner_solve_no_derivative_is_finite_though_the_condition_does_not_depend_on_phi() -> None:
+    """G = x (phi - theta)^2: with a step of 0.1 the task with x = 100 diverges. Its Hessian and cross derivative are the same everywhere,
+    and at NaN too.
+    """
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, x: (x * (phi - theta).square()).sum(),
+        lambda phi, theta, x: phi.sum(),
+        lambda theta, x: torch.zeros(3, dtype=F64),
+    )
+    solver = GradientDescent(step_size=0.1, max_steps=1000)
+    x, theta = torch.stack([torch.ones(3, dtype=F64), torch.full((3,), 100.0, dtype=F64)]), torch.ones(3, dtype=F64)
+
+    def f(theta: Tensor) -> Tensor:
+        return vmap(lambda x: argmin(problem, theta, x, solver=solver, linsys=CG(max_steps=5)))(x)
+
+    for jacobian in (jacrev(f)(theta), jacfwd(f)(theta)):
+        assert_same(jacobian[0], torch.eye(3, dtype=F64), 1e-9)
+        assert jacobian[1].isnan().all()
+    leaf = theta.clone().requires_grad_()
+    f(leaf).sum().backward()
+    assert leaf.grad.isnan().all()
+    # but a loss that leaves the failed task out has a gradient
+    assert_same(grad(lambda t: f(t)[0].square().sum())(theta), 2 * theta, 1e-9)
+    assert_same(hessian(lambda t: f(t)[0].square().sum())(theta), 2 * torch.eye(3, dtype=F64), 1e-9)
+    for row in hessian(lambda t: f(t)[1].square().sum())(theta):
+        assert row.isnan().all()
+
+
 def hill() -> BilevelProblem:
     """G = sum cos(phi - theta): phi = theta is a maximum."""
     return BilevelProblem.from_functions(

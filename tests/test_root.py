@@ -481,9 +481,10 @@ def test_newton_without_a_root_fails_at_the_smallest_residual(start: float) -> N
 
     solver = Newton(max_steps=200, tol=1e-10)
     phi, result = reported(F, tensor([1.0]), tensor([start]), solver, root)
-    assert result.status is Status.DIVERGED and 1 <= result.residual < 1.01
-    assert "stopped falling far from zero" in result.describe()
-    with pytest.raises(SolverError, match="DIVERGED"):
+    # from 1 the first step ends at 0, where the derivative is 0 too
+    words = "SINGULAR .* or start elsewhere" if start == 1 else "DIVERGED .* stopped falling far from zero"
+    assert 1 <= result.residual < 1.01
+    with pytest.raises(SolverError, match=words):
         root(F, tensor([1.0]), solver=solver, linsys=Exact(), init=tensor([start]), check=True)
     assert phi.isnan().all()
 
@@ -532,9 +533,26 @@ def test_newton_at_the_rounding_floor_has_not_failed() -> None:
         assert_same(phi, tensor([1.5]) ** (1 / 3), 1e-12)
 
 
+def test_newton_and_a_constraint_that_is_stated_twice() -> None:
+    """The system is consistent, and its matrix singular: what is wrong with it is said, and GMRES takes the steps of least length."""
+    a, b, centre = tensor([[1.0, 1.0], [2.0, 2.0]]), tensor([1.0, 2.0]), tensor([0.3, 1.0])
+
+    def optimality(z: Any, centre: Tensor, _: Any) -> Any:
+        return {"x": z["x"] - centre + a.T @ z["nu"], "nu": a @ z["x"] - b}
+
+    def x(linsys: Any) -> Any:
+        init = {"x": torch.zeros(2, dtype=F64), "nu": torch.zeros(2, dtype=F64)}
+        solver = Newton(max_steps=20, tol=1e-10, linsys=linsys)
+        return root(optimality, centre, solver=solver, linsys=Exact(), init=init, check=True)["x"]
+
+    with pytest.raises(SolverError, match=r"inner solve: SINGULAR after 1 steps.*equations that say the same twice"):
+        x(Exact())
+    assert_same(x(GMRES(max_steps=9, rtol=1e-12)), tensor([0.15, 0.85]), 1e-9)  # the nearest point of x1 + x2 = 1
+
+
 def test_newton_at_a_singular_start_says_that_it_is_stuck() -> None:
     phi, result = reported(lambda x, t, _: x**2 - t, tensor([1.0]), tensor([0.0]), Newton(max_steps=9, tol=1e-10), root)
-    assert result.status is Status.DIVERGED and result.residual == 1 and phi.isnan().all()
+    assert result.status is Status.SINGULAR and result.residual == 1 and phi.isnan().all()
     # and there is no derivative to be had there
     got = grad(lambda t: root(lambda x, t, _: x**2 - t, t, solver=Newton(), linsys=Exact(), init=tensor([0.0])).sum())(
         tensor([1.0])
@@ -849,15 +867,24 @@ def test_a_condition_that_does_not_know_one_entry_of_phi(linsys: str) -> None:
     assert jacrev(phi)(tensor(1.0))[1].isnan()
 
 
-def test_a_map_that_does_not_know_phi_is_its_own_solution() -> None:
+@pytest.mark.parametrize("solver", [NEWTON, FixedPointIteration(max_steps=50), Anderson(max_steps=50), FOUND])
+def test_a_map_that_does_not_know_phi(solver: Any) -> None:
+    """Of x/2 + t the derivative is 2, and 1 where x is detached: which would pass, because the point is right."""
     ones = torch.ones(2, dtype=F64)
-    for solver in (NEWTON, FixedPointIteration(max_steps=5, tol=1e-12), Anderson(max_steps=5, tol=1e-12)):
 
-        def phi(t: Tensor, solver: Any = solver) -> Tensor:
-            return fixed_point(lambda x, t, _: t**3, t, solver=solver, linsys=Exact(), init=0 * ones)
+    @torch.no_grad()
+    def without_a_graph(x: Tensor, t: Tensor, _: Any) -> Tensor:
+        return x / 2 + t
 
-        assert_same(phi(2 * ones), 8 * ones, 1e-12)
-        assert_same(jacrev(phi)(2 * ones), 12 * torch.eye(2, dtype=F64), 1e-12)
+    for T in (lambda x, t, _: x.detach() / 2 + t, without_a_graph, lambda x, t, _: t**3):
+        with pytest.raises(
+            ValueError, match="T: expected a function of phi, but the graph shows no dependence.*no_grad"
+        ):
+            fixed_point(T, ones, solver=solver, linsys=Exact(), init=ones)
+        with pytest.raises(
+            ValueError, match="T: expected a function of phi, but the graph shows no dependence.*no_grad"
+        ):
+            jacrev(lambda t, T=T: fixed_point(T, t, solver=solver, linsys=Exact(), init=ones))(ones)
 
 
 @pytest.mark.parametrize("solve", [root, fixed_point])

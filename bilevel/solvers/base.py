@@ -72,6 +72,8 @@ class Run:
     """Whether ``converged`` is what gradients of G have shown."""
     rounding: Tensor | None = None
     """Of equations F(phi) = 0: what rounding may leave of ``|F|``. More, where the method can go no further, is no root."""
+    singular: Tensor | None = None
+    """Where a singular matrix is why the method can go no further ``(*batch,)``."""
 
     def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
@@ -84,11 +86,13 @@ class Run:
         converged = residual <= self.tol  # at the start, say, where nothing has become smaller
         if self.measured:
             converged = converged | self.converged
+        stuck = self._stuck(converged, residual)
         for mask, status in (
             (self.stalled, Status.LINE_SEARCH_FAILED),
             (converged, Status.CONVERGED),
             (~converged & (residual > self.growth * self.start.clamp_min(floor)), Status.DIVERGED),
-            (self._stuck(converged, residual), Status.DIVERGED),
+            (stuck, Status.DIVERGED),
+            (stuck & (False if self.singular is None else self.singular), Status.SINGULAR),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
         ):
@@ -167,6 +171,10 @@ class IterativeSolver(InnerSolver):
         """Of equations: what rounding may leave of ``|F|`` at a root ``(*batch,)``. ``start`` is ``|F|`` at the start; None: not asked."""
         return None
 
+    def singular(self, state: Any) -> Tensor | None:
+        """Where the matrix of the last step was singular ``(*batch,)``; None from a method that has none."""
+        return None
+
     def run(self, objective: Objective, phi: Tensor) -> Run:
         state = self.init(objective, phi)
         active = ~state.stalled
@@ -185,6 +193,7 @@ class IterativeSolver(InnerSolver):
             self.growth,
             objective.measures,
             self.rounding(objective, state, start),
+            self.singular(state),
         )
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:

@@ -15,14 +15,21 @@ from bilevel.linsys.base import LinearSolver, Operator, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE
+from bilevel.solvers.masks import nowhere
+from bilevel.status import Status
+
+
+@dataclass(frozen=True)
+class _State(State):
+    singular: Tensor  # problems that stopped at a singular A
 
 
 @dataclass(frozen=True, kw_only=True)
 class Newton(IterativeSolver):
     """phi <- phi - t A^{-1} F(phi), with A = dF/dphi and a step length t from backtracking on ``|F|`` (Dennis and Schnabel 1996, ch. 6).
 
-    Quadratic convergence near a regular solution. Where A is singular, or no step length lowers ``|F|``, the problem stops with
-    ``LINE_SEARCH_FAILED`` at the best point found.
+    Quadratic convergence near a regular solution. Where A is singular, or no step length lowers ``|F|``, the problem stops: with
+    ``SINGULAR`` or ``DIVERGED``, or, where ``|F|`` may be rounding, with ``LINE_SEARCH_FAILED``, which is no failure.
 
     Args:
         max_steps: >= 1.
@@ -49,8 +56,11 @@ class Newton(IterativeSolver):
             )
         keep_python_numbers(self)
 
-    def init(self, objective: Objective, phi: Tensor) -> State:
-        return State.start(phi)
+    def init(self, objective: Objective, phi: Tensor) -> _State:
+        return _State(phi, phi, nowhere(phi), nowhere(phi))
+
+    def singular(self, state: _State) -> Tensor:
+        return state.singular
 
     def evaluate(self, objective: Objective, point: Tensor) -> Any:
         return objective.linearise(point, Hessian(), 0.0)
@@ -63,7 +73,7 @@ class Newton(IterativeSolver):
         # is no root. 10 start: terms as large as F at the start may cancel here
         return torch.finfo(start.dtype).eps * torch.maximum(1e3 * terms, 10 * start)
 
-    def step(self, objective: Objective, state: State, local: Any) -> State:
+    def step(self, objective: Objective, state: _State, local: Any) -> _State:
         solved = self.linsys.solve(Operator(local.matvec, symmetric=False), -local.grad)
         direction = select(solved.failed, torch.zeros_like(local.grad), solved.value)
         size = norm(local.grad)
@@ -78,4 +88,5 @@ class Newton(IterativeSolver):
             if not bool(searching.any()):
                 break
             length = torch.where(searching, 0.5 * length, length)
-        return State(best, best, state.stalled | solved.failed | searching)
+        singular = ~state.stalled & (solved.codes == int(Status.SINGULAR))
+        return _State(best, best, state.stalled | solved.failed | searching, state.singular | singular)
