@@ -87,8 +87,8 @@ class Status(IntEnum):
     BREAKDOWN = (
         9,
         True,
-        "the recurrence of the method broke down (it divides by a number that is zero here), and a fresh start of it "
-        "too. Solve with GMRES or Exact, or from another start.",
+        "the recurrence of the method broke down: it divides by a number that is zero here, after a fresh start too, or grows "
+        "until it overflows. Solve with GMRES or Exact, or from another start.",
     )
 
 

@@ -20,7 +20,8 @@ class BiCGStab(KrylovSolver):
 
     The residual may rise and fall on the way, and nothing guarantees that it ends. Where the recurrence breaks down (it divides by zero)
     it is started afresh from the point reached, with another shadow residual if need be; where that does not help, as for a
-    skew-symmetric A, the problem fails with ``Status.BREAKDOWN``, or with ``SINGULAR`` where A maps a direction to zero.
+    skew-symmetric A, or where the residual grows until it overflows, the problem fails with ``Status.BREAKDOWN``, or with ``SINGULAR``
+    where A maps a direction to zero.
 
     A preconditioner acts from the right, as in :class:`GMRES`; M need not be symmetric.
 
@@ -68,9 +69,12 @@ class BiCGStab(KrylovSolver):
             omega = torch.where(slow, 0, slope / torch.where(slow, 1, tt))
             singular = singular | (active & ((norm(v) == 0) | ((tt == 0) & ~over)))
             broken = broken | (active & twisted & slow & ~over)
+            left = half - omega.unsqueeze(-1) * t
+            # A, whose products were numbers before, has none that is not: the residual grew until it overflowed
+            broken = broken | (active & (steps > 0) & ~norm(left).isfinite())
             active = active & ~broken & ~singular
             step = alpha.unsqueeze(-1) * p_hat + omega.unsqueeze(-1) * half_hat
-            u, r = select(active, u + step, u), select(active, half - omega.unsqueeze(-1) * t, r)
+            u, r = select(active, u + step, u), select(active, left, r)
             steps = steps + active
             fresh = weak | slow
             active = system.going(active, norm(r), steps)

@@ -19,8 +19,8 @@ from bilevel.solvers.masks import nowhere
 class _State(State):
     previous: Tensor  # the point before this one (*batch, d), NaN at the first
     last: Tensor  # F there
-    points: Tensor  # differences of successive points, newest first (*batch, memory, d); zero where there is none yet
-    residuals: Tensor  # differences of successive F
+    residuals: Tensor  # differences of successive F, of length one, newest first (*batch, memory, d); zero where there is none yet
+    steps: Tensor  # the plain steps from one to the next: what phi - relaxation * F changes by, in the same unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +62,19 @@ class Anderson(IterativeSolver):
 
     def step(self, objective: Objective, state: _State, local: Local) -> _State:
         x, f = state.point, local.grad
-        points, residuals = state.points, state.residuals
         first = state.last.isnan().all(-1, keepdim=True)
-        points = _pushed(points, torch.where(first, 0, x - state.previous))
-        residuals = _pushed(residuals, torch.where(first, 0, f - state.last))
+        change = torch.where(first, 0, f - state.last)
+        # each difference in its own unit, once for all: the normal equations stay well scaled, and no number is squared
+        length = norm(change).unsqueeze(-1)
+        none = ~(length > 0) | ~length.isfinite()
+        length = torch.where(none, 1, length)  # masked below; 0 / 0 would be NaN in the derivative of a path
+        step = torch.where(first, 0, x - state.previous) - self.relaxation * change
+        residuals = _pushed(state.residuals, torch.where(none, 0, change / length))
+        steps = _pushed(state.steps, torch.where(none, 0, step / length))
         weights = _least_squares(residuals, f)
-        mixed_x = x - (weights.unsqueeze(-2) @ points).squeeze(-2)
-        mixed_f = f - (weights.unsqueeze(-2) @ residuals).squeeze(-2)
+        phi = x - self.relaxation * f - (weights.unsqueeze(-2) @ steps).squeeze(-2)
         stalled = state.stalled | ~local.value.isfinite()
-        phi = mixed_x - self.relaxation * mixed_f
-        return _State(phi, phi, stalled, x, f, points, residuals)
+        return _State(phi, phi, stalled, x, f, residuals, steps)
 
 
 def _pushed(rows: Tensor, row: Tensor) -> Tensor:
@@ -79,20 +82,13 @@ def _pushed(rows: Tensor, row: Tensor) -> Tensor:
 
 
 def _least_squares(rows: Tensor, f: Tensor) -> Tensor:
-    """The weights ``(*batch, memory)`` that minimise |f - sum_i weights_i rows_i|; rows ``(*batch, memory, d)``, some zero.
+    """The weights ``(*batch, memory)`` that minimise |f - sum_i weights_i rows_i|; rows ``(*batch, memory, d)`` of length one, some zero.
 
-    Normal equations of rows scaled to length one, with a shift that keeps dependent rows from cancelling: an error in the weights
-    costs a little speed and no accuracy.
+    Normal equations, with a shift that keeps dependent rows from cancelling: an error in the weights costs a little speed and
+    no accuracy.
     """
-    length = norm(rows)
-    empty = ~(length > 0) | ~length.isfinite()
-    # quotients of one where there is no row: masked later, 0 / 0 would be NaN in the derivative of a path
-    length = torch.where(empty, 1, length)
-    unit = torch.where(empty[..., None], 0, rows) / length[..., None]
-    gram = unit @ unit.mT
+    gram = rows @ rows.mT
+    empty = torch.linalg.diagonal(gram) == 0
     shift = 10 * gram.shape[-1] * torch.finfo(f.dtype).eps
-    eye = torch.eye(gram.shape[-1], dtype=f.dtype, device=f.device)
-    chol, _ = torch.linalg.cholesky_ex(gram + shift * eye + torch.diag_embed(empty.to(f.dtype)))
-    rhs = unit @ torch.where(f.isfinite(), f, 0).unsqueeze(-1)
-    weights = torch.cholesky_solve(rhs, chol).squeeze(-1)
-    return torch.where(empty, 0, weights / length)
+    chol, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(empty.to(f.dtype) + shift))
+    return torch.cholesky_solve(rows @ f.unsqueeze(-1), chol).squeeze(-1)

@@ -114,6 +114,19 @@ def test_a_skew_symmetric_matrix_is_a_breakdown(rtol: float) -> None:
         BiCGStab(max_steps=20, rtol=rtol).solve(lambda v: v @ a.T, torch.ones(2, dtype=F64)).unwrap()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_residual_that_grows_until_it_overflows_is_a_breakdown(seed: int) -> None:
+    """A condition number of 1e6 in float32. The numbers of A and b are innocent; a NaN among them is another matter."""
+    g = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(100, 100, generator=g, dtype=F64))[0]
+    a, b = ((q * torch.logspace(0, 6, 100, dtype=F64)) @ q.T).float(), torch.randn(100, generator=g)
+    solver = BiCGStab(max_steps=5000, rtol=1e-6)
+    result = solver.solve(Operator(lambda v: v @ a.T, symmetric=False), b)
+    assert result.status is Status.BREAKDOWN and result.residual.isfinite() and result.value.isfinite().all()
+    a[0, 0] = torch.nan
+    assert solver.solve(Operator(lambda v: v @ a.T, symmetric=False), b).status is Status.NON_FINITE
+
+
 def test_a_breakdown_that_a_fresh_start_mends() -> None:
     """Small integers make exact zeros: where SciPy gives up with -10 or -11, a fresh start or another shadow residual goes on."""
     found = 0
