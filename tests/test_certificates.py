@@ -16,7 +16,7 @@ import bilevel
 from bilevel import Constants
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, Exact, Identity, Neumann
-from bilevel.solvers import GradientDescent, NewtonCG
+from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
 from tests.cases import PROBLEMS
 
 F64 = torch.float64
@@ -1115,6 +1115,58 @@ def test_negative_curvature_on_the_way_is_told_apart():
         in text
     )
     assert "no minimum" not in text
+
+
+def softmax_with_a_free_bias():
+    """A shift of all biases changes no probability: one eigenvalue of H is zero, and neither function sees that direction. The exact
+    gradient is that of the same problem with the last bias kept at zero, by dense Newton steps and a dense solve.
+    """
+    g = torch.Generator().manual_seed(0)
+    x, x_val = torch.randn(200, 8, generator=g, dtype=F64), torch.randn(60, 8, generator=g, dtype=F64)
+    y, y_val = torch.randint(0, 4, (200,), generator=g), torch.randint(0, 4, (60,), generator=g)
+
+    def fit(phi, x, y):
+        return torch.nn.functional.cross_entropy(x @ phi["W"] + phi["b"], y)
+
+    def penalty(phi, theta):
+        return 0.5 * theta.exp() * phi["W"].square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, _: fit(phi, x, y) + penalty(phi, theta),
+        lambda phi, theta, _: fit(phi, x_val, y_val),
+        lambda theta, _: {"W": x.new_zeros(8, 4), "b": x.new_zeros(4)},
+    )
+    theta = torch.tensor(-2.0, dtype=F64)
+
+    def tree(v):
+        return {"W": v[:32].view(8, 4), "b": torch.cat([v[32:], v.new_zeros(1)])}
+
+    def inner(v, theta):
+        return fit(tree(v), x, y) + penalty(tree(v), theta)
+
+    v = x.new_zeros(35)
+    for _ in range(20):
+        v = v - torch.linalg.solve(torch.func.hessian(inner)(v, theta), torch.func.grad(inner)(v, theta))
+    u = torch.linalg.solve(
+        torch.func.hessian(inner)(v, theta), torch.func.grad(lambda v: fit(tree(v), x_val, y_val))(v)
+    )
+    cross = torch.func.jacrev(torch.func.grad(inner), argnums=1)(v, theta)
+    return problem, theta, float(-(cross @ u))
+
+
+@pytest.mark.parametrize("solver", [NewtonCG(max_steps=40, cg_steps=40), LBFGS(max_steps=400)], ids=["newton", "lbfgs"])
+@pytest.mark.parametrize(("tol", "rtol"), [(1e-9, 1e-9), (1e-3, 1e-9), (1e-9, 1e-3), (1e-6, 1e-5)])
+def test_a_singular_direction_that_neither_function_sees_leaves_the_estimate_right(solver, tol, rtol):
+    problem, theta, exact = softmax_with_a_free_bias()
+    result = bilevel.hypergradient(problem, theta, solver=replace(solver, tol=tol), linsys=CG(max_steps=80, rtol=rtol))
+    error = abs(float(result.unwrap()) - exact)
+    assert float(result.error_estimate) == pytest.approx(error, rel=0.1, abs=1e-13)
+    text = result.explain()
+    assert (
+        "H is singular at phi: an eigenvalue is zero but for rounding. dL/dphi has nothing along that direction" in text
+    )
+    assert "add regularisation" not in text and "met negative curvature" not in text
+    assert ("limits the accuracy" in text) == (max(tol, rtol) > 1e-9)
 
 
 def test_negative_curvature_in_some_tasks_of_a_batch():

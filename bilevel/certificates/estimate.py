@@ -18,10 +18,12 @@ from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.result import Result
 
-CORRECTION = CG(max_steps=100, rtol=1e-8)
+CORRECTION = CG(max_steps=100, rtol=1e-8, atol=1.0)
 """An estimate needs the size of a correction, two digits say. Its relative error is at most rtol times the condition
 number, so 1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost;
-where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md."""
+where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md. The unit of
+``atol`` is the rounding of b: to go on below that would fail where H is singular, though b has nothing along its null vectors but
+rounding, as with softmax and a bias without penalty."""
 
 MUCH_LEFT = 0.01
 """Where a solve that did not meet its tolerance has left more than this part of b, and rounding in H u may be as much, nobody can
@@ -120,5 +122,6 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """Where CG found no solution of A x = b, and x; zero there, and where b is nothing but rounding."""
     b = select(ok & (norm(b) > rounding), b, torch.zeros_like(b))
-    result: Result = CORRECTION.solve(matvec, b, preconditioner=preconditioner)
-    return result.failed, select(result.failed, torch.zeros_like(b), result.value)
+    unit = torch.where(rounding > 0, rounding, 1).unsqueeze(-1)
+    result: Result = CORRECTION.solve(matvec, b / unit, preconditioner=preconditioner)
+    return result.failed, select(result.failed, torch.zeros_like(b), result.value * unit)

@@ -64,6 +64,7 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_failures(result),
         *_nothing_to_solve(result),
         *_negative_curvature(result, spectrum, problem),
+        *_singular(result, spectrum),
         *_bias(result),
     ]
     advice += _accuracy(result, found, solves) or ([] if advice else ["Nothing to change."])
@@ -226,7 +227,9 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
         at_phi = at_phi | ((linear.negative_curvature > 0) & (linear.codes != int(Status.SINGULAR)))
     on_the_way = torch.zeros_like(at_phi)
     if inner is not None and inner.negative_curvature is not None:
-        on_the_way = inner.negative_curvature > 0
+        on_the_way = (inner.negative_curvature > 0) & ~_is_zero(
+            spectrum
+        )  # there it may have been rounding, and that is said elsewhere
     negative = _is_negative(spectrum)
     if bool((at_phi | negative).any()):
         count = int((at_phi | negative).sum())
@@ -243,10 +246,30 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     return []
 
 
+def _singular(result: Hypergradient, spectrum: Spectrum) -> list[str]:
+    """Of tasks that have a gradient all the same, because dL/dphi has nothing along the null vectors."""
+    zero = result.ok_per_task & _is_zero(spectrum)
+    if not bool(zero.any()):
+        return []
+    where = "" if zero.ndim == 0 else f" in {int(zero.sum())} of {zero.numel()} tasks"
+    return [
+        f"H is singular at phi{where}: an eigenvalue is zero but for rounding. dL/dphi has nothing along that direction, so the gradient "
+        "is that of all the others. That is right where neither L nor, whatever theta is, G changes along it, as with softmax and a bias "
+        "without a penalty; a small penalty on such variables leaves no doubt."
+    ]
+
+
 def _is_negative(spectrum: Spectrum) -> Tensor:
     """Which smallest eigenvalues are negative, and not a zero with rounding: that is a singular matrix, which has a status of its own."""
-    rounding = ZERO_IN_EPS * torch.finfo(spectrum.smallest.dtype).eps * spectrum.largest.abs()
-    return spectrum.smallest < -rounding
+    return spectrum.smallest < -_rounding(spectrum)
+
+
+def _is_zero(spectrum: Spectrum) -> Tensor:
+    return spectrum.smallest.abs() <= _rounding(spectrum)
+
+
+def _rounding(spectrum: Spectrum) -> Tensor:
+    return ZERO_IN_EPS * torch.finfo(spectrum.smallest.dtype).eps * spectrum.largest.abs()
 
 
 def _remedy(result: Hypergradient, spectrum: Spectrum, problem: BilevelProblem) -> str:
