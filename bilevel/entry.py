@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -242,6 +243,17 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
             )
 
 
+def _as_data(thing: Any) -> str:
+    """How an object with tensors becomes data."""
+    if isinstance(thing, Mapping):
+        return "of a mapping hand over dict(...); "
+    return (
+        "of an object with fields hand over vars(...); "
+        if is_dataclass(thing) or type(thing) is SimpleNamespace
+        else ""
+    )
+
+
 def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.device) -> list[Tensor]:
     tensors = []
     for path, leaf in zip(paths, leaves, strict=True):
@@ -255,8 +267,7 @@ def _check_data(leaves: Sequence[Any], paths: Sequence[str], device: torch.devic
         elif not isinstance(leaf, _STATIC):
             raise TypeError(
                 f"data{path}: expected tensors, None, numbers or strings, got {type(leaf).__name__}. "
-                f"Convert arrays with torch.as_tensor; "
-                "keep other objects in the problem itself."
+                f"Convert arrays with torch.as_tensor; {_as_data(leaf)}keep other objects in the problem itself."
             )
     return tensors
 

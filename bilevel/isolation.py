@@ -44,6 +44,15 @@ SPARSE = (
     "bilevel: torch.func and torch.vmap take sparse tensors in the COO layout only: hand over X.to_sparse_coo(). Batches of tasks need "
     "dense tensors, or sparse ones in the problem itself and not in data."
 )
+NUMBERS = (
+    "bilevel: the functions run on tensors of torch.func here (for batched=True, argmin, root and fixed_point), which have no numbers to "
+    "look at. Write torch.where in the place of if, a weight in the place of x[mask], and leave out .item(), float() and .numpy(); or "
+    "hand tasks over one by one, without batched=True."
+)
+NO_RULE = (
+    "bilevel: PyTorch cannot run this operation for several tasks at once, as those of recurrent layers. Hand tasks over one by one, "
+    "without batched=True, or write the layer with other operations."
+)
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
@@ -72,6 +81,8 @@ NOTES = (
     (("randomness error mode",), RANDOM),
     (("running_mean",), STATISTICS),
     (("saved tensor hooks",), HOOKS),
+    (("data-dependent control flow", "calling .item()", "doesn't have storage", "dynamic shape"), NUMBERS),
+    (("Batching rule not implemented",), NO_RULE),
     (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )
 """Words of PyTorch's, and what they mean here."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,10 @@ def test_theta(name: str, theta: Any, match: str) -> None:
             "data: expected tensors, None, numbers or strings, got ndarray. Convert arrays with torch.as_tensor",
             id="numpy",
         ),
+        pytest.param(
+            {"x": SimpleNamespace(y=ONES)}, r"data\['x'\]: .*of an object with fields hand over vars", id="object"
+        ),
+        pytest.param(UserDict(x=ONES), r"data: .*of a mapping hand over dict", id="mapping"),
         pytest.param(
             {"x": ONES, "y": [np.float64(1.0), {1, 2}]}, r"data\['y'\]\[1\]: expected tensors.*got set", id="set"
         ),

@@ -518,3 +518,32 @@ def test_the_default_device_does_not_matter(linsys: Any) -> None:
     finally:
         torch.set_default_device(None)
     torch.testing.assert_close(found.unwrap(), expected.unwrap(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("term", "advice"),
+    [
+        (lambda phi, x: phi.sum() if phi.sum() > 0 else 2 * phi.sum(), "Write torch.where in the place of if"),
+        (lambda phi, x: phi.sum() * x.sum().item(), "leave out .item()"),
+        (lambda phi, x: phi.sum() * torch.from_numpy(x.numpy()).sum(), "leave out .item(), float() and .numpy()"),
+        (lambda phi, x: phi[x > 0].sum(), r"a weight in the place of x[mask]"),
+        (lambda phi, x: LSTM(phi[None, :, None])[0].sum(), "as those of recurrent layers"),
+    ],
+    ids=["if", "item", "numpy", "mask", "recurrent"],
+)
+def test_what_several_tasks_at_once_cannot_do_is_said(term: Any, advice: str) -> None:
+    """And one task by itself is no problem."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, x: (phi - theta).square().sum() + 1e-3 * term(phi, x),
+        lambda phi, theta, x: phi.sum(),
+        lambda theta, x: torch.zeros_like(theta),
+    )
+    theta, x = torch.ones(3), torch.ones(2, 3)
+    options: Any = {"solver": NewtonCG(max_steps=3), "linsys": CG(max_steps=3)}
+    with pytest.raises(RuntimeError) as caught:
+        bilevel.hypergradient(problem, theta, x, batched=True, **options)
+    assert advice in caught.value.__notes__[0]
+    assert bilevel.hypergradient(problem, theta, x[0], **options).ok
+
+
+LSTM = nn.LSTM(1, 2).requires_grad_(False)

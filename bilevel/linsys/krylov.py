@@ -136,10 +136,11 @@ class Outcome:
 class KrylovSolver(LinearSolver):
     """The options of every Krylov method.
 
-    Stops where ``|b - A u| <= max(rtol |b|, atol)``. Where rounding has led the recurrence astray, so that only its own residual is
-    that small, it goes on from there with the true one, as long as that helps. With ``rtol = atol = 0`` it takes ``max_steps`` steps
-    without reading a number back to the host, and reports the residual of the recurrence instead of spending a product on the true one.
-    A start that is no better than zero, in what the method reduces, is not used.
+    Stops where ``|b - A u| <= max(rtol |b|, atol)``, and at ``eps |b|`` at the latest, which counts as converged. Where rounding has led
+    the recurrence astray, so that only its own residual is that small, it goes on from there with the true one, as long as that helps.
+    With ``rtol = atol = 0`` it takes ``max_steps`` steps without reading a number back to the host, and reports the residual of the
+    recurrence instead of spending a product on the true one. A start that is no better than zero, in what the method reduces, is not
+    used.
 
     Args:
         max_steps: at most this many steps, >= 1.
