@@ -17,7 +17,9 @@ from bilevel.derivatives import (
     Objective,
     is_transformed,
     over_levels,
+    refuse_writes,
     transforms_active,
+    versions,
 )
 from bilevel.linsys.base import LinearSolver
 from bilevel.problem import BilevelProblem
@@ -204,8 +206,9 @@ def _initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> tuple[Lay
         structure[:] = [spec]
         return [leaf.clone() for leaf in leaves]
 
-    batch_ndim = len(levels)
+    batch_ndim, before = len(levels), versions(tensors)
     leaves = over_levels(start, levels)(*tensors)
+    refuse_writes(before, tensors, "initial_phi")
     return layout_of(unflatten(structure[0], leaves), batch_ndim)
 
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature
-from bilevel.derivatives import Flat, Levels, Objective, backward_product, over_levels, refuse_captured, with_axis
+from bilevel.derivatives import (
+    Flat,
+    Levels,
+    Objective,
+    backward_product,
+    over_levels,
+    refuse_captured,
+    refuse_writes,
+    with_axis,
+)
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Structure, Tree, flatten
 
@@ -129,6 +138,7 @@ class Residual(Objective):
                 "function evaluated without a graph (torch.no_grad)?"
             )
         refuse_captured(value, inputs, self.flat.source)
+        refuse_writes(self._versions, self.tensors, self.flat.source)
         self._checked = True
 
 

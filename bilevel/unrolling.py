@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_finite
 from bilevel.curvature import Hessian
-from bilevel.derivatives import Levels, alike, refuse_captured
+from bilevel.derivatives import Levels, alike, jvp, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare, refuse_unused
 from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated
@@ -174,11 +174,14 @@ def _forwards(path: _Path, theta: Sequence[Tensor], slope: Tensor) -> list[Tenso
     if slope.ndim == 1:
         of_batch = _forwards(path.as_batch(), [leaf.unsqueeze(0) for leaf in theta], slope.unsqueeze(0))
         return [None if grad is None else grad.squeeze(0) for grad in of_batch]
-    theta = [leaf.detach() for leaf in theta]
+    theta = [leaf.detach().contiguous() for leaf in theta]  # a tangent cannot be put beside an expanded tensor
     grads: list[Tensor | None] = []
     for i, leaf in enumerate(theta):
         batch_ndim = slope.ndim - 1
         shape = leaf.shape[batch_ndim:]
+        if shape.numel() == 0:
+            grads.append(torch.zeros_like(leaf))
+            continue
         basis = torch.eye(shape.numel(), dtype=leaf.dtype, device=leaf.device)
         basis = basis.reshape(shape.numel(), *([1] * batch_ndim), *shape)
 
@@ -186,7 +189,7 @@ def _forwards(path: _Path, theta: Sequence[Tensor], slope: Tensor) -> list[Tenso
             def moved(value: Tensor) -> Tensor:
                 return path([*theta[:i], value, *theta[i + 1 :]])[0].phi
 
-            return dot(alike(*torch.func.jvp(moved, (leaf,), (direction.expand_as(leaf),))), slope)
+            return dot(alike(*jvp(moved, (leaf,), (direction.expand_as(leaf),))), slope)
 
         columns = torch.func.vmap(along, chunk_size=DIRECTIONS)(basis)  # (size, *batch)
         grads.append(columns.movedim(0, -1).reshape(leaf.shape))

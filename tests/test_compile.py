@@ -557,6 +557,23 @@ def test_a_full_matrix_as_lambda_is_recorded(caplog: pytest.LogCaptureFixture) -
     assert_same(found, bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED))
 
 
+def test_a_captured_value_where_the_objective_is_defined_on_one_side_only() -> None:
+    """Near phi = 1e-3 the root has no gradient on the other side of zero; at phi itself it has, and that is compared."""
+    weights = torch.ones(4, dtype=F64)
+
+    def inner(p: Tensor, theta: Tensor, data: Any) -> Tensor:
+        return (500 * weights * p.square() - 2e-3 * theta * p.sqrt()).sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda p, theta, data: p.sum(), lambda theta, data: torch.full_like(theta, 1e-3)
+    )
+    options: Any = {"solver": replace(NEWTON, max_steps=60, tol=1e-12), "linsys": SOLVED}
+    for weights in (torch.ones(4, dtype=F64), torch.tensor([1.0, 1.0, 4.0, 4.0], dtype=F64)):
+        found = bilevel.hypergradient(problem, torch.ones(4, dtype=F64), compile=True, **options)
+        # 1000 w p = 1e-3 theta / sqrt(p): p = (1e-6 theta / w)^(2/3)
+        torch.testing.assert_close(found.unwrap(), 2 / 3 * (1e-6 / weights) ** (2 / 3), rtol=1e-7, atol=0)
+
+
 def test_recordings_are_bounded_and_those_in_use_stay(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

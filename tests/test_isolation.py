@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import bilevel
 from bilevel.linsys import CG, GMRES, Exact, Jacobi, Nystrom, NystromPreconditioner, Operator
-from bilevel.solvers import GradientDescent, NewtonCG, ScipyMinimize
+from bilevel.solvers import GradientDescent, Newton, NewtonCG, ScipyMinimize
 from bilevel.testing import check_hypergradient
 
 BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
@@ -468,6 +468,31 @@ def test_argmin_refuses_an_objective_that_writes_to_theta() -> None:
             linsys=CG(max_steps=5),
             check=False,
         )
+
+
+@pytest.mark.parametrize("solve", [bilevel.root, bilevel.fixed_point])
+def test_equations_that_write_to_their_data_are_refused(solve: Any) -> None:
+    """Before: another answer than the right one, converged, and the caller's numbers gone."""
+
+    def function(p: Tensor, theta: Tensor, x: Tensor) -> Tensor:
+        x -= theta
+        return p / 2 - theta * x
+
+    x, theta = torch.tensor([1.0, 2.0, 3.0]), torch.tensor(0.7)
+    for call in (lambda f: f(x), lambda f: torch.func.vmap(f)(x[None])):
+        with pytest.raises(ValueError, match="^[FT] writes to theta or data in place.*let it work on clones"):
+            call(lambda x: solve(function, theta, x, solver=Newton(max_steps=20), linsys=Exact(), init=torch.zeros(3)))
+
+
+def test_a_start_that_writes_to_theta_is_refused() -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda p, theta, data: (p - theta.exp()).square().sum(),
+        lambda p, theta, data: p.sum(),
+        lambda theta, data: theta.zero_(),
+    )
+    for call in (bilevel.hypergradient, bilevel.argmin):
+        with pytest.raises(ValueError, match="^initial_phi writes to theta or data in place"):
+            call(problem, torch.ones(3), solver=NewtonCG(max_steps=9, tol=1e-4), linsys=CG(max_steps=5))
 
 
 @pytest.mark.parametrize("which", ["theta", "data", "init"])

@@ -893,3 +893,17 @@ def test_unrolled_and_implicit_side_by_side() -> None:
     point = hypergradient(case.problem, case.theta, case.data, solver=solver, linsys=Exact())
     assert_same(vector(path.grad), vector(point.grad), 1e-8)
     assert isinstance(case.problem, ProximalProblem) and isinstance(path, bilevel.Hypergradient)
+
+
+def test_forward_mode_of_leaves_that_are_expanded_or_empty() -> None:
+    """One step of 1/2 arrives: phi = a, L = |a|^2 and the sum of b."""
+    problem = BilevelProblem.from_functions(
+        lambda p, theta, data: (p - theta["a"]).square().sum(),
+        lambda p, theta, data: p.square().sum() + theta["b"].sum(),
+        lambda theta, data: torch.zeros(3, dtype=torch.float64),
+    )
+    shared = torch.tensor(0.7, dtype=torch.float64)
+    for size in (0, 2):
+        theta = {"a": shared.expand(3), "b": torch.zeros(size, dtype=torch.float64)}
+        got = unrolled(problem, theta, solver=GradientDescent(step_size=0.5, max_steps=1), forward_mode=True)
+        torch.testing.assert_close(got.grad, {"a": 2 * theta["a"], "b": torch.ones(size, dtype=torch.float64)})

@@ -12,7 +12,7 @@ functions:
 
 from bilevel.derivatives.backward import backward_product
 from bilevel.derivatives.flat import TENSOR, Flat
-from bilevel.derivatives.forward import alike
+from bilevel.derivatives.forward import alike, jvp
 from bilevel.derivatives.functional import condition, condition_product, pullback, pushforward
 from bilevel.derivatives.guards import (
     is_dual,
@@ -22,7 +22,9 @@ from bilevel.derivatives.guards import (
     refuse_captured_under_transforms,
     refuse_eager_forward_mode,
     refuse_nested_forward_mode,
+    refuse_writes,
     transforms_active,
+    versions,
 )
 from bilevel.derivatives.levels import Levels, over_levels, with_axis
 from bilevel.derivatives.objective import Linearisation, Objective
@@ -39,6 +41,7 @@ __all__ = [
     "condition_product",
     "is_dual",
     "is_transformed",
+    "jvp",
     "over_levels",
     "pullback",
     "pushforward",
@@ -47,6 +50,8 @@ __all__ = [
     "refuse_captured_under_transforms",
     "refuse_eager_forward_mode",
     "refuse_nested_forward_mode",
+    "refuse_writes",
     "transforms_active",
+    "versions",
     "with_axis",
 ]

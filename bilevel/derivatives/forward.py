@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_LOCK = threading.RLock()
+PATIENCE = 600  # seconds
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other thread of the library is in forward mode: PyTorch counts its levels for the whole process, so two threads would take each
+    other's tangents, or none.
+    """
+    if not _LOCK.acquire(timeout=PATIENCE):
+        raise RuntimeError(
+            f"forward mode: expected other threads to leave it, got none for {PATIENCE} s. Use Hessian(), whose products need none, or "
+            "one thread."
+        )
+    try:
+        yield
+    finally:
+        _LOCK.release()
+
+
+def jvp(fn: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:
+    """``torch.func.jvp``, in one thread at a time."""
+    with alone():
+        return torch.func.jvp(fn, at, along)
+
 
 def tangent_along(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     """The derivative of ``fn`` at x along v, by dual numbers: with them a model does what it does in eager mode."""
+    with alone():
+        return _tangent_along(fn, x, v)
+
+
+def _tangent_along(fn: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     if forward_ad._current_level >= 0:  # the user's; there is only one
         return alike(*torch.func.jvp(fn, (x,), (v,)))
     # a Function, that of argmin say, switches forward mode off

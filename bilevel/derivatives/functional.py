@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives.flat import Flat
-from bilevel.derivatives.forward import alike
+from bilevel.derivatives.forward import alike, jvp
 from bilevel.derivatives.levels import Levels, over_levels
 
 
@@ -57,8 +57,9 @@ def pushforward(
         return None
 
     arguments = [torch._C._functorch.unwrap_if_dead(argument) for argument in arguments]
-    at, along = tuple(arguments[i] for i in chosen), tuple(tangents[i] for i in chosen)
-    return alike(*torch.func.jvp(_of(fn, arguments, chosen), at, along))
+    at = tuple(arguments[i].contiguous() for i in chosen)  # a tangent cannot be put beside an expanded tensor
+    along = tuple(tangent for tangent in tangents if tangent is not None)
+    return alike(*jvp(_of(fn, arguments, chosen), at, along))
 
 
 def _of(fn: Callable[..., Tensor], arguments: Sequence[Tensor], chosen: Sequence[int]) -> Callable[..., Tensor]:

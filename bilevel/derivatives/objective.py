@@ -15,7 +15,7 @@ from bilevel.derivatives.backward import backward_product, total
 from bilevel.derivatives.differences import Differences
 from bilevel.derivatives.fall_back import FALL_BACK, FallBack
 from bilevel.derivatives.flat import Flat
-from bilevel.derivatives.forward import alike
+from bilevel.derivatives.forward import alike, jvp
 from bilevel.derivatives.gauss_newton import GaussNewtonProduct
 from bilevel.derivatives.guards import refuse_captured, refuse_writes, versions
 from bilevel.derivatives.levels import Levels, over_levels, with_axis
@@ -266,7 +266,7 @@ class Linearisation:
         gradient = over_levels(self._objective.flat.condition, with_axis(self._levels))
 
         def along(direction: Tensor) -> Tensor:
-            return alike(*torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,)))
+            return alike(*jvp(lambda point: gradient(point, *self._tensors), (phi,), (direction,)))
 
         for _ in range(v.ndim - phi.ndim):
             along = torch.func.vmap(along)
@@ -284,7 +284,7 @@ class Linearisation:
             return self._differences(u)[1:]
         of_theta = torch.func.grad(self._objective.flat.inner, argnums=tuple(range(1, n + 1)))
         gradient = over_levels(of_theta, with_axis(self._levels))
-        values, tangents = torch.func.jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))  # type: ignore[misc]
+        values, tangents = jvp(lambda point: gradient(point, *self._tensors), (phi,), (u,))
         return [alike(value, tangent) for value, tangent in zip(values, tangents, strict=True)]
 
     @cached_property

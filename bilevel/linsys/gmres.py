@@ -119,10 +119,12 @@ def _cycle(system: System, r: Tensor, active: Tensor, steps: Tensor, length: int
         steps = steps + active
         active = system.going(active, rest.abs(), steps)
         basis.append(w / torch.where(beta > 0, beta, torch.inf).unsqueeze(-1))  # 0 where the Krylov space has ended
-    k = len(triangle)
-    upper = torch.stack(triangle, -1)[..., :k, :]
-    y = torch.linalg.solve_triangular(upper, torch.stack(rhs, -1).unsqueeze(-1), upper=True)
-    step = (torch.stack(basis[:k], -1) @ y).squeeze(-1)
+    # column by column, so that the columns which only other problems needed add exact zeros and nothing to the rounding of this one
+    left, step = torch.stack(rhs, -1), torch.zeros_like(r)
+    for j in reversed(range(len(triangle))):
+        y = (left[..., j] / triangle[j][..., j]).unsqueeze(-1)
+        left = left - triangle[j][..., : left.shape[-1]] * y
+        step = torch.addcmul(step, y, basis[j])
     # |A M step| <= |r| + |r_new|: a longer step than that allows is the work of a singular value at the rounding level
     singular = singular | ((rounding * size * norm(step) > norm(r) + rest.abs()) & size.isfinite())
     return _Cycle(system.precondition(step), rest.abs(), steps, singular)

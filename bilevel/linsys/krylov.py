@@ -240,8 +240,10 @@ class KrylovSolver(LinearSolver):
         if end.size is None:
             return torch.zeros_like(residual, dtype=torch.bool)
         if not self.reduces_residual:
-            # the iterates of CG are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an answer
-            return (size <= CLOSE * eps * end.size * norm(u)) & (residual > LITTLE * size)
+            # the iterates of CG are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual, if it is
+            # measured, shows an answer
+            left = torch.full_like(residual, torch.inf) if system.fixed_steps else residual
+            return (size <= CLOSE * eps * end.size * norm(u)) & (left > LITTLE * size)
         # |A u| <= |b| + |r|: so the least singular value is at most that over |u|
         stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * size)
         most = size + torch.where(stuck, 0, residual)
@@ -263,7 +265,12 @@ class KrylovSolver(LinearSolver):
             codes = mark(codes, not_reduced(residual, start), Status.DIVERGED)
         for mask, status in end.flags:
             codes = mark(codes, mask, status)
-        codes = mark(codes, self._without_answer(system, end, codes) & (norm(u) > 0), Status.SINGULAR)
+        lost = self._without_answer(system, end, codes) & (norm(u) > 0)
+        codes = mark(codes, lost, Status.SINGULAR)
+        if system.fixed_steps:  # the recurrence may say all the same that it has converged
+            for mask, _ in end.flags:
+                lost = lost | mask
+            converged = converged & ~lost
         if self.reduces_residual:  # rounding led it astray: zero, where it began, is nearer
             worse = residual > norm(system.b) / eps**0.5
             u, residual = select(worse, torch.zeros_like(u), u), torch.where(worse, norm(system.b), residual)

@@ -5,6 +5,7 @@ holds.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,10 @@ MOST = 128
 """Programs kept for one problem. A call needs up to six, of each size that a batch shrinks to; that makes the last twenty shapes or
 more. A recording takes as much memory as a small model.
 """
+
+
+_RECORDING = threading.Lock()
+"""What records patches PyTorch for the whole process: one thread at a time."""
 
 
 class Stale(Exception):
@@ -71,9 +76,11 @@ class Programs:
         if key in self._programs:
             self._programs[key] = self._programs.pop(key)
         else:
-            self._make_room()
             try:
-                self._programs[key] = record()
+                with _RECORDING:
+                    program = record()
+                self._make_room()
+                self._programs[key] = program
             except Exception as error:
                 # whatever it is, the same function without recording works, or says what is wrong
                 reason = str(error).strip().splitlines() or [""]

@@ -102,14 +102,15 @@ class TracedObjective(Objective):
         """
         n, near = self.flat.num_theta, _near(phi, 0)
         moved = [*(_near(leaf, 1 + i) for i, leaf in enumerate(self.tensors[:n])), *self.tensors[n:]]
-        for point, tensors in ((near, moved), (near, list(self.tensors))):
+        here = list(self.tensors)
+        for point, tensors in ((near, moved), (near, here), (phi.detach(), here)):
             try:
                 grad = self._over(tensors).value_and_grad(point)[1]
             except (RuntimeError, ValueError):  # of a factorisation, or of a distribution
                 continue
             if bool(grad.isfinite().all()):
                 return point, tensors, grad
-        return near, list(self.tensors), self._over(self.tensors).value_and_grad(near)[1]
+        return near, here, self._over(here).value_and_grad(near)[1]
 
     def only(self, rows: Tensor) -> Objective | None:
         """See the base class. Each size is recorded for itself, which few tasks do not earn back."""

@@ -216,3 +216,21 @@ def test_restart_is_checked() -> None:
         GMRES(max_steps=5, restart=0)
     with pytest.raises(ValueError, match="max_steps: expected at least 1, got 0"):
         GMRES(max_steps=0)
+
+
+def test_a_task_that_fails_changes_no_bit_of_the_others() -> None:
+    """One task needs many more columns than the others, or none because b is NaN: the others' sums must not notice."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        a = 0.5 * torch.randn(4, 20, 20, generator=g) / 20**0.5 + torch.eye(20)
+        a[0], b = torch.randn(20, 20, generator=g), torch.randn(4, 20, generator=g)
+        broken = b.clone()
+        broken[0] = torch.nan
+        one, other = (
+            GMRES(max_steps=60, rtol=1e-4).solve(
+                Operator(lambda v, a=a: torch.einsum("bij,bj->bi", a, v), symmetric=False), rhs
+            )
+            for rhs in (b, broken)
+        )
+        assert torch.equal(one.value[1:], other.value[1:]) and torch.equal(one.steps[1:], other.steps[1:])
+        assert one.steps[0] > one.steps[1:].max() and other.failed.tolist() == [True, False, False, False]

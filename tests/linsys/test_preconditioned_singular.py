@@ -173,3 +173,27 @@ def test_what_steihaug_keeps_is_not_called_singular(lam: float, dtype: torch.dty
     found = bilevel.implicit_gradient(problem, zero, zero, linsys=CG(max_steps=5, steihaug=True))
     assert found.linear.status is Status.STOPPED_AT_NEGATIVE_CURVATURE
     torch.testing.assert_close(found.grad, torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(max_steps=20, rtol=0.0), GMRES(max_steps=3, rtol=0.0), BiCGStab(max_steps=20, rtol=0.0)]
+)
+def test_fixed_steps_do_not_call_a_singular_system_converged(solver: Any) -> None:
+    """Their residual is that of the recurrence, which may come to nothing where A u is far from b; the length of u tells. What is
+    called converged is no longer than an answer to a regular A may be.
+    """
+    eps = torch.finfo(torch.float64).eps
+    for seed in range(60):
+        g = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(3, 3, generator=g, dtype=torch.float64))[0]
+        for least in (0.0, 1e-3):
+            e = 0.1 + 3 * torch.rand(3, generator=g, dtype=torch.float64)
+            e[0] = least
+            a = (q * e) @ q.T
+            a, b = (a + a.T) / 2, torch.randn(3, generator=g, dtype=torch.float64)
+            found = solver.solve(lambda v, a=a: v @ a, b)
+            if least:
+                assert found.status is Status.CONVERGED
+                torch.testing.assert_close(found.value, torch.linalg.solve(a, b), rtol=1e-9, atol=1e-9)
+            elif found.status is Status.CONVERGED:
+                assert isinstance(solver, CG) and found.value.norm() < b.norm() / (eps * e.max())

@@ -153,7 +153,7 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(e6.LONGER) == len(e6.ROWS) * 3 == len(steps) / 3
     assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in (1, e6.LONGER, e6.LONGEST)}
     longest = [c for c in configs["trained"] if c.outer_steps == e6.LONGEST * e6.OUTER_STEPS]
-    assert [one["row"] for one in result["longest"]] == list(e6.LONGEST_ROWS) and {c.seed for c in longest} == {0}
+    assert [one["row"] for one in result["longest"]] == list(e6.ROWS) and {c.seed for c in longest} == {0}
     assert {c.shots for c in configs["trained"] if c.outer_steps > e6.OUTER_STEPS} == {10}
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
