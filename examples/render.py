@@ -103,7 +103,19 @@ def fingerprint(script: Path) -> str:
     for node in ast.walk(ast.Module(kept, [])):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
-    return hashlib.sha256("".join(ast.unparse(node) for node in kept).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(_written(kept)).encode()).hexdigest()[:16]
+
+
+def _written(node: object) -> object:
+    """A tree of lists and strings that every version of Python makes the same, as ``ast.unparse`` and ``ast.dump`` do not."""
+    if isinstance(node, list):
+        return [_written(one) for one in node]
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [
+        [name, _written(value)] for name, value in ast.iter_fields(node) if value not in (None, []) and name != "kind"
+    ]
+    return [type(node).__name__, *fields]
 
 
 def processor_seconds() -> float:
