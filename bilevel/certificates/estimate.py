@@ -17,13 +17,16 @@ from bilevel.certificates.evaluation import Evaluation
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.result import Result
+from bilevel.status import converged
 
-CORRECTION = CG(max_steps=100, rtol=1e-8, atol=1.0)
+CORRECTION = CG(max_steps=100, rtol=1e-8)
 """An estimate needs the size of a correction, two digits say. Its relative error is at most rtol times the condition
 number, so 1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost;
-where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md. The unit of
-``atol`` is the rounding of b: to go on below that would fail where H is singular, though b has nothing along its null vectors but
-rounding, as with softmax and a bias without penalty."""
+where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md."""
+
+TO_ROUNDING = CG(max_steps=100, rtol=1e-8, atol=1.0)
+"""Where that fails, to the rounding of b, which is the unit of ``atol``: where H is singular, and b has nothing along its null vectors but
+rounding, as with softmax and a bias without penalty, every step beyond makes that larger."""
 
 MUCH_LEFT = 0.01
 """Where a solve that did not meet its tolerance has left more than this part of b, and rounding in H u may be as much, nobody can
@@ -124,4 +127,11 @@ def _solve(
     b = select(ok & (norm(b) > rounding), b, torch.zeros_like(b))
     unit = torch.where(rounding > 0, rounding, 1).unsqueeze(-1)
     result: Result = CORRECTION.solve(matvec, b / unit, preconditioner=preconditioner)
-    return result.failed, select(result.failed, torch.zeros_like(b), result.value * unit)
+    failed, x = result.failed, result.value
+    poor = failed | ~((result.residual <= 1) | converged(result.codes))
+    if bool(poor.any()):
+        rest = select(poor, b / unit, torch.zeros_like(b))
+        again: Result = TO_ROUNDING.solve(matvec, rest, preconditioner=preconditioner)
+        better = poor & converged(again.codes)
+        failed, x = failed & ~better, select(better, again.value, x)
+    return failed, select(failed, torch.zeros_like(b), x * unit)
