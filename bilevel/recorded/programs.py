@@ -34,8 +34,8 @@ more. A recording takes as much memory as a small model.
 """
 
 
-_RECORDING = threading.Lock()
-"""What records patches PyTorch for the whole process: one thread at a time."""
+_TURN = threading.RLock()
+"""One thread at a time: what records patches PyTorch for the whole process."""
 
 
 class Stale(Exception):
@@ -73,14 +73,12 @@ class Programs:
 
     def get(self, key: Any, record: Callable[[], P]) -> P | None:
         """The program, recorded if it is not there yet; None if it cannot be recorded."""
-        if key in self._programs:
-            self._programs[key] = self._programs.pop(key)
-        else:
+        with _TURN:
+            if key in self._programs:
+                self._programs[key] = self._programs.pop(key)
+                return self._programs[key]
             try:
-                with _RECORDING:
-                    program = record()
-                self._make_room()
-                self._programs[key] = program
+                program = record()
             except Exception as error:
                 # whatever it is, the same function without recording works, or says what is wrong
                 reason = str(error).strip().splitlines() or [""]
@@ -90,8 +88,10 @@ class Programs:
                     type(error).__name__,
                     reason[0],
                 )
-                self._programs[key] = None
-        return self._programs[key]
+                program = None
+            self._make_room()
+            self._programs[key] = program
+            return program
 
     def _make_room(self) -> None:
         while len(self._programs) >= MOST:
