@@ -220,7 +220,9 @@ class IterativeSolver(InnerSolver):
                 left = int(active.sum()) if k % self.check_every == 0 else None
                 if left == 0:
                     break
-                state = choose(active, self.step(objective, state, local), state)
+                new = self.step(objective, state, local)
+                # where a look costs less than the work
+                state = new if active.device.type == "cpu" and bool(active.all()) else choose(active, new, state)
                 steps = steps + active
                 # half: less often would go on with tasks that are done, more often would record and verify more shapes
                 if left is not None and 2 * left <= active.numel() and self.can_compact:
