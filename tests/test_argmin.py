@@ -879,8 +879,25 @@ def test_after_a_failed_inner_solve_no_derivative_is_finite_though_the_condition
     # but a loss that leaves the failed task out has a gradient
     assert_same(grad(lambda t: f(t)[0].square().sum())(theta), 2 * theta, 1e-9)
     assert_same(hessian(lambda t: f(t)[0].square().sum())(theta), 2 * torch.eye(3, dtype=F64), 1e-9)
-    for row in hessian(lambda t: f(t)[1].square().sum())(theta):
-        assert row.isnan().all()
+    for transform in (hessian, lambda g: jacrev(jacfwd(g)), lambda g: jacrev(jacrev(g))):
+        assert transform(lambda t: f(t)[1].square().sum())(theta).isnan().all()
+
+
+def test_a_failed_linear_solve_leaves_no_second_derivative_either() -> None:
+    """A maximum: CG stops at negative curvature. Reverse over forward gave zero."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, x: -0.5 * phi.square().sum() - (theta.sin() * phi).sum(),
+        lambda phi, theta, x: phi.sum(),
+        lambda theta, x: torch.zeros_like(theta),
+    )
+    at = BlackBox(lambda problem, theta, data, init: -theta.sin())
+
+    def f(theta: Tensor) -> Tensor:
+        return argmin(problem, theta, solver=at, linsys=CG(max_steps=10)).sum()
+
+    theta = normal(7, 2)
+    for transform in (hessian, lambda g: jacrev(jacfwd(g)), lambda g: jacrev(jacrev(g))):
+        assert transform(f)(theta).isnan().all()
 
 
 def hill() -> BilevelProblem:

@@ -1169,6 +1169,20 @@ def test_a_singular_direction_that_neither_function_sees_leaves_the_estimate_rig
     assert ("limits the accuracy" in text) == (max(tol, rtol) > 1e-9)
 
 
+def test_a_direction_that_matters_is_not_called_singular_in_float32():
+    """A condition number of 2e5 is not one of zero: dL/dphi lies along that direction, and the gradient is exact."""
+    a, theta = torch.tensor([1.0, 0.5, 5e-6]), torch.tensor([1.0, 2.0, 3.0])
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, _: 0.5 * (a * phi * phi).sum() - (a * theta * phi).sum(),
+        lambda phi, theta, _: phi.square().sum() / 2,
+    )
+    result = bilevel.hypergradient(
+        problem, theta, init=theta.clone(), solver=NewtonCG(max_steps=5, tol=1e-12), linsys=Exact()
+    )
+    torch.testing.assert_close(result.unwrap(), theta)
+    assert "singular" not in result.explain()
+
+
 def test_negative_curvature_in_some_tasks_of_a_batch():
     """The worst task decides the amount."""
     low = t([-1.0, 2.0, -3.0])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +16,7 @@ from torch import Tensor
 
 import bilevel
 from bilevel.curvature import ForwardOverReverse, GaussNewton, Hessian
+from bilevel.derivatives.forward import alone, tangent_along
 from bilevel.linsys import CG
 from bilevel.solvers import GradientDescent, NewtonCG
 
@@ -102,3 +107,42 @@ def test_recordings(caplog: pytest.LogCaptureFixture) -> None:
 
     assert in_threads(3, work) == []
     assert not caplog.messages, "nothing was computed without its recording"
+
+
+def test_a_thread_of_autograd_does_not_wait_for_the_one_that_waits_for_it() -> None:
+    """They are made by PyTorch, and run the backward of a CUDA tensor, or of a deeply nested call."""
+    results: list[Tensor] = []
+    done = threading.Event()
+
+    def work() -> None:
+        results.append(tangent_along(torch.sin, torch.zeros(2), torch.ones(2)))
+        done.set()
+
+    with alone():
+        _thread.start_new_thread(work, ())  # which Python's own threads do not know, as those
+        assert done.wait(60)
+    assert results[0].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_the_child_of_a_fork_has_its_turn() -> None:
+    """Another thread is in forward mode while the process forks; in the child it is gone."""
+    code = """
+import os, threading, torch
+from bilevel.derivatives.forward import alone, tangent_along
+torch.set_num_threads(1)
+inside, leave = threading.Event(), threading.Event()
+def stay():
+    with alone():
+        inside.set()
+        leave.wait()
+threading.Thread(target=stay, daemon=True).start()
+inside.wait()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if tangent_along(torch.sin, torch.zeros(2), torch.ones(2)).tolist() == [1.0, 1.0] else 1)
+status = os.waitpid(pid, 0)[1]
+leave.set()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)

@@ -28,6 +28,9 @@ COUNTS_TOO = 0.1
 """The inner solve is named beside a linear solve that has the larger error, if its own is at least this part of it:
 else the next question would be about it."""
 
+NOTHING = 0.01
+"""dL/dphi has nothing along an eigenvector whose |eigenvalue| |u| is below this part of it: its part there is smaller still."""
+
 ZERO_IN_EPS = 100
 """Lanczos sees a zero eigenvalue as one of a few eps times the largest, of either sign. What is called negative is
 well above that; a negative eigenvalue smaller than this is taken for a zero."""
@@ -64,7 +67,7 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_failures(result),
         *_nothing_to_solve(result),
         *_negative_curvature(result, spectrum, problem),
-        *_singular(result, spectrum),
+        *_singular(result, found, spectrum),
         *_bias(result),
     ]
     advice += _accuracy(result, found, solves) or ([] if advice else ["Nothing to change."])
@@ -246,9 +249,15 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     return []
 
 
-def _singular(result: Hypergradient, spectrum: Spectrum) -> list[str]:
-    """Of tasks that have a gradient all the same, because dL/dphi has nothing along the null vectors."""
+def _singular(result: Hypergradient, found: Diagnosis, spectrum: Spectrum) -> list[str]:
+    """Of tasks that have a gradient all the same, because dL/dphi has nothing along the null vectors: or u would be as long as 1 / 0."""
     zero = result.ok_per_task & _is_zero(spectrum)
+    square = torch.zeros_like(found.rhs)
+    for leaf in flatten(result.linear.value)[0]:
+        square = square + leaf.square().unsqueeze(-1).flatten(zero.ndim).sum(-1)
+    zero = zero & (spectrum.smallest.abs() * square.sqrt() <= NOTHING * found.rhs)
+    if result.linear.negative_curvature is not None:
+        zero = zero & ~(result.linear.negative_curvature > 0)  # which is spoken of
     if not bool(zero.any()):
         return []
     where = "" if zero.ndim == 0 else f" in {int(zero.sum())} of {zero.numel()} tasks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,24 +12,30 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_LOCK = threading.RLock()
-PATIENCE = 600  # seconds
+_lock = threading.RLock()
+
+
+def _anew() -> None:
+    """In the child of a fork nobody is left who would give the lock back."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_anew)
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """No other thread of the library is in forward mode: PyTorch counts its levels for the whole process, so two threads would take each
-    other's tangents, or none.
+    """No other thread of the library is in forward mode, or records: PyTorch counts the levels of forward mode for the whole process, so
+    that two threads would take each other's tangents, or none; and what records patches it.
     """
-    if not _LOCK.acquire(timeout=PATIENCE):
-        raise RuntimeError(
-            f"forward mode: expected other threads to leave it, got none for {PATIENCE} s. Use Hessian(), whose products need none, or "
-            "one thread."
-        )
-    try:
+    # autograd's own threads work for one that waits for them, and has its turn
+    if isinstance(threading.current_thread(), threading._DummyThread):
         yield
-    finally:
-        _LOCK.release()
+        return
+    with _lock:
+        yield
 
 
 def jvp(fn: Callable[..., Any], at: tuple[Tensor, ...], along: tuple[Tensor, ...]) -> Any:

@@ -240,9 +240,10 @@ class KrylovSolver(LinearSolver):
         if end.size is None:
             return torch.zeros_like(residual, dtype=torch.bool)
         if not self.reduces_residual:
-            # the iterates of CG are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual, if it is
-            # measured, shows an answer
-            left = torch.full_like(residual, torch.inf) if system.fixed_steps else residual
+            # the iterates of CG are no longer than A^{-1} b: so the least eigenvalue is at most |b| / |u|. A small residual shows an
+            # answer, which A in other units may have; without a preconditioner it counts only if it is measured
+            unmeasured = system.fixed_steps and system.preconditioner is None
+            left = torch.full_like(residual, torch.inf) if unmeasured else residual
             return (size <= CLOSE * eps * end.size * norm(u)) & (left > LITTLE * size)
         # |A u| <= |b| + |r|: so the least singular value is at most that over |u|
         stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * size)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from bilevel.derivatives.forward import alone
 from bilevel.problem import BilevelProblem
 
 P = TypeVar("P")
@@ -34,10 +35,6 @@ more. A recording takes as much memory as a small model.
 """
 
 
-_TURN = threading.RLock()
-"""One thread at a time: what records patches PyTorch for the whole process."""
-
-
 class Stale(Exception):
     """What was recorded is not what the problem does now."""
 
@@ -48,7 +45,7 @@ class Programs:
     def __init__(self, problem: BilevelProblem) -> None:
         self._problem = weakref.ref(problem)
         self._programs: dict[Any, Any] = {}  # the one used last at the end
-        self._told = False
+        self._told, self._lock = False, threading.Lock()
         self.old = False
         """Whether there may be some that an earlier call has recorded."""
 
@@ -69,14 +66,16 @@ class Programs:
 
     def clear(self) -> None:
         """Forget everything."""
-        self._programs.clear()
+        with self._lock:
+            self._programs.clear()
 
     def get(self, key: Any, record: Callable[[], P]) -> P | None:
         """The program, recorded if it is not there yet; None if it cannot be recorded."""
-        with _TURN:
-            if key in self._programs:
-                self._programs[key] = self._programs.pop(key)
-                return self._programs[key]
+        if (found := self._kept(key)) is not self:
+            return found
+        with alone():
+            if (found := self._kept(key)) is not self:  # by another thread, meanwhile
+                return found
             try:
                 program = record()
             except Exception as error:
@@ -89,9 +88,17 @@ class Programs:
                     reason[0],
                 )
                 program = None
+        with self._lock:
             self._make_room()
             self._programs[key] = program
-            return program
+        return program
+
+    def _kept(self, key: Any) -> Any:
+        """The program, which is then the one used last; ``self`` if there is none."""
+        with self._lock:
+            if key in self._programs:
+                self._programs[key] = self._programs.pop(key)
+            return self._programs.get(key, self)
 
     def _make_room(self) -> None:
         while len(self._programs) >= MOST:

@@ -197,3 +197,19 @@ def test_fixed_steps_do_not_call_a_singular_system_converged(solver: Any) -> Non
                 torch.testing.assert_close(found.value, torch.linalg.solve(a, b), rtol=1e-9, atol=1e-9)
             elif found.status is Status.CONVERGED:
                 assert isinstance(solver, CG) and found.value.norm() < b.norm() / (eps * e.max())
+
+
+def test_fixed_steps_with_a_preconditioner_solve_variables_in_other_units() -> None:
+    """float32, a block of condition number 10 and three variables in units of 1e4: u is long, and an answer."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        q = torch.linalg.qr(torch.randn(8, 8, generator=g, dtype=torch.float64))[0]
+        a = torch.block_diag(
+            (q * torch.logspace(-1, 0, 8, dtype=torch.float64)) @ q.T, 1e-8 * torch.eye(3, dtype=torch.float64)
+        )
+        a, b = a.float(), torch.randn(11, generator=g)
+        found = CG(max_steps=20, rtol=0.0, preconditioner=Jacobi()).solve(lambda v, a=a: v @ a, b)
+        assert found.status is Status.CONVERGED
+        torch.testing.assert_close(
+            found.value.double(), torch.linalg.solve(a.double(), b.double()), rtol=1e-4, atol=1e-4
+        )
