@@ -44,7 +44,7 @@ def argmin(
     solver does not enter, nor does ``init``, and a point that is not solved well gives a derivative that is not right
     well.
 
-    A failed inner solve gives NaN for that entry, a failed linear solve NaN derivatives.
+    A failed inner solve gives NaN for that entry, and NaN derivatives where the entry is used; a failed linear solve NaN derivatives.
 
     Args:
         problem, theta, data, solver, init: as in :func:`solve`.
@@ -95,7 +95,7 @@ def root(
 
     Raises:
         TypeError: the solver minimises; F is no function.
-        ValueError: the linear solver needs a symmetric matrix; F returns no tree like phi.
+        ValueError: the linear solver needs a symmetric matrix; F returns no tree like phi, or does not depend on phi (T neither).
         SolverError, NotImplementedError: as in :func:`argmin`.
     """
     return _of_equations(F, RootFlat, "root", theta, data, solver, linsys, init, check, report)
