@@ -232,9 +232,8 @@ def _nan_after_failure(v: Tensor, answer: Tensor) -> Tensor:
     do not depend on the answer, as of a quadratic, the derivative would be finite. Not where v is zero, for nobody looks at that answer.
     """
     failed = answer.isnan().all(-1, keepdim=True) & (v != 0).any(-1, keepdim=True)
-    return v + torch.where(
-        failed, torch.nan, torch.zeros_like(v)
-    )  # a sum: of a choice the derivative would be zero again
+    # a sum: where a constant took the place of v, the next derivative would be zero
+    return v + torch.where(failed, torch.nan, torch.zeros_like(v))
 
 
 def _expand(x: Tensor, has_axis: Sequence[bool], sizes: Sequence[int]) -> Tensor:

@@ -900,6 +900,23 @@ def test_a_failed_linear_solve_leaves_no_second_derivative_either() -> None:
         assert transform(f)(theta).isnan().all()
 
 
+def test_forward_mode_at_expanded_tensors() -> None:
+    """phi* = sin(theta), where one number may stand for all of theta, and for all of data: no tangent can be put beside such a tensor."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, x: (x * (phi - theta.sin()).square()).sum(),
+        lambda phi, theta, x: phi.sum(),
+        lambda theta, x: torch.zeros_like(theta),
+    )
+    x, one = torch.tensor(2.0, dtype=F64).expand(3), torch.tensor(0.7, dtype=F64)
+
+    def phi(theta: Tensor) -> Tensor:
+        return argmin(problem, theta, x, solver=NEWTON, linsys=CG(max_steps=10, rtol=1e-13))
+
+    assert_same(jacfwd(phi)(one.repeat(3)), one.cos() * torch.eye(3, dtype=F64), 1e-10)
+    assert_same(jacfwd(lambda s: phi(s.expand(3)))(one), one.cos().expand(3), 1e-10)
+    assert_same(hessian(lambda s: phi(s.expand(3)).sum())(one), -3 * one.sin(), 1e-10)
+
+
 def hill() -> BilevelProblem:
     """G = sum cos(phi - theta): phi = theta is a maximum."""
     return BilevelProblem.from_functions(

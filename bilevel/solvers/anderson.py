@@ -64,11 +64,11 @@ class Anderson(IterativeSolver):
         x, f = state.point, local.grad
         first = state.last.isnan().all(-1, keepdim=True)
         change = torch.where(first, 0, f - state.last)
-        # each difference in its own unit, once for all: the normal equations stay well scaled, and no number is squared
+        # each difference in its own unit, once for all, so that the normal equations are well scaled
         length = norm(change).unsqueeze(-1)
         none = ~(length > 0) | ~length.isfinite()
         length = torch.where(none, 1, length)  # masked below; 0 / 0 would be NaN in the derivative of a path
-        step = torch.where(first, 0, x - state.previous) - self.relaxation * change
+        step = x - state.previous - self.relaxation * change  # NaN at the first, where there is none
         residuals = _pushed(state.residuals, torch.where(none, 0, change / length))
         steps = _pushed(state.steps, torch.where(none, 0, step / length))
         weights = _least_squares(residuals, f)
