@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 from bilevel import BilevelProblem
 from bilevel.entry import prepare, refuse_transforms
 from bilevel.isolation import isolated
+from bilevel.problem import require_functions_of
+from bilevel.residual import Condition, RootFlat
 from bilevel.testing.modules import Modules, same_entries
 from bilevel.trees import Tree, flatten, tree_map
 
@@ -23,7 +25,13 @@ CUDA_ROUNDING = 1e3  # many CUDA kernels add in any order: differences of so man
 
 
 @isolated
-def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, *, init: Tree | None = None) -> None:
+def check_deterministic(
+    problem: BilevelProblem | Callable[[Tree, Tree, Any], Tree],
+    theta: Tree,
+    data: Any = None,
+    *,
+    init: Tree | None = None,
+) -> None:
     """Check that G and L are functions of their arguments: the same values each time, bit for bit, and no side effects.
 
     Evaluates both and their gradients in phi and theta three times, a little beside the start of the inner solve. What this moves is
@@ -31,7 +39,9 @@ def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, 
     order of rounding are let pass.
 
     Args:
-        problem, theta, data, init: as in :func:`bilevel.solve`, for one task.
+        problem: the problem; or the function of (phi, theta, data) that is handed to :func:`bilevel.root` or
+            :func:`bilevel.fixed_point`, looked at by a fixed combination of its entries.
+        theta, data, init: as in :func:`bilevel.solve`, for one task; as in :func:`bilevel.root` for such a function.
 
     Raises:
         ValueError: values change, random numbers are drawn, a module changes its buffers (running statistics of batch norm), or an
@@ -40,10 +50,16 @@ def check_deterministic(problem: BilevelProblem, theta: Tree, data: Any = None, 
     """
     with _random_numbers_put_back(), Modules() as modules:
         own_theta, own_data = _copy((theta, data))
-        call = prepare(problem, own_theta, own_data, init)  # the library checks the arguments and gives the start
+        if isinstance(problem, BilevelProblem) and not isinstance(problem, Condition):
+            call = prepare(problem, own_theta, own_data, init)  # the library checks the arguments and gives the start
+            functions = {"inner_objective": problem.inner_objective, "outer_loss": problem.outer_loss}
+        else:
+            condition = _condition(problem)
+            call = prepare(condition, own_theta, own_data, init, flat_type=_ConditionFlat)
+            call.objective().value_and_grad(call.phi)  # whether it returns a tree like phi
+            functions = {_ConditionFlat.source: lambda *arguments: _combined(condition(*arguments))}
         refuse_transforms(call, "check_deterministic")
         arguments = (tree_map(_moved, call.flat.phi.unravel(call.phi)), theta, data)
-        functions = {"inner_objective": problem.inner_objective, "outer_loss": problem.outer_loss}
         rounds: dict[str, list[_Round]] = {name: [] for name in functions}
         for _ in range(ROUNDS):
             for name, function in functions.items():
@@ -66,12 +82,38 @@ class _Round:
     drawing: list[str]
 
 
+class _ConditionFlat(RootFlat):
+    """Either of the two: what is looked at is the function."""
+
+    source: ClassVar[str] = "F or T"
+
+
+def _condition(function: Any) -> Condition:
+    if isinstance(function, Condition):  # as a black box is handed it
+        return function
+    if isinstance(function, type) or not callable(function):
+        raise TypeError(
+            "problem: expected a BilevelProblem, or a function of (phi, theta, data) as for root and fixed_point, got "
+            f"{function.__name__ if isinstance(function, type) else type(function).__name__}."
+        )
+    require_functions_of("phi", "theta", "data", problem=function)
+    return Condition(function)
+
+
+def _combined(tree: Tree) -> Tensor:
+    """One number that moves when any entry does, also when two change places."""
+    return torch.stack([(leaf * _noise(leaf)).sum() for leaf in flatten(tree)[0]]).sum()
+
+
 def _moved(leaf: Tensor) -> Tensor:
     """A little beside the start, where derivatives are less likely to be zero."""
-    noise = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu").to(
-        leaf
-    )
-    return leaf + 1e-3 * noise * torch.where(leaf == 0, 1, leaf.abs())
+    return leaf + 1e-3 * _noise(leaf) * torch.where(leaf == 0, 1, leaf.abs())
+
+
+def _noise(leaf: Tensor) -> Tensor:
+    """Always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf)
 
 
 def _evaluate(

@@ -336,6 +336,68 @@ def test_the_generators_are_put_back_also_after_an_error() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Functions for root and fixed_point.
+
+
+def test_what_root_and_fixed_point_take_is_looked_at_too() -> None:
+    dropout, norm = nn.Dropout(0.3), nn.BatchNorm1d(2, affine=False).double()
+    init, x = {"z": torch.zeros(3, 2, dtype=F64)}, torch.ones(3, 2, dtype=F64)
+
+    def layer(*modules: nn.Module) -> Callable[..., Any]:
+        return lambda z, p, x: {"z": nn.Sequential(*modules)(torch.tanh(0.3 * z["z"] + p.sum() * x))}
+
+    check_deterministic(layer(), THETA, x, init=init)
+    check_deterministic(layer(dropout.eval(), norm.eval()), THETA, x, init=init)
+    with pytest.raises(ValueError) as caught:
+        check_deterministic(layer(dropout.train(), norm.train()), THETA, x, init=init)
+    text = str(caught.value)
+    assert "F or T changes from call to call, its value by up to" in text
+    assert "its gradient in phi by up to" in text and "its gradient in theta by up to" in text
+    assert "draws random numbers from torch (CPU). In training mode: Sequential.0 = Dropout" in text
+    assert "changes buffers of modules: Sequential.1.num_batches_tracked, Sequential.1.running_mean" in text
+    assert norm.num_batches_tracked == 0
+
+
+def test_a_condition_whose_value_changes_while_its_sum_does_not() -> None:
+    calls = iter(range(100))
+
+    def swaps(z: Tensor, p: Tensor, data: Any) -> Tensor:
+        shift = torch.tensor([1.0, -1.0, 0.0], dtype=F64).roll(next(calls))
+        return 0 * z + p + shift  # sums without rounding
+
+    with pytest.raises(ValueError, match="F or T changes from call to call, its value by up to"):
+        check_deterministic(swaps, THETA, init=torch.zeros(3, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    "function, error, words",
+    [
+        (
+            lambda z, p, data: z.sum(),
+            ValueError,
+            r"F or T: expected torch.float64 \(3,\) like phi, got torch.float64 \(\)",
+        ),
+        (lambda z, p, data: z.detach() + p, ValueError, "F or T: expected a function of phi, but the graph shows no"),
+        (lambda z, p: z, TypeError, r"problem: expected a function of \(phi, theta, data\), got one of \(z, p\)"),
+        (
+            ProximalProblem,
+            TypeError,
+            "expected a BilevelProblem, or a function of .* as for root and fixed_point, got Pro",
+        ),
+        (3, TypeError, "expected a BilevelProblem, or a function of .* as for root and fixed_point, got int"),
+    ],
+)
+def test_wrong_conditions(function: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        check_deterministic(function, THETA, init=torch.zeros(3, dtype=F64))
+
+
+def test_a_condition_needs_a_start() -> None:
+    with pytest.raises(ValueError, match="init: expected a start, a tree like phi, got None"):
+        check_deterministic(lambda z, p, data: z - p, THETA)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The cost of an ordinary call.
 
 COUNT = """
