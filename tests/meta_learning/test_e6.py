@@ -150,11 +150,13 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert lengths.count(e6.OUTER_STEPS) == len(e6.ROWS) * len(e6.RATES)
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
-    assert steps.count(1) == len(e6.ROWS) * 2 * 3 and steps.count(e6.LONGER) == len(e6.ROWS) * 3 == len(steps) / 3
+    assert steps.count(1) == steps.count(e6.LONGER) == len(e6.ROWS) * 2 * 3 == len(steps) / 2
     assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in (1, e6.LONGER, e6.LONGEST)}
     longest = [c for c in configs["trained"] if c.outer_steps == e6.LONGEST * e6.OUTER_STEPS]
     assert [one["row"] for one in result["longest"]] == list(e6.ROWS) and {c.seed for c in longest} == {0}
-    assert {c.shots for c in configs["trained"] if c.outer_steps > e6.OUTER_STEPS} == {10}
+    assert {c.shots for c in longest} == {10}
+    longer = [(c.shots, c.seed) for c in configs["trained"] if c.outer_steps == e6.LONGER * e6.OUTER_STEPS]
+    assert sorted(longer) == sorted((k, seed) for k in (5, 10) for seed in range(3) for _ in e6.ROWS)
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
     e6.E6().run(request(tmp_path, quick=False))  # all parts are there
@@ -200,12 +202,20 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     short = [made_up(row, seed, (3.0 + seed, 1.0 + seed)) for row in e6.ROWS for seed in range(3)]
     gains = dict(zip(e6.ROWS, (0.5, 0.6, 0.7, 0.9, 0.8), strict=True))
     long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER) for row in e6.ROWS for seed in range(3)]
-    lines = e6._convergence({"runs": short + long, "settings": settings})
+    other = [{**run, "shots": 10} for run in short]  # not trained longer
+    lines = e6._convergence({"runs": short + long + other, "settings": settings})
     assert "after 10 outer steps and after 40," in lines[0] and "gains between 10 and 50 % of the error" in lines[0]
     width = e6.half_width([1.0, 2.0, 3.0])
-    assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} |" in lines
+    change = f"-1 ± {width / 2:.2g}"  # of 1, 2, 3 to 0.5, 1, 1.5: -0.5, -1, -1.5
+    assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} | {change} |" in lines
     assert "the order of the algorithms there is not the same after both" in lines[0]  # equal before, and then not
+    assert lines[-2].startswith("The rate goes down to 0") and sum("Had it converged" in line for line in lines) == 1
     assert e6._convergence({"runs": short, "settings": settings}) == []
+    both = e6._convergence(
+        {"runs": short + long + other + [{**run, "shots": 10} for run in long], "settings": settings}
+    )
+    told = [line for line in both if "Had it converged" in line]
+    assert len(told) == 2 and "K = 5," in told[0] and "K = 10," in told[1]
 
 
 def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
