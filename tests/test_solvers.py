@@ -269,6 +269,9 @@ def test_gradient_descent_stops_at_the_first_point_below_tol() -> None:
             and result.num_steps == 6
             and result.value.item() == result.residual.item() == 2.0**-6
         )
+        assert (
+            result.num_grads == 8
+        )  # on the CPU not one more than the six steps, the last point, and the one that is measured
     short = solve(
         problem, torch.ones(1), solver=GradientDescent(step_size=0.5, max_steps=5, tol=2.0**-6), init=torch.ones(1)
     )

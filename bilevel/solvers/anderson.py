@@ -35,7 +35,7 @@ class Anderson(IterativeSolver):
         tol: stop a problem where ``|F| <= tol``; 0 takes all steps without reading a number back to the host.
         memory: differences kept, >= 1; the memory is 2 * memory vectors for each problem.
         relaxation: length of the plain step, > 0.
-        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+        check_every: with ``tol > 0`` on an accelerator, steps between two looks at whether all problems are done. On the CPU every step.
     """
 
     minimises: ClassVar[bool] = False

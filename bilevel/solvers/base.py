@@ -137,7 +137,7 @@ class IterativeSolver(InnerSolver):
     differentiable: ClassVar[bool] = True
     """Whether every operation of a step has a derivative, finite wherever the step is: ``unrolled`` takes only these."""
     check_every: int = 1
-    """With ``tol > 0``, how many steps pass between two looks at whether everything is done."""
+    """With ``tol > 0`` on an accelerator, how many steps pass between two looks at whether everything is done."""
 
     @property
     def can_compact(self) -> bool:
@@ -217,15 +217,17 @@ class IterativeSolver(InnerSolver):
                 state = replace(state, phi=select(done, state.point, state.phi))
                 active = active & ~done
                 active = active & ~state.stalled
-                left = int(active.sum()) if k % self.check_every == 0 else None
+                due = k % self.check_every == 0
+                left = (
+                    int(active.sum()) if due or active.device.type == "cpu" else None
+                )  # there a look costs next to nothing
                 if left == 0:
                     break
                 new = self.step(objective, state, local)
-                # where a look costs less than the work
-                state = new if active.device.type == "cpu" and bool(active.all()) else choose(active, new, state)
+                state = new if left == active.numel() else choose(active, new, state)
                 steps = steps + active
                 # half: less often would go on with tasks that are done, more often would record and verify more shapes
-                if left is not None and 2 * left <= active.numel() and self.can_compact:
+                if due and left is not None and 2 * left <= active.numel() and self.can_compact:
                     fewer = compact_batch(objective, active, left)
                     if fewer is not None:
                         del local

@@ -23,7 +23,7 @@ class FixedPointIteration(IterativeSolver):
         max_steps: evaluations of F, >= 1.
         tol: stop a problem where ``|F| <= tol``; 0 takes all steps without reading a number back to the host.
         relaxation: 1 is the plain iteration; less damps it (Krasnoselskii 1955), > 0.
-        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+        check_every: with ``tol > 0`` on an accelerator, steps between two looks at whether all problems are done. On the CPU every step.
     """
 
     minimises: ClassVar[bool] = False

@@ -40,7 +40,7 @@ class GradientDescent(IterativeSolver):
             accepted one lets it grow.
         max_steps: gradient evaluations, >= 1; with ``step_size=None`` two more, for the first step size.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
-        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+        check_every: with ``tol > 0`` on an accelerator, steps between two looks at whether all problems are done. On the CPU every step.
     """
 
     step_size: float | None

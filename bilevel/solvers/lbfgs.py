@@ -48,8 +48,8 @@ class _Memory:
         identity = torch.eye(self.r.shape[-1], dtype=self.r.dtype, device=self.r.device).expand_as(self.r)
         return replace(self, r=identity, count=torch.zeros_like(self.count), scale=torch.ones_like(self.scale))
 
-    def pushed(self, mask: Tensor, s: Tensor, y: Tensor) -> _Memory:
-        """With one more pair in place of the oldest, where the mask is set. Writes into the rings of this one."""
+    def pushed(self, mask: Tensor, s: Tensor, y: Tensor, *, everywhere: bool = False) -> _Memory:
+        """With one more pair in place of the oldest, where the mask is set (``everywhere``). Writes into the rings of this one."""
         memory = self.r.shape[-1]
         row = torch.where(mask, self.count % memory, memory)[..., None, None].expand(*s.shape[:-1], 1, s.shape[-1])
         # where the path of a solver is differentiated, what it has used must stay as it was
@@ -58,7 +58,8 @@ class _Memory:
         new = replace(kept, count=self.count + 1)
         column, yy = new._places().products(kept.s, y), dot(y, y)
         r = torch.cat([pad(self.r[..., 1:, 1:], (0, 0, 0, 1)), column], -1)
-        return choose(mask, replace(new, r=r, scale=column[..., -1, 0] / torch.where(yy > 0, yy, 1.0)), kept)
+        new = replace(new, r=r, scale=column[..., -1, 0] / torch.where(yy > 0, yy, 1.0))
+        return new if everywhere else choose(mask, new, kept)
 
     def direction(self, grad: Tensor) -> Tensor:
         """- (approximate inverse Hessian) grad.
@@ -115,7 +116,7 @@ class LBFGS(IterativeSolver):
         max_steps: gradient evaluations, >= 1. A trial of the line search is one; most steps need one.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
         memory: pairs kept for each problem, >= 1: 2 * memory vectors like phi.
-        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+        check_every: with ``tol > 0`` on an accelerator, steps between two looks at whether all problems are done. On the CPU every step.
         max_backtracks: rejected trials before a line search ends.
     """
 
@@ -148,10 +149,11 @@ class LBFGS(IterativeSolver):
         is_pair = dot(s, y) > eps * norm(s) * norm(y)
         is_probe = is_pair & (state.memory.count == 0)
         slope = dot(local.grad, state.direction)
-        accept, search = state.search.tried(
-            local.value, state.value, self.ceiling(state), slope, is_probe, self.max_backtracks
-        )
-        accept = accept & ~state.stalled
+        trial = state.search.tried(local.value, state.value, self.ceiling(state), slope, is_probe, self.max_backtracks)
+        accept = trial.taken & ~state.stalled
+        if self.tol > 0 and accept.device.type == "cpu" and bool(accept.all()):
+            return self._accepted(state, local, state.memory.pushed(is_pair, s, y, everywhere=bool(is_pair.all())))
+        search = state.search.narrowed(trial)
         ended = (search.rejected > self.max_backtracks) | ~search.has_room(norm(state.direction), eps * norm(state.phi))
         rescue = ended & ~accept & search.has_lowered(search.low, state.value)
         search = search.back_to_low(rescue, self.max_backtracks)
@@ -176,6 +178,24 @@ class LBFGS(IterativeSolver):
             grad=grad,
             direction=direction,
             given_up=torch.where(failed, size, state.given_up),
+            search=search,
+            memory=memory,
+        )
+
+    def _accepted(self, state: _State, local: Local, memory: _Memory) -> _State:
+        """What :meth:`step` ends with where all problems take their trial, as in most steps; it is most of the time of a small problem."""
+        direction = memory.direction(local.grad)
+        search = _first_trial(state.point, local.grad, direction, memory)
+        stalled = norm(local.grad) == 0
+        return _State(
+            phi=state.point,
+            point=select(stalled, state.point, state.point + search.length.unsqueeze(-1) * direction),
+            stalled=stalled,
+            value=local.value,
+            lowest=torch.minimum(local.value, state.lowest),
+            grad=local.grad,
+            direction=direction,
+            given_up=state.given_up,
             search=search,
             memory=memory,
         )

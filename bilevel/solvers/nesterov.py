@@ -51,7 +51,7 @@ class NesterovAGD(IterativeSolver):
             but two gradients before the first step, and one for each step that turns out too long and is taken again.
         max_steps: gradient evaluations, >= 1, without the two before the first step.
         tol: stop a problem where ``|dG/dphi| <= tol``; 0 takes all steps without reading a number back to the host.
-        check_every: with ``tol > 0``, steps between two looks at whether all problems are done.
+        check_every: with ``tol > 0`` on an accelerator, steps between two looks at whether all problems are done. On the CPU every step.
         strong_convexity: mu, the smallest eigenvalue of the Hessian of G; at most 1 / step_size.
         momentum: a fixed momentum in [0, 1).
     """

@@ -15,6 +15,18 @@ MARGIN, LENGTHEN = 0.1, 10.0
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What was found at a trial, every field ``(*batch,)``."""
+
+    taken: Tensor
+    too_long: Tensor
+    finite: Tensor
+    slope: Tensor
+    change: Tensor  # of the objective, from length 0
+    noise: Tensor  # such a change may be rounding
+
+
+@dataclass(frozen=True)
 class Search:
     """The line search of each problem, every field ``(*batch,)``.
 
@@ -44,8 +56,8 @@ class Search:
         slope: Tensor,
         short_will_do: Tensor,
         max_rejected: int,
-    ) -> tuple[Tensor, Search]:
-        """Whether the trial is taken, and the search that goes on where it is not.
+    ) -> Trial:
+        """Whether the trial is taken; :meth:`narrowed` is the search that goes on where it is not.
 
         Args:
             value, slope: of the objective at the trial.
@@ -64,16 +76,15 @@ class Search:
         last_resort = (self.high == torch.inf) | self.has_lowered(self.length, value_at_0)
         last_resort = last_resort & (self.rejected >= max_rejected)
         long_enough = (slope >= CURVATURE * self.slope) | short_will_do | last_resort
-        # from here on quotients and roots of ones where they are not used: infinity would be NaN in the derivative of a solver's
-        # path, mask or not
-        known = finite & (change.abs() > noise)
-        mean_slope = torch.where(known, change, torch.nan) / torch.where(known, self.length, 1.0)
-        return ~too_long & long_enough, self._narrowed(too_long, torch.where(finite, slope, torch.inf), mean_slope)
+        return Trial(~too_long & long_enough, too_long, finite, slope, change, noise)
 
-    def _narrowed(self, too_long: Tensor, slope: Tensor, mean_slope: Tensor) -> Search:
-        """After a trial that was too long or too short, with its slope (infinite if not finite); ``mean_slope`` up to it (NaN if not
-        known).
-        """
+    def narrowed(self, trial: Trial) -> Search:
+        """After a trial that was too long or too short."""
+        too_long, slope = trial.too_long, torch.where(trial.finite, trial.slope, torch.inf)
+        # from here on quotients and roots of ones where they are not used: infinity would be NaN in the derivative of a solver's
+        # path, mask or not. The mean slope up to the trial is NaN where it is not known
+        known = trial.finite & (trial.change.abs() > trial.noise)
+        mean_slope = torch.where(known, trial.change, torch.nan) / torch.where(known, self.length, 1.0)
         low, low_slope = torch.where(too_long, self.low, self.length), torch.where(too_long, self.low_slope, slope)
         high, high_slope = torch.where(too_long, self.length, self.high), torch.where(too_long, slope, self.high_slope)
         # closed brackets: where a cubic is least; every third time the middle. Unknown means are those of a parabola
