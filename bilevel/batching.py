@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
-from bilevel.entry import Call, refuse_transforms
+from bilevel.entry import Call, refuse_lost_gradients, refuse_transforms
 from bilevel.gradient import Hypergradient
 from bilevel.linsys.base import check_count, select
 from bilevel.result import Result
@@ -80,6 +80,7 @@ def gather(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}.')
     refuse_transforms(call, name)
+    refuse_lost_gradients(call, name)
     per_task = theta_batched or reduction == "none" or not call.sizes
     parts = []
     for piece in chunks(call, chunk_size):

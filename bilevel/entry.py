@@ -152,10 +152,6 @@ def _check_circumstances(problem: BilevelProblem, batched: bool, theta_batched: 
             f"problem: expected a BilevelProblem, got {type(problem).__name__}. "
             f"BilevelProblem.from_functions makes one from two functions."
         )
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "bilevel differentiates the objective, which torch.inference_mode() forbids. Use torch.no_grad() around this call."
-        )
     if theta_batched and not batched:
         raise ValueError("theta_batched=True needs batched=True: it says that theta has the task axis of the batch.")
 
@@ -177,6 +173,18 @@ def refuse_transforms(call: Call, name: str) -> None:
             f"{name} returns plain numbers and cannot run under a torch.func transform. Use bilevel.argmin "
             f"there, or batched=True instead of vmap."
         )
+
+
+def refuse_lost_gradients(call: Call, name: str) -> None:
+    """What differentiates in theta alone must not be handed data that carry a gradient: nobody would see that it ends here."""
+    paths = [p for p, x in zip(call.flat.data.paths(), call.flat.data_static, strict=True) if x is TENSOR]
+    for path, tensor in zip(paths, call.tensors[call.flat.num_theta :], strict=True):
+        if tensor.requires_grad:
+            raise ValueError(
+                f"data{path}: expected a tensor that carries no gradient, got requires_grad=True. {name} differentiates in theta alone: "
+                "what this was computed from gets no gradient. Compute it within the functions of the problem, from theta; use "
+                "bilevel.argmin, which differentiates in data too; or hand over .detach()."
+            )
 
 
 def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[Tensor]]:

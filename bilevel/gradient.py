@@ -181,8 +181,9 @@ class Hypergradient:
         Args:
             check: "failed" (or True) raises where there is no gradient to be had. To use up its steps is no failure of
                 a solve: "converged" raises there too, and so always after a solver without a tolerance; the gradient of
-                every task that enters is then one of two solves that met their tolerances. False never raises: ``grad``
-                is NaN where no task is ok.
+                every task that enters is then one of two solves that met their tolerances; of ``implicit_gradient`` it is
+                the linear solve alone, and ``slope`` says how good the point is that was handed in. False never raises:
+                ``grad`` is NaN where no task is ok.
 
         Raises:
             SolverError: no task is ok; where the gradient has a task axis (``grad_per_task``), any task is not ok. With
@@ -208,9 +209,12 @@ class Hypergradient:
         """Write ``grad`` to the ``.grad`` of the leaves of theta, in the place of what is there. With an optimizer over
         ``bilevel.tree_leaves(theta)`` its ``step()`` follows.
 
+        As in a backward pass, a tensor that stands in theta twice gets the sum, and one that is frozen (``requires_grad=False`` beside
+        others that are not) gets none.
+
         Raises:
             SolverError: as :meth:`unwrap`; nothing is written then.
-            ValueError: theta is no tree like ``grad``.
+            ValueError: theta is no tree like ``grad``, or a part of it was computed from other tensors.
         """
         (grads, structure), (leaves, own) = flatten(self.unwrap()), flatten(theta)
         shapes, expected = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)], [grad.shape for grad in grads]
@@ -221,5 +225,17 @@ class Hypergradient:
                 f"{[tuple(shape) for shape in shapes]}."
                 + (" With theta_batched or reduction='none' the gradient has a task axis." if own == structure else "")
             )
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad.clone()  # clipping it leaves the result as it is
+        computed = [path for path, leaf in zip(own.paths(), leaves, strict=True) if leaf.grad_fn is not None]
+        if computed:
+            raise ValueError(
+                f"assign_grad: theta{computed[0]} was computed from other tensors, which the gradient would not reach. Use "
+                "torch.autograd.backward(bilevel.tree_leaves(theta), bilevel.tree_leaves(result.unwrap())), or hand over leaves."
+            )
+        free = [leaf.requires_grad for leaf in leaves]
+        written: set[int] = set()
+        for leaf, grad, wanted in zip(leaves, grads, free, strict=True):
+            if wanted or not any(free):
+                leaf.grad = (
+                    leaf.grad + grad if id(leaf) in written else grad.clone()
+                )  # clipping leaves the result as it is
+                written.add(id(leaf))

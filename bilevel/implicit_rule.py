@@ -8,7 +8,7 @@ themselves, as ``levels``, in the place of PyTorch's rules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from bilevel.curvature import Hessian
 from bilevel.derivatives import (
     Flat,
     Levels,
+    Objective,
     condition,
     condition_product,
     pullback,
@@ -31,7 +32,7 @@ from bilevel.derivatives import (
 )
 from bilevel.entry import Call, objective_of, run_solver
 from bilevel.isolation import isolated
-from bilevel.linsys.base import LinearSolver, Operator
+from bilevel.linsys.base import LinearSolver, Operator, norm
 from bilevel.result import Result
 from bilevel.status import Check, failed
 from bilevel.trees import Tree
@@ -47,9 +48,19 @@ def differentiable_solution(call: Call, rule: Rule) -> Tree:
     return call.flat.phi.unravel(_Solution.apply(_Mapped(rule), *_guarded(tensors)))
 
 
+CHANGED = 1e-4
+"""So much may the condition at a solution differ from what the solve has left; 1 is what moving the solution by its own size would do.
+
+Less would take the rounding of float32, and the power iterations of spectral norm, for another problem.
+"""
+
+
 @dataclass(frozen=True)
 class Rule:
-    """What the differentiation rules of one call share."""
+    """What the differentiation rules of one call share.
+
+    ``left``: the size of the condition where the solve has ended ``(*batch,)``, once it has.
+    """
 
     flat: Flat
     solver: Any
@@ -57,6 +68,30 @@ class Rule:
     check: Check
     report: Callable[[Result], None] | None
     name: str
+    left: list[Tensor] = field(default_factory=list, compare=False)
+
+    def require_same(self, objective: Objective, phi: Tensor, now: Tensor) -> None:
+        """Refuse the derivative of another problem than the one that was solved. ``now``: the condition at phi ``(*batch, d)``.
+
+        Only where the solver reads numbers too. A change that leaves the condition at phi as it was is not seen.
+        """
+        if not self.left or transforms_active() or getattr(self.solver, "tol", None) == 0:
+            return
+        (before,) = self.left
+        excess = norm(now) - 10 * before
+        if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
+            return
+        noise = torch.rand(phi.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+        size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
+        near = phi + 0.1 * (2 * noise.to(phi) - 1) * torch.where(size > 0, size, 1)
+        unit = 10 * norm(objective.value_and_grad(near)[1] - now)
+        if bool((excess > CHANGED * unit).any()):
+            raise ValueError(
+                f"{self.name}: {self.flat.source} is not what was solved: its condition at the solution is {float(norm(now).max()):.1e} "
+                f"now, and was {float(before.max()):.1e} then. Derivatives call the functions again, and something that they captured has "
+                "changed in between: an attribute, the variable of a loop, a buffer, train() or eval(), random numbers. Pass it in data, "
+                "or take the derivative before it changes."
+            )
 
     def tell(self, result: Result, value: Any, what: str) -> None:
         """Report and check, where there is somebody to hear it."""
@@ -111,6 +146,7 @@ class _Solution(torch.autograd.Function):
         phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
         objective = objective_of(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
         result = run_solver(objective, phi.clone(), rule.solver)
+        rule.left[:] = [result.residual]
         rule.tell(result, rule.flat.phi.unravel(result.value), f"{rule.name}, inner solve")
         return torch.where(result.failed.unsqueeze(-1), torch.nan, result.value)
 
@@ -173,6 +209,7 @@ class _LinearSolve(torch.autograd.Function):
         phi = _expand(phi, [flags[1] for flags in point_levels], point_sizes)
         objective = objective_of(rule.flat, tuple(flags[2:] for flags in point_levels), tensors, point_sizes)
         local = objective.linearise(phi, Hessian(), 0.0)
+        rule.require_same(objective, phi, local.grad)
         matvec = Operator(
             local.transposed_matvec if mapped.transposed else local.matvec,
             symmetric=rule.flat.symmetric,

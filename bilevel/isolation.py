@@ -1,7 +1,8 @@
-"""What is around a call and does not enter: the tracer of ``torch.compile``, and autocast. And what errors of PyTorch mean here.
+"""What is around a call and does not enter: the tracer of ``torch.compile``, autocast, inference mode. And what errors of PyTorch mean
+here.
 
 The tracer cannot see through a solve that asks for numbers to know when to stop. Autocast would take the sums of the solvers in half
-precision, and none would reach its tolerance.
+precision, and none would reach its tolerance. Inference mode forbids the derivatives that every solve needs.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ RANDOM = (
 )
 
 STATISTICS = (
-    "bilevel: batch norm in training mode writes to its running statistics, and the tasks of a batch share them. Make the layers with "
-    "track_running_stats=False (each task then uses its own batch, as in few-shot learning), or call .eval() on the module."
+    "bilevel: a function of the problem writes to a tensor that it captured. Batch norm in training mode does, to its running statistics, "
+    "which the tasks of a batch share: make the layers with track_running_stats=False (each task then uses its own batch, as in few-shot "
+    "learning), or call .eval() on the module."
 )
 HOOKS = (
     "bilevel: torch.func is used here, which takes no hooks of saved tensors. Leave torch.autograd.graph.save_on_cpu() and "
-    "saved_tensors_hooks() before this call and its backward; within an objective, torch.utils.checkpoint works in hypergradient()."
+    "saved_tensors_hooks() before this call and its backward. Within an objective, torch.utils.checkpoint works in hypergradient(), where "
+    "what it calls gets its parameters as arguments: of torch.func.functional_call it would recompute with the module's own."
 )
 SPARSE = (
     "bilevel: torch.func and torch.vmap take sparse tensors in the COO layout only: hand over X.to_sparse_coo(). Batches of tasks need "
@@ -56,10 +59,13 @@ NO_RULE = (
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, in which the caller's autocast is off."""
+    """The same function, in which the caller's autocast is off, and inference mode is ``no_grad`` instead."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return call(*args, **kwargs)
         devices = [device for device in DEVICES if torch.is_autocast_enabled(device)]
         if not devices:
             return function(*args, **kwargs)
@@ -79,7 +85,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 NOTES = (
     (("aot_autograd", "donated buffer"), COMPILED),
     (("randomness error mode",), RANDOM),
-    (("running_mean",), STATISTICS),
+    (("running_mean", "would mutate a captured Tensor"), STATISTICS),
     (("saved tensor hooks",), HOOKS),
     (("data-dependent control flow", "calling .item()", "doesn't have storage", "dynamic shape"), NUMBERS),
     (("Batching rule not implemented",), NO_RULE),
@@ -89,7 +95,7 @@ NOTES = (
 
 
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which ``torch.compile`` does not look into, and in which the caller's autocast is off.
+    """The same function, which ``torch.compile`` does not look into, and in which the caller's autocast and inference mode are off.
 
     It costs microseconds.
     """

@@ -37,8 +37,8 @@ class Status(IntEnum):
     MAX_STEPS = (
         1,
         False,
-        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps or loosen "
-        "the tolerance if the residual is too large for you.",
+        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps (a black box "
+        "has its own), or loosen the tolerance, if the residual is too large for you.",
     )
     LINE_SEARCH_FAILED = (
         2,

@@ -173,7 +173,7 @@ def _fault(matrix: Tensor) -> str:
     numbers = np.array(plain.tolist()) if transformed else plain.numpy()  # below torch.func it has no memory to look at
     if not np.isfinite(numbers).all():
         return "has entries that are no numbers"
-    if not np.allclose(numbers, numbers.swapaxes(-1, -2)):
+    if not np.allclose(numbers, numbers.swapaxes(-1, -2), rtol=0, atol=1e-5 * np.abs(numbers).max(initial=0)):
         return "is not symmetric"
     smallest = np.linalg.eigvalsh(numbers).min(initial=np.inf)
     return "" if smallest > 0 else f"has the eigenvalue {smallest:.3g}"

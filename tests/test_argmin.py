@@ -736,6 +736,86 @@ def test_captured_constants_are_fine_everywhere() -> None:
     assert_same(theta.grad, grad(lambda t: solved(2.0, t))(ONES), 1e-12)
 
 
+class Held(BilevelProblem):
+    """Weighted ridge regression with the data in an attribute, as of the current batch."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def inner_objective(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        return 0.5 * (self.x @ phi - self.y).square().mean() + 0.5 * (theta.exp() * phi.square()).sum()
+
+    def outer_loss(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        return phi.square().sum()
+
+    def initial_phi(self, theta: Tensor, data: Any = None) -> Tensor:
+        return torch.zeros_like(theta)
+
+
+BATCHES = [(normal(seed, 20, 3), normal(seed + 10, 20)) for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_what_a_problem_holds_must_not_change_before_the_derivative(scale: float, dtype: torch.dtype) -> None:
+    """Two batches and one backward pass: before, the gradient was that of the second batch twice, and nothing was said."""
+    theta = torch.zeros(3, dtype=dtype, requires_grad=True)
+    problem = Held(*(part.to(dtype) for part in BATCHES[0]))
+    problem.inner_objective = lambda phi, t, data=None: scale * Held.inner_objective(problem, phi, t)  # type: ignore[method-assign]
+    solver, linsys = NewtonCG(max_steps=30, cg_steps=10, tol=1e-5 * scale), CG(max_steps=20, rtol=1e-5)
+
+    def loss() -> Tensor:
+        return argmin(problem, theta, solver=solver, linsys=linsys, check="converged").square().sum()
+
+    first = loss()
+    (once,) = torch.autograd.grad(first, theta, retain_graph=True)
+    x, y = problem.x, problem.y
+    closed = torch.func.grad(
+        lambda t: torch.linalg.solve(x.T @ x / 20 + torch.diag(t.exp()), x.T @ y / 20).square().sum()
+    )(theta.detach())
+    assert_same(once, closed, 1e-4)
+    problem.x, problem.y = (part.to(dtype) for part in BATCHES[1])
+    match = r"^argmin: inner_objective is not what was solved: its condition .* Pass it in data, or take the derivative before"
+    with pytest.raises(ValueError, match=match):
+        first.backward(retain_graph=True)
+    with pytest.raises(ValueError, match=match):
+        (first + loss()).backward(retain_graph=True)
+    problem.x, problem.y = x, y
+    assert_same(torch.autograd.grad(first, theta)[0], closed, 1e-4)  # and back
+
+
+def test_what_a_problem_holds_must_not_change_within_a_transform() -> None:
+    problem, theta = Held(*BATCHES[0]), torch.zeros(3, dtype=F64)
+
+    def loss(t: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=F64)
+        for problem.x, problem.y in BATCHES:
+            total = total + argmin(problem, t, solver=NEWTON, linsys=LINSYS["cg"]).square().sum()
+        return total
+
+    for transform in (grad, jacrev):
+        with pytest.raises(ValueError, match="argmin: inner_objective is not what was solved"):
+            transform(loss)(theta)
+
+
+def test_functions_that_do_not_change_are_never_refused() -> None:
+    """Points that are not solved, at rounding level, at zero, and those of another number of threads."""
+    theta = torch.zeros(3, dtype=F64, requires_grad=True)
+    for batch in (BATCHES[0], (BATCHES[0][0], torch.zeros(20, dtype=F64))):
+        for solver in (
+            NEWTON,
+            GradientDescent(step_size=0.1, max_steps=3, tol=1e-12),
+            NewtonCG(max_steps=30, tol=1e-3),
+        ):
+            phi = argmin(Held(*batch), theta, solver=solver, linsys=LINSYS["exact"])
+            threads = torch.get_num_threads()
+            torch.set_num_threads(threads + 1)
+            try:
+                phi.sum().backward()
+            finally:
+                torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
 @pytest.mark.parametrize("grad_mode", [True, False])
 @pytest.mark.parametrize("theta_grad", [True, False])

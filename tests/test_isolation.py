@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 import bilevel
 from bilevel.linsys import CG, GMRES, Exact, Jacobi, Nystrom, NystromPreconditioner, Operator
-from bilevel.solvers import GradientDescent, Newton, NewtonCG, ScipyMinimize
+from bilevel.solvers import Anderson, GradientDescent, Newton, NewtonCG, ScipyMinimize
 from bilevel.testing import check_hypergradient
 
 BACKEND = "aot_eager"  # what makes the graph and its derivatives, without the seconds of the code generator
@@ -493,6 +493,23 @@ def test_a_start_that_writes_to_theta_is_refused() -> None:
     for call in (bilevel.hypergradient, bilevel.argmin):
         with pytest.raises(ValueError, match="^initial_phi writes to theta or data in place"):
             call(problem, torch.ones(3), solver=NewtonCG(max_steps=9, tol=1e-4), linsys=CG(max_steps=5))
+
+
+def test_running_statistics_in_a_derivative_come_with_a_note() -> None:
+    """The forward pass goes through; the words of PyTorch in the backward pass do not name batch norm."""
+    norm = nn.BatchNorm1d(4, affine=False).double().train()
+    theta = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    phi = bilevel.fixed_point(
+        lambda z, t, x: torch.tanh(t * norm(z) + x),
+        theta,
+        X,
+        solver=Anderson(max_steps=200, tol=1e-8),
+        linsys=Exact(),
+        init=torch.zeros_like(X),
+    )
+    with pytest.raises(RuntimeError, match="captured Tensor") as caught:
+        phi.sum().backward()
+    assert "track_running_stats=False" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("which", ["theta", "data", "init"])

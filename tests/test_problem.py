@@ -239,6 +239,7 @@ def test_a_bad_lambda_is_refused_at_once(lam: Any, error: type[Exception], match
             "symmetric positive definite matrix, got a .6, 6. matrix that has the eigenvalue -3",
         ),
         (spd(6).abs() + torch.ones(6, 6).triu(1), "got a .6, 6. matrix that is not symmetric"),
+        (1e-9 * (spd(6).abs() + torch.ones(6, 6).triu(1)), "got a .6, 6. matrix that is not symmetric"),
         (torch.ones(6), "expected a tree like theta with leaves .*, got leaves"),
         ({"w": 1.0}, "expected a tree like theta"),
         ({"w": 1.0, "c": 1.0}, "expected a tree like theta"),

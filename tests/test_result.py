@@ -330,3 +330,54 @@ def test_results_are_compared_as_objects() -> None:
     _, other = meta()
     assert found != other and found == found and other in [found, other]
     assert found.linear != other.linear and len({found, other, found.linear}) == 3
+
+
+def tied() -> tuple[Callable[..., Hypergradient], Callable[[torch.Tensor], torch.Tensor]]:
+    """G = |phi - a - 3 b|^2 / 2 and L = sum phi^2 / 2: L(a, b) = |a + 3 b|^2 / 2."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta["a"] - 3 * theta["b"]).square().sum(),
+        lambda phi, theta, data: 0.5 * phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta["a"]),
+    )
+
+    def of(theta: Any) -> Hypergradient:
+        solver = bilevel.solvers.NewtonCG(max_steps=5, cg_steps=4, tol=1e-12)
+        return bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=4))
+
+    return of, lambda p: 0.5 * (p + 3 * p).square().sum()
+
+
+def test_assign_grad_adds_up_what_reaches_one_tensor_twice() -> None:
+    """Tied weights. Before, .grad was the part of one place only."""
+    of, closed = tied()
+    p = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(closed(p), p)
+    for _ in range(2):  # in the place of the one before
+        of({"a": p, "b": p}).assign_grad({"a": p, "b": p})
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_assign_grad_leaves_frozen_leaves_alone() -> None:
+    """Adam moves whatever has a .grad."""
+    of, _ = tied()
+    a, b = (torch.ones(2, dtype=torch.float64, requires_grad=free) for free in (True, False))
+    of({"a": a, "b": b}).assign_grad({"a": a, "b": b})
+    assert a.grad is not None and b.grad is None
+    plain = {"a": torch.ones(2, dtype=torch.float64), "b": b}  # nothing was said: all of them
+    of(plain).assign_grad(plain)
+    assert plain["a"].grad is not None and b.grad is not None
+
+
+def test_assign_grad_refuses_what_was_computed() -> None:
+    """Its .grad would reach nobody; the words give what does."""
+    of, _ = tied()
+    raw = torch.tensor([1.0, 3.0], dtype=torch.float64, requires_grad=True)
+    b = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    theta = {"a": 2 * raw, "b": b}
+    result = of(theta)
+    with pytest.raises(ValueError, match=r"^assign_grad: theta\['a'\] was computed from other tensors") as caught:
+        result.assign_grad(theta)
+    assert b.grad is None
+    exec(str(caught.value).split("Use ")[1].split(", or hand over")[0])  # what it says, as it stands
+    expected = torch.autograd.grad(0.5 * (2 * raw + 3 * b).square().sum(), (raw, b))
+    torch.testing.assert_close((raw.grad, b.grad), expected)

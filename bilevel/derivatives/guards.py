@@ -150,5 +150,5 @@ def refuse_nested_forward_mode(tensors: Sequence[Tensor]) -> None:
     if len(levels & forward_levels) >= 2:
         raise NotImplementedError(
             "forward mode over forward mode (jacfwd of jacfwd, jvp of jvp) cannot be right here. Use torch.func.hessian, "
-            "which is jacfwd(jacrev(f)), or jacrev(jacfwd(f))."
+            "which is jacfwd(jacrev(f)), or jacrev(jacrev(f))."
         )
