@@ -176,14 +176,19 @@ def refuse_transforms(call: Call, name: str) -> None:
 
 
 def refuse_lost_gradients(call: Call, name: str) -> None:
-    """What differentiates in theta alone must not be handed data that carry a gradient: nobody would see that it ends here."""
-    paths = [p for p, x in zip(call.flat.data.paths(), call.flat.data_static, strict=True) if x is TENSOR]
-    for path, tensor in zip(paths, call.tensors[call.flat.num_theta :], strict=True):
-        if tensor.requires_grad:
+    """What differentiates in theta alone must not be handed data that were computed from it: nobody would see that a part is missing.
+
+    A leaf that requires grad is another matter; what is asked for here does not depend on it.
+    """
+    n = call.flat.num_theta
+    paths = [path for path, x in zip(call.flat.data.paths(), call.flat.data_static, strict=True) if x is TENSOR]
+    own = {id(leaf) for leaf in call.tensors[:n] if leaf.requires_grad}
+    for path, tensor in zip(paths, call.tensors[n:], strict=True):
+        if tensor.grad_fn is not None or id(tensor) in own:
             raise ValueError(
-                f"data{path}: expected a tensor that carries no gradient, got requires_grad=True. {name} differentiates in theta alone: "
-                "what this was computed from gets no gradient. Compute it within the functions of the problem, from theta; use "
-                "bilevel.argmin, which differentiates in data too; or hand over .detach()."
+                f"data{path}: expected a constant, got {'a leaf of theta' if id(tensor) in own else 'a tensor with a graph'}. {name} "
+                "differentiates in theta alone, so what reaches theta through data would be missing. Compute it within the functions of "
+                "the problem, from theta; use bilevel.argmin, which differentiates in data too; or hand over .detach()."
             )
 
 

@@ -276,7 +276,7 @@ def test_forward_over_forward_raises_with_advice(case: Case, wrt: str) -> None:
     """PyTorch would give exactly 0."""
     s = subject(case, wrt, lambda theta, data: argmin(case.problem, theta, data, solver=NEWTON, linsys=Exact()))
     advice = (
-        r"forward mode over forward mode \(jacfwd of jacfwd, jvp of jvp\) .*torch.func.hessian.*jacrev\(jacfwd\(f\)\)"
+        r"forward mode over forward mode \(jacfwd of jacfwd, jvp of jvp\) .*torch.func.hessian.*jacrev\(jacrev\(f\)\)"
     )
     for nested in (
         lambda: jacfwd(jacfwd(s.f))(s.x),

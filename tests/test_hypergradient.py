@@ -944,35 +944,34 @@ def test_a_captured_tensor_that_only_the_outer_loss_uses_without_theta_or_phi_is
         hypergradient(problem, torch.ones(2, dtype=F64), solver=NEWTON, linsys=Exact())
 
 
-@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "non-leaf"])
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf of theta", "computed"])
 @pytest.mark.parametrize("batched", [True, False])
-def test_data_that_carry_a_gradient_are_an_error(leaf: bool, batched: bool) -> None:
-    """It would end there without a word, and theta may be what the data were computed from."""
+def test_data_that_were_computed_from_theta_are_an_error(leaf: bool, batched: bool) -> None:
+    """That part of the gradient would be missing without a word."""
     problem = BilevelProblem.from_functions(
-        lambda phi, theta, data: ((phi - theta * data["x"][0]) ** 2).sum(),
+        lambda phi, theta, data: ((phi - theta["a"] * data["x"][0]) ** 2).sum(),
         lambda phi, theta, data: phi.sum(),
-        lambda theta, data: torch.zeros_like(theta),
+        lambda theta, data: torch.zeros_like(theta["a"]),
     )
-    theta = torch.ones(2, dtype=F64, requires_grad=True)
-    tensor = torch.ones(3, 2, dtype=F64, requires_grad=True)
-    data = {"labels": torch.arange(3), "x": [tensor if leaf else tensor * theta, None]}
-    linsys = CG(max_steps=4)
-    point = torch.ones((3, 2) if batched else 2, dtype=F64)
+    shape = (3, 2) if batched else (2,)
+    theta = {name: torch.ones(shape, dtype=F64, requires_grad=True) for name in ("a", "b")}
+    options: Any = {"batched": batched, "theta_batched": batched, "allow_unused": True}
+    data = {"labels": torch.arange(3), "x": [theta["b"] if leaf else theta["b"] * 2, None]}
     calls = {
-        "hypergradient": lambda d: hypergradient(problem, theta, d, solver=NEWTON, linsys=linsys, batched=batched),
-        "implicit_gradient": lambda d: implicit_gradient(problem, point, theta, d, linsys=linsys, batched=batched),
-        "unrolled": lambda d: bilevel.unrolled(problem, theta, d, solver=NewtonCG(max_steps=2), batched=batched),
+        "hypergradient": lambda d: hypergradient(problem, theta, d, solver=NEWTON, linsys=CG(max_steps=4), **options),
+        "implicit_gradient": lambda d: implicit_gradient(
+            problem, torch.ones(shape, dtype=F64), theta, d, linsys=CG(max_steps=4), **options
+        ),
+        "unrolled": lambda d: bilevel.unrolled(problem, theta, d, solver=NewtonCG(max_steps=2), **options),
     }
-    if not batched:
-        data = {"labels": torch.arange(3), "x": [data["x"][0][0], None]}
     for name, call in calls.items():
-        match = (
-            rf"^data\['x'\]\[0\]: expected a tensor that carries no gradient, .* {name} differentiates in theta alone"
-        )
+        got = "a leaf of theta" if leaf else "a tensor with a graph"
+        match = rf"^data\['x'\]\[0\]: expected a constant, got {got}. {name} differentiates in theta alone"
         with pytest.raises(ValueError, match=match):
             call(data)
-        call(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, data))
-    solve(problem, theta, data, solver=NEWTON, batched=batched)  # which promises no derivative
+        call({**data, "x": [data["x"][0].detach(), None]})
+        call({**data, "x": [torch.ones(shape, dtype=F64, requires_grad=True), None]})  # a leaf that is none of theta
+    solve(problem, theta, data, solver=NEWTON, batched=batched, theta_batched=batched)  # which promises no derivative
 
 
 def test_captured_constants_are_fine() -> None:
