@@ -56,6 +56,15 @@ NO_RULE = (
     "bilevel: PyTorch cannot run this operation for several tasks at once, as those of recurrent layers. Hand tasks over one by one, "
     "without batched=True, or write the layer with other operations."
 )
+SPARSE_GRADIENTS = "bilevel: the gradient of a layer is sparse, and the vectors of a solve are dense. Build nn.Embedding without sparse=True."
+ATTENTION = (
+    "bilevel: the derivatives of argmin, root and fixed_point go through the model twice and more, which fused attention has no derivative "
+    "for. Evaluate the model, in the call and its backward, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
+)
+OLD_FUNCTION = (
+    "bilevel: torch.func is used here (for batched=True, argmin, root and fixed_point). An autograd.Function needs setup_context and "
+    "generate_vmap_rule = True for it; torch.utils.checkpoint(use_reentrant=True) is such a function, and has no other form."
+)
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:
@@ -89,6 +98,9 @@ NOTES = (
     (("saved tensor hooks",), HOOKS),
     (("data-dependent control flow", "calling .item()", "doesn't have storage", "dynamic shape"), NUMBERS),
     (("Batching rule not implemented",), NO_RULE),
+    (("implemented for sparse tensors",), SPARSE_GRADIENTS),
+    (("scaled_dot_product",), ATTENTION),
+    (("setup_context staticmethod",), OLD_FUNCTION),
     (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )
 """Words of PyTorch's, and what they mean here."""

@@ -512,6 +512,57 @@ def test_running_statistics_in_a_derivative_come_with_a_note() -> None:
     assert "track_running_stats=False" in caught.value.__notes__[0]
 
 
+class Old(torch.autograd.Function):
+    """Without setup_context, as most code outside PyTorch has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 2 * cotangent
+
+
+def rows_of(phi: Tensor) -> Tensor:
+    return nn.functional.embedding(torch.tensor([0, 1]), phi.reshape(2, 2), sparse=True)
+
+
+def attended(phi: Tensor) -> Tensor:
+    x = phi.expand(1, 1, 3, 4)
+    return nn.functional.scaled_dot_product_attention(x, x + X[:3], x)
+
+
+@pytest.mark.parametrize(
+    ("function", "order", "match", "note"),
+    [
+        (rows_of, 0, "sparse tensors", "without sparse=True"),
+        (Old.apply, 1, "setup_context", "generate_vmap_rule = True"),
+        (attended, 2, "scaled_dot_product", r"SDPBackend.MATH"),
+    ],
+    ids=["sparse gradients", "old Function", "fused attention"],
+)
+def test_what_torch_cannot_do_comes_with_a_note(
+    function: Callable[[Tensor], Tensor], order: int, match: str, note: str
+) -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: function(phi).square().mean() + (phi - theta).square().sum(),
+        lambda phi, theta, data: phi.square().sum(),
+    )
+
+    def loss(theta: Tensor) -> Tensor:
+        return bilevel.argmin(problem, theta, solver=NEWTON, linsys=Exact(), init=START).square().sum()
+
+    with pytest.raises(RuntimeError, match=match) as caught:
+        if order == 0:
+            bilevel.hypergradient(problem, THETA, solver=NEWTON, linsys=SOLVE, init=START)
+        elif order == 1:
+            torch.func.grad(loss)(THETA)
+        else:
+            torch.func.hessian(loss)(THETA)
+    assert note in caught.value.__notes__[0]
+
+
 @pytest.mark.parametrize("which", ["theta", "data", "init"])
 def test_tensors_of_inference_mode_are_taken(which: str) -> None:
     """The features of a frozen network are such. Before, an error of PyTorch about tensors saved for backward."""
