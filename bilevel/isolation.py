@@ -56,7 +56,9 @@ NO_RULE = (
     "bilevel: PyTorch cannot run this operation for several tasks at once, as those of recurrent layers. Hand tasks over one by one, "
     "without batched=True, or write the layer with other operations."
 )
-SPARSE_GRADIENTS = "bilevel: the gradient of a layer is sparse, and the vectors of a solve are dense. Build nn.Embedding without sparse=True."
+SPARSE_GRADIENTS = (
+    "bilevel: a layer has a sparse gradient, and the vectors of a solve are dense: nn.Embedding without sparse=True."
+)
 ATTENTION = (
     "bilevel: the derivatives of argmin, root and fixed_point go through the model twice and more, which fused attention has no derivative "
     "for. Evaluate the model, in the call and its backward, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
