@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from applications.meta_learning.outputs import adapted_parameters
 from applications.meta_learning.products import has_tangents, is_large, product
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,10 +426,15 @@ def check_module(module: nn.Module) -> None:
 
     Raises:
         ValueError: a layer keeps running statistics (the forward pass would change them), drops units at random, or the
-            module has no parameter.
+            module has no parameter, or frozen ones only.
     """
-    if not any(True for _ in module.parameters()):
-        raise ValueError(f"expected a module with parameters to adapt, got {type(module).__name__} without any")
+    if not adapted_parameters(module):
+        found = (
+            "all of them frozen; call .requires_grad_() on some"
+            if any(True for _ in module.parameters())
+            else "without any"
+        )
+        raise ValueError(f"expected a module with parameters to adapt, got {type(module).__name__} {found}")
     for name, part in module.named_modules():
         where = f"layer {name or '(the module itself)'!r} ({type(part).__name__})"
         if getattr(part, "running_mean", None) is not None:
@@ -451,10 +457,12 @@ def _dropout_rate(part: nn.Module) -> float:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of entries of all parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Number of entries of all parameters that are not frozen, tied ones once."""
+    return sum(parameter.numel() for parameter in adapted_parameters(module).values())
 
 
 def initial_theta(module: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """A copy of the module's parameters, by name: where meta-training starts."""
-    return {name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in module.named_parameters()}
+    """A copy of the module's parameters, by name: where meta-training starts. Frozen ones (``requires_grad=False``) are left out."""
+    return {
+        name: p.detach().to(device=device, dtype=dtype, copy=True) for name, p in adapted_parameters(module).items()
+    }

@@ -1,17 +1,21 @@
 """The few-shot problem against plain autograd."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
-from applications.meta_learning.models import MLP, ConvNet
+from applications.meta_learning.models import MLP, ConvNet, count_parameters, initial_theta
 from applications.meta_learning.problem import (
     batched_outputs,
     cross_entropy,
     few_shot_problem,
     head_and_body,
+    plain_problem,
     squared_error,
 )
 from bilevel.curvature import GaussNewton
@@ -19,6 +23,7 @@ from bilevel.linsys import Exact, Identity
 from bilevel.solvers import GradientDescent
 
 TASKS = 3
+SOLVER = GradientDescent(step_size=0.1, max_steps=2)
 
 
 def regression_tasks() -> dict[str, dict[str, Tensor]]:
@@ -148,3 +153,118 @@ def test_unfit_arguments_are_refused() -> None:
         few_shot_problem(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), squared_error, 1.0)
     with pytest.raises(ValueError, match="lam: expected one entry for each of the parameters.*head"):
         few_shot_problem(MLP(4), squared_error, {"head.weight": 1.0})
+
+
+# --- modules that use something twice, that have buffers, that are partly frozen -------------------------------------
+
+
+class Scaled(nn.Module):
+    """Multiplies by a buffer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def reused() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    return nn.Sequential(nn.Linear(1, 3), nn.Tanh(), layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(3, 1))
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 1))
+    net[4].weight = net[2].weight
+    return net
+
+
+def with_buffers() -> nn.Module:
+    scaled = Scaled(3)
+    return nn.Sequential(nn.Linear(1, 3), scaled, nn.Tanh(), scaled, nn.Linear(3, 1))
+
+
+def partly_frozen() -> nn.Module:
+    net = nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    return net
+
+
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return make().double()
+
+
+def query_loss(net: nn.Module, theta: dict[str, Tensor], data: dict[str, dict[str, Tensor]], lam: float) -> float:
+    """Mean over the tasks after three steps of gradient descent, by plain autograd on a copy whose own weights are moved."""
+    losses = []
+    for task in range(TASKS):
+        x, y = data["support"]["x"][task], data["support"]["y"][task]
+        query_x, query_y = data["query"]["x"][task], data["query"]["y"][task]
+        copied = copy.deepcopy(net)
+        leaves = {name: p for name, p in copied.named_parameters() if name in theta}
+        copied.load_state_dict(dict(theta), strict=False)
+        for _ in range(3):
+            near = sum((p - theta[name]).square().sum() for name, p in leaves.items())
+            loss = (copied(x) - y).square().mean() + lam / 2 * near
+            grads = torch.autograd.grad(loss, list(leaves.values()))
+            with torch.no_grad():
+                for p, g in zip(leaves.values(), grads, strict=True):
+                    p -= 0.1 * g
+        losses.append((copied(query_x) - query_y).square().mean().item())
+    return sum(losses) / TASKS
+
+
+@pytest.mark.parametrize("lam", [0.0, 2.0])
+@pytest.mark.parametrize("make", [reused, tied, with_buffers, partly_frozen])
+def test_a_module_stays_as_it_was_and_its_gradient_is_that_of_differences(
+    make: Callable[[], nn.Module], lam: float
+) -> None:
+    net, data = made(make), regression_tasks()
+    before, parameters = copy.deepcopy(net.state_dict()), dict(net.named_parameters(remove_duplicate=False))
+    theta = initial_theta(net, torch.float64, torch.device("cpu"))
+    problem = few_shot_problem(net, squared_error, lam) if lam else plain_problem(net, squared_error)
+    for _ in range(2):  # what the first call leaves is what the second one finds
+        meta = bilevel.unrolled(problem, theta, data, solver=GradientDescent(step_size=0.1, max_steps=3), batched=True)
+        outputs = batched_outputs(net, meta.phi, data["query"]["x"])
+    assert all(isinstance(p, nn.Parameter) for p in net.parameters())
+    after = dict(net.named_parameters(remove_duplicate=False))
+    assert after.keys() == parameters.keys() and all(after[name] is p for name, p in parameters.items())
+    assert all(torch.equal(leaf, before[name]) for name, leaf in net.state_dict().items())
+    by_hand = (outputs - data["query"]["y"]).square().mean().item()
+    assert by_hand == pytest.approx(query_loss(net, theta, data, lam), rel=1e-10)
+    for name, leaf in theta.items():
+        way, step = torch.randn(leaf.shape, dtype=torch.float64), 1e-5
+        up, down = (query_loss(net, {**theta, name: leaf + sign * step * way}, data, lam) for sign in (1, -1))
+        assert (meta.grad[name] * way).sum().item() == pytest.approx((up - down) / (2 * step), rel=1e-6, abs=1e-9), name
+
+
+def test_frozen_parameters_are_neither_adapted_nor_meta_trained() -> None:
+    """They are the module's own: the answer is that of a module that has them as constants."""
+    net, data = made(partly_frozen), regression_tasks()
+    assert list(initial_theta(net, torch.float64, torch.device("cpu"))) == ["2.weight", "2.bias"]
+    assert count_parameters(net) == 4
+    own = MLP(4)
+    own.body.requires_grad_(False)
+    lam = head_and_body(own, 2.0, 0.5)
+    assert lam == {"head.weight": 0.5, "head.bias": 0.5}
+    few_shot_problem(own, squared_error, lam)
+    with pytest.raises(
+        ValueError, match=r"lam: expected one entry for each of the parameters \['head.bias', 'head.weight'\]"
+    ):
+        few_shot_problem(own, squared_error, dict.fromkeys(dict(own.named_parameters()), 1.0))
+    everything = theta_of(net)
+    with pytest.raises(
+        ValueError, match=r"no entry for a frozen parameter, got \['0.bias', '0.weight'\]; leave them out, as"
+    ):
+        bilevel.solve(few_shot_problem(net, squared_error, 1.0), everything, data, solver=SOLVER, batched=True)
+    with pytest.raises(ValueError, match="got Sequential all of them frozen; call .requires_grad_"):
+        few_shot_problem(net.requires_grad_(False), squared_error, 1.0)
+
+
+def test_a_second_name_of_a_tensor_is_refused() -> None:
+    net, data = made(reused), regression_tasks()
+    problem = few_shot_problem(net, squared_error, 1.0)
+    with pytest.raises(ValueError, match=r"got \['4.bias', '4.weight'\] too; .*named_parameters"):
+        bilevel.solve(problem, dict(net.state_dict()), data, solver=SOLVER, batched=True)

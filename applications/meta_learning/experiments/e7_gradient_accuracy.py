@@ -19,7 +19,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 import bilevel
 from applications.meta_learning.config import Config
@@ -28,6 +27,7 @@ from applications.meta_learning.experiments.base import Experiment, Numbers, Req
 from applications.meta_learning.experiments.cost import cost, fresh_processes
 from applications.meta_learning.method import build_network
 from applications.meta_learning.models import initial_theta
+from applications.meta_learning.outputs import outputs_of
 from applications.meta_learning.presets import preset
 from applications.meta_learning.problem import Theta, cross_entropy, few_shot_problem
 from applications.meta_learning.report import PALETTE, STYLE
@@ -362,12 +362,13 @@ def _products(config: Config, data_dir: Path | None) -> Numbers:
     )
     support = {key: value[0] for key, value in sampler.sample(1)["support"].items()}
     module = build_network(config).to(device=device, dtype=dtype)
+    outputs_at = outputs_of(module)
     phi = {name: leaf.requires_grad_() for name, leaf in initial_theta(module, dtype, device).items()}
     generator = torch.Generator().manual_seed(config.seed)
     v = [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in phi.values()]
 
     def gradient(create_graph: bool = False) -> tuple[Tensor, ...]:
-        loss = cross_entropy(functional_call(module, phi, (support["x"],)), support["y"])
+        loss = cross_entropy(outputs_at(phi, support["x"]), support["y"])
         return torch.autograd.grad(loss, list(phi.values()), create_graph=create_graph)
 
     def product() -> tuple[Tensor, ...]:

@@ -24,7 +24,6 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import LogLocator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import bilevel
 from applications.meta_learning.config import Config
@@ -34,6 +33,7 @@ from applications.meta_learning.experiments.e6_sinusoid import base
 from applications.meta_learning.experiments.e7_regularisation import mean_and_interval
 from applications.meta_learning.method import build_network
 from applications.meta_learning.models import initial_theta
+from applications.meta_learning.outputs import outputs_of
 from applications.meta_learning.problem import few_shot_losses, squared_error
 from applications.meta_learning.report import PALETTE, STYLE
 from applications.meta_learning.run import use_threads
@@ -162,11 +162,10 @@ def adapted(psi: Any, theta: Any) -> dict[str, Tensor]:
 
 def step_size_problem(module: nn.Module) -> BilevelProblem:
     """G = support loss and L = query loss at `adapted(psi, theta)`; psi starts at 0."""
+    outputs_at = outputs_of(module)
 
     def loss_on(part: str) -> Callable[[Any, Any, Any], Tensor]:
-        return lambda psi, theta, task: squared_error(
-            functional_call(module, adapted(psi, theta), (task[part]["x"],)), task[part]["y"]
-        )
+        return lambda psi, theta, task: squared_error(outputs_at(adapted(psi, theta), task[part]["x"]), task[part]["y"])
 
     def start(theta: Any, task: Any) -> dict[str, Tensor]:
         return {name: torch.zeros_like(centre) for name, centre in theta["centre"].items()}
