@@ -425,8 +425,8 @@ def check_module(module: nn.Module) -> None:
     """Refuse what makes the inner objective something else than a function of the parameters.
 
     Raises:
-        ValueError: a layer keeps running statistics (the forward pass would change them), drops units at random, or the
-            module has no parameter, or frozen ones only.
+        ValueError: a layer keeps running statistics (the forward pass would change them), drops units at random, or has no
+            derivatives; or the module has no parameter, or frozen ones only.
     """
     if not adapted_parameters(module):
         found = (
@@ -444,9 +444,24 @@ def check_module(module: nn.Module) -> None:
             )
         if part.training and _dropout_rate(part) > 0:
             raise ValueError(
-                f"{where} drops units at random, so the inner objective is not a function and has no Hessian; "
-                "set its rate to 0, or call .eval() on it"
+                f"{where} drops units at random, so the inner objective is not a function and has no Hessian; {_without(part)}"
             )
+        if _on_the_fast_path(part):
+            raise ValueError(
+                f"{where} is in eval mode, where PyTorch takes a fast path that has no derivatives; build it with dropout=0.0 and call "
+                ".train() on it, or turn that path off with torch.backends.mha.set_fastpath_enabled(False)"
+            )
+
+
+def _without(part: nn.Module) -> str:
+    """How to get rid of its dropout."""
+    if isinstance(part, nn.MultiheadAttention):  # in eval mode it would be on the fast path
+        return "build it, or the layer that it is in, with dropout=0.0"
+    return "set its rate to 0, or call .eval() on it"
+
+
+def _on_the_fast_path(part: nn.Module) -> bool:
+    return isinstance(part, nn.MultiheadAttention) and not part.training and torch.backends.mha.get_fastpath_enabled()
 
 
 def _dropout_rate(part: nn.Module) -> float:

@@ -1,11 +1,16 @@
 """The networks, and what is refused as one."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
+import bilevel
 from applications.meta_learning.models import MLP, ConvNet, check_module, count_parameters, initial_theta
+from applications.meta_learning.problem import few_shot_problem
+from bilevel.solvers import GradientDescent
 
 
 def test_the_last_layer_of_the_papers_network_has_256_inputs() -> None:
@@ -98,7 +103,8 @@ def test_deterministic_modules_are_accepted(module: nn.Module) -> None:
             "layer '1' .Dropout. drops units at random.*set its rate to 0",
         ),
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout2d(0.1)), "drops units"),
-        (nn.MultiheadAttention(4, 2, dropout=0.1), "the module itself.*drops units"),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), "the module itself.*drops units.*build it.*with dropout=0.0$"),
+        (nn.MultiheadAttention(4, 2).eval(), "the module itself.*fast path that has no derivatives.*call .train"),
         (nn.LSTM(2, 2, num_layers=2, dropout=0.1), "drops units"),
         (nn.ReLU(), "expected a module with parameters"),
     ],
@@ -106,3 +112,41 @@ def test_deterministic_modules_are_accepted(module: nn.Module) -> None:
 def test_others_are_refused(module: nn.Module, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         check_module(module)
+
+
+class Attention(nn.Module):
+    """Rows of images (n, 1, 4, 4) as words."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=dropout, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x[:, 0]).mean(1))
+
+
+def test_what_is_advised_for_attention_works() -> None:
+    """The inner problem has the gradient of plain autograd, on either way that the messages name."""
+    with pytest.raises(ValueError, match="layer 'layer.self_attn'.*or the layer that it is in, with dropout=0.0"):
+        check_module(Attention(0.1))
+    with pytest.raises(
+        ValueError, match=r"layer 'layer.self_attn' .* is in eval mode.*dropout=0.0 and call .train\(\)"
+    ):
+        check_module(Attention(0.1).eval())
+    torch.manual_seed(0)
+    without = Attention(0.0).double()
+    off = copy.deepcopy(without).eval()
+    x, y = torch.rand(1, 4, 1, 4, 4, dtype=torch.float64), torch.tensor([[0, 1, 1, 0]])
+    for net in (without, off):
+        torch.backends.mha.set_fastpath_enabled(net is not off)
+        try:
+            theta = initial_theta(net, torch.float64, torch.device("cpu"))
+            solver = GradientDescent(step_size=0.1, max_steps=1)
+            problem, task = few_shot_problem(net, nn.functional.cross_entropy, 1.0), {"support": {"x": x, "y": y}}
+            phi = bilevel.solve(problem, theta, task, solver=solver, batched=True).unwrap()
+            grads = torch.autograd.grad(nn.functional.cross_entropy(net(x[0]), y[0]), list(net.parameters()))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        for (name, leaf), g in zip(theta.items(), grads, strict=True):
+            torch.testing.assert_close(phi[name][0], leaf - 0.1 * g, rtol=1e-9, atol=1e-9)
