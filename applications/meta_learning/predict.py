@@ -125,6 +125,8 @@ def _support_files(folder: Path, ways: int) -> dict[str, list[Path]]:
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and those in the folders that are; each once."""
     found = [file for path in map(Path.expanduser, paths) for file in (images_in(path) if path.is_dir() else [path])]
+    if missing := [file for file in found if not file.exists()]:
+        raise DataError(f"{missing[0]}: there is no such file; name image files, or folders of them, with --images")
     if not found:
         raise DataError("expected at least one image to classify, got none; name files or folders with --images")
     return list(dict.fromkeys(found))

@@ -105,6 +105,12 @@ def load_source(
 
 
 def _draw_split(config: Config, classes: ImageClasses) -> Split:
+    if config.split == "random" and config.train_classes >= classes.num_classes:
+        raise ConfigError(
+            f"train_classes: expected at most {classes.num_classes - 1}, because {config.dataset} has {classes.num_classes} classes here "
+            f"and some are held out, got {config.train_classes} (of the preset, maybe); name such a number, or --train-classes 0, which "
+            "trains on three quarters"
+        )
     try:
         if config.split == "alphabets":
             return alphabet_split(classes)

@@ -280,8 +280,13 @@ def test_what_the_tasks_need_is_checked_at_the_start(place: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             load_source(replace(FOLDER, **changes), data_dir=place)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="folder cannot be split like this: num_train"):
-        load_source(replace(FOLDER, train_classes=4), data_dir=place)
+    for number in (4, 1200):  # that of the paper
+        words = (
+            f"train_classes: expected at most 3, because folder has 4 classes here .*, got {number} .*--train-classes 0"
+        )
+        with pytest.raises(ConfigError, match=words):
+            load_source(replace(FOLDER, train_classes=number), data_dir=place)
+    assert load_source(replace(FOLDER, train_classes=0), data_dir=place).split is not None
 
 
 def test_settings_of_the_images() -> None:

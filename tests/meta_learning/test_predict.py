@@ -327,7 +327,7 @@ def test_more_errors(run: Path, task: tuple[Path, Path], tmp_path: Path) -> None
     support, images = task
     with pytest.raises(DataError, match="expected at least one image to classify, got none; .*--images"):
         predict(run, support, [])
-    with pytest.raises(DataError, match=r"absent.png: expected a PNG or JPEG image, .*No such file"):
+    with pytest.raises(DataError, match="absent.png: there is no such file; name image files, or .*--images"):
         predict(run, support, [images, tmp_path / "absent.png"])
     with pytest.raises(ConfigError, match="inner_steps: expected at least 1"):
         predict(run, support, [images], settings={"inner_steps": 0})
