@@ -88,6 +88,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or foreign file makes zipfile and the unpickler raise nearly anything.
     except Exception as error:
+        if path.suffix != ".pt":
+            raise CheckpointError(
+                f"{path} is no checkpoint of imaml; expected a checkpoint.pt, or the folder of a run that has one"
+            ) from error
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint of imaml; nothing in it was executed. Use another one, or train again "
             "with --overwrite"

@@ -57,14 +57,16 @@ from applications.meta_learning.run import (
     check_resumable,
     clear_folder,
     matching_source,
+    nothing_without_checkpoint,
     prepare_folder,
+    refuse_among_images,
     refuse_fixed,
     require_threads,
     require_writable,
     stop_on_signals,
     use_threads,
 )
-from applications.meta_learning.tasks import load_source
+from applications.meta_learning.tasks import device_of, load_source
 from applications.meta_learning.train import Trainer, TrainingFailed, load_theta
 
 app = typer.Typer(
@@ -151,7 +153,7 @@ def train(
         if known and (resume or overwrite):  # before it is read
             held.enter_context(alone(folder))
         stored = prepare_folder(folder, resume=resume, overwrite=overwrite)
-        trainer, data_dir, changes = _begin(chosen) if stored is None else _go_on(chosen, stored)
+        trainer, data_dir, changes = _begin(chosen, folder) if stored is None else _go_on(chosen, stored)
         trainer.require_tests(final=final_test)
         if not known:
             held.enter_context(alone(folder))
@@ -160,6 +162,7 @@ def train(
             )  # again: meanwhile another process may have trained there
         if stored is None:
             clear_folder(folder)
+            held.enter_context(nothing_without_checkpoint(folder))
         _train(trainer, folder, data_dir, changes, final_test=final_test, tensorboard=tensorboard)
 
 
@@ -178,10 +181,12 @@ class _Chosen:
         return self.preset_name or DEFAULT_PRESET[self.settings.get("dataset", "glyphs")]
 
 
-def _begin(chosen: _Chosen) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
+def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """A new run. Its folder is made or cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
     data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
+    refuse_among_images(config, folder, data_dir)
+    device_of(config)  # before the data, which may take a minute
     use_threads(config)
     with out.status("loading the data ..."):
         source = load_source(config, data_dir=data_dir, download=chosen.download)
@@ -203,6 +208,7 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
         )
     changes = [{"setting": n, "from": getattr(old, n), "to": getattr(config, n)} for n in check_resumable(old, config)]
     data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
+    device_of(config)
     use_threads(config)
     with out.status("loading the data ..."):
         source = matching_source(stored, config, data_dir=data_dir, download=chosen.download)
@@ -355,6 +361,7 @@ def evaluate_command(
             raise ConfigError(f"seed: expected at most {MAX_SEED}, got {seed}")
         stored = load_checkpoint(checkpoint)
         config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **settings})
+        device_of(config)
         use_threads(config)
         data_dir = data_dir_for(config.dataset, data_dir, download)
         source = matching_source(stored, config, data_dir=data_dir, download=download)
@@ -515,7 +522,7 @@ def info(
 @app.command("demo")
 def demo_command(
     folder: Annotated[Path, typer.Option("--out", help="where figures and numbers go")] = Path("demo-results"),
-    seconds: Annotated[float, typer.Option(help="time for all of it; half a minute at least", min=10)] = Plan.seconds,
+    seconds: Annotated[float, typer.Option(help="time for all of it, 30 at least", min=30)] = Plan.seconds,
     seed: Annotated[int, typer.Option(help="of the characters, the network and the tasks", min=0)] = 0,
 ) -> None:
     """Train first-order MAML and iMAML on generated characters, and compare.
@@ -570,11 +577,14 @@ def experiment(
             raise ConfigError(f"there is no experiment {name!r}; imaml experiment lists them")
         require_writable(folder)
         for one in wanted:
+            if only is not None and not one.cells:
+                raise ConfigError(
+                    f"--only: {one.name} is measured as a whole, so there is no {only!r} in it; leave --only out"
+                )
             if only is not None and only not in one.cells:
                 near = difflib.get_close_matches(only, one.cells, n=3) or one.cells[:3]
-                names = f"such as {', '.join(near)}" if near else "but there is none, because it is measured as a whole"
                 raise ConfigError(
-                    f"--only: got {only!r}; expected one of the {len(one.cells)} cells of {one.name}, {names}"
+                    f"--only: got {only!r}; expected one of the {len(one.cells)} cells of {one.name}, such as {', '.join(near)}"
                 )
             out.print(one.title, highlight=False)
             path = one.record(

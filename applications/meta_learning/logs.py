@@ -8,6 +8,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -46,8 +48,9 @@ class RunLog:
     def write(self, kind: str, step: int, seconds: float, values: Entry) -> Entry:
         """One line. kind: "train", "evaluation" or "changed"."""
         entry = {"kind": kind, "step": step, "seconds": round(seconds, 3), **values}
-        self._file.write(_line(entry))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_line(entry))
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and math.isfinite(value):
@@ -96,10 +99,20 @@ def write_atomically(path: Path, text: str) -> None:
     """Write beside the target, then move there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """The system says which file cannot be opened, but not which one cannot be written to, because the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def environment(device: torch.device) -> Entry:

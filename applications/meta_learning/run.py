@@ -80,7 +80,7 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Checkpoint
     """The checkpoint to go on from, or None for a new run; the folder can be written. Nothing is made or changed.
 
     Raises:
-        RunError: there is a run already, or none to resume, or the folder cannot be written.
+        RunError: there is a run already, or none to resume, or files that a run would replace, or the folder cannot be written.
         CheckpointError: the checkpoint cannot be read.
     """
     path = folder / CHECKPOINT
@@ -93,6 +93,11 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> Checkpoint
         raise RunError(
             f"{folder} holds a run already; --resume goes on with it, --overwrite deletes its checkpoint and log, "
             "--out names another folder"
+        )
+    if not (resume or overwrite) and (found := _in_the_way(folder)):
+        raise RunError(
+            f"{folder} has {', '.join(found)} in it but no {CHECKPOINT}: files of something else, or of a run that was killed before its "
+            "first checkpoint. A run would replace them; --out names another folder, --overwrite deletes them"
         )
     require_writable(folder)
     return load_checkpoint(path) if resume else None
@@ -139,10 +144,41 @@ def alone(folder: Path) -> Iterator[None]:
 
 def clear_folder(folder: Path) -> None:
     """Remove checkpoint, log, results, figures and TensorBoard events of an earlier run."""
-    for path in [folder / name for name in (CHECKPOINT, *OF_THE_LAST_STEP, *FILES)]:
-        path.unlink(missing_ok=True)
-    for path in (folder / "tensorboard").glob("events.*"):
-        path.unlink(missing_ok=True)
+    for name in (CHECKPOINT, *_in_the_way(folder)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _in_the_way(folder: Path) -> list[str]:
+    """Files beside a checkpoint that a new run would replace, or append to."""
+    events = sorted(f"{path.parent.name}/{path.name}" for path in (folder / "tensorboard").glob("events.*"))
+    return [name for name in (*FILES, *OF_THE_LAST_STEP) if (folder / name).exists()] + events
+
+
+@contextmanager
+def nothing_without_checkpoint(folder: Path) -> Iterator[None]:
+    """A new run that fails before its first checkpoint takes its other files with it, which would be in the way of the next attempt."""
+    try:
+        yield
+    except BaseException:
+        if not (folder / CHECKPOINT).exists():
+            clear_folder(folder)
+        raise
+
+
+def refuse_among_images(config: Config, folder: Path, data_dir: Path | None) -> None:
+    """A run may not lie among the images that it reads: the next start would take its folder for a class.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if config.dataset != "folder" or data_dir is None:
+        return
+    images = data_dir.expanduser().resolve()
+    if folder.resolve().is_relative_to(images):
+        raise ConfigError(
+            f"--out: expected a folder outside of the images, whose folders are the classes, got {folder} inside {images}; name another "
+            "one with --out"
+        )
 
 
 def check_resumable(old: Config, new: Config) -> list[str]:
@@ -234,7 +270,7 @@ class Run:
             self.save()
             raise
         self.save()
-        return ending
+        return Ending.STOPPED if stop() else ending  # the test that follows may take longer than all steps
 
     def _loop_until_end(self, stop: StopRequest) -> Ending:
         progress, config = self.trainer.progress, self.trainer.config

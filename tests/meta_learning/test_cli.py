@@ -19,9 +19,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 import bilevel
-from applications.meta_learning import cli, logs
+from applications.meta_learning import cli, logs, run
 from applications.meta_learning.__main__ import main
-from applications.meta_learning.checkpoint import load_checkpoint, save_checkpoint
+from applications.meta_learning.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from applications.meta_learning.cli import app
 from applications.meta_learning.config import Config, ConfigError
 from applications.meta_learning.evaluate import Evaluation
@@ -237,14 +237,83 @@ def test_a_run_that_appears_while_the_data_are_loaded_is_kept(
 ) -> None:
     folder, begin = tmp_path / "run", cli._begin
 
-    def slow(chosen: cli._Chosen) -> object:
+    def slow(chosen: cli._Chosen, place: Path) -> object:
         shutil.copytree(finished, folder)  # another process trains, and ends
-        return begin(chosen)
+        return begin(chosen, place)
 
     monkeypatch.setattr(cli, "_begin", slow)
     refused = train(folder)
     assert refused.exit_code == 2 and "holds a run already" in squeezed(refused.output)
     assert (folder / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
+
+
+OF_A_USER = ("results.json", "log.jsonl", "config.json", "environment.json", "curves.png", "adaptation.png")
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path: Path) -> None:
+    for name in (*OF_A_USER, "tensorboard/events.out.tfevents.1"):
+        path = tmp_path / name.split(".")[0] / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        folder = tmp_path / name.split(".")[0]
+        for _ in range(2):  # the first attempt opens no door for the second one
+            refused = train(folder)
+            assert refused.exit_code == 2 and path.read_text() == "mine"
+            assert f"has {name} in it but no checkpoint.pt" in squeezed(refused.output)
+            assert "--out names another folder, --overwrite deletes them" in squeezed(refused.output)
+        assert [p for p in folder.rglob("*") if p.is_file()] == [path]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")  # not in the way
+    for name in ("notes", "results"):
+        more = ("--overwrite",) if name == "results" else ()
+        assert train(tmp_path / name, "--outer-steps", "1", *more).exit_code == 0
+    assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_may_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, checkpoint: object) -> None:
+        assert (path.parent / "log.jsonl").exists() and (path.parent / "config.json").exists()
+        raise CheckpointError("the disk is full")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "save_checkpoint", full)
+        for _ in range(2):
+            failed = imaml("train", "--out", folder, *TINY_OPTIONS, "--no-final-test")
+            assert failed.exit_code == 2 and "the disk is full" in squeezed(failed.output)
+    assert train(folder).exit_code == 0
+
+
+def test_a_run_may_not_lie_among_its_images(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "link").symlink_to(images)
+    for place in (images / "runs" / "a", images, tmp_path / "link" / "a", images / ".." / "images" / "a"):
+        refused = imaml("train", "--dataset", "folder", "--data-dir", images, "--out", place)
+        words = squeezed(refused.output)
+        assert refused.exit_code == 2 and "--out: expected a folder outside of the images" in words, words
+    assert not list(images.iterdir())
+    beside = imaml("train", "--dataset", "folder", "--data-dir", images, "--out", tmp_path / "images-runs")
+    assert "expected one folder for each class" in squeezed(beside.output)
+
+
+def test_a_device_that_is_not_there_is_said_before_the_data_are_read(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("the data were read first")
+
+    monkeypatch.setattr(cli, "load_source", fail)
+    monkeypatch.setattr(cli, "matching_source", fail)
+    for command in (
+        ["train", "--out", tmp_path / "run"],
+        ["train", "--resume", "--out", finished],
+        ["evaluate", finished],
+    ):
+        result = imaml(*command, "--device", "cuda:99")
+        assert result.exit_code == 2 and "device: expected auto or a device that works" in squeezed(result.output)
 
 
 def test_the_lock_of_another_thing_is_not_that_of_the_folder(tmp_path: Path) -> None:
@@ -375,6 +444,13 @@ def test_errors_are_one_message_and_exit_code_2(
 def test_errors_of_the_other_commands(tmp_path: Path, finished: Path) -> None:
     for arguments, words in (
         (["evaluate", tmp_path], "no checkpoint at"),
+        (["evaluate", finished / "config.json"], "config.json is no checkpoint of imaml; expected a checkpoint.pt, or"),
+        (["info", finished / "config.json"], "config.json is no checkpoint of imaml; expected a checkpoint.pt, or"),
+        (
+            ["experiment", "e1", "--only", "bogus", "--out", tmp_path / "e"],
+            "--only: e1_meta_gradient is measured as a whole, so there is no 'bogus' in it; leave --only out",
+        ),
+        (["demo", "--seconds", "29"], "30"),
         (["info", tmp_path], "no checkpoint at"),
         (["info", "omniglot-5w1"], "omniglot-5w1 is no preset and no file, did you mean omniglot-5w"),
         (["info", "zzz"], "zzz is no preset and no file; imaml info lists the presets"),
@@ -416,7 +492,10 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_text", no_space)
     result = train(tmp_path / "run")
     assert result.exit_code == 2 and "Traceback" not in result.output
-    assert "No space left on device; free some space, or name a folder on another disk" in squeezed(result.output)
+    assert re.search(
+        r"run/log.jsonl: No space left on device; free some space, or name a folder on another disk",
+        squeezed(result.output),
+    )
     assert not [path for path in (tmp_path / "run").iterdir() if path.suffix == ".tmp"]
 
 

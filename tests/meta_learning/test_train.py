@@ -231,7 +231,7 @@ class StopAt:
         return self.trainer.progress.step >= self.step
 
 
-def run(trainer: Trainer, folder: Path, stop_at: int | None = None) -> Ending:
+def run(trainer: Trainer, folder: Path, stop_at: int | None = None, stop: StopRequest | None = None) -> Ending:
     folder.mkdir(exist_ok=True)
     console = Console(file=(folder / "console.txt").open("a"))
     with (
@@ -240,7 +240,8 @@ def run(trainer: Trainer, folder: Path, stop_at: int | None = None) -> Ending:
     ):
         loop = Run(trainer, folder, data_dir=None, log=log, display=display)
         loop.start()
-        return loop.loop(StopRequest() if stop_at is None else StopAt(trainer, stop_at))  # type: ignore[arg-type]
+        stop = stop or StopRequest()
+        return loop.loop(stop if stop_at is None else StopAt(trainer, stop_at))  # type: ignore[arg-type]
 
 
 def without_time(path: Path) -> list[dict[str, Any]]:
@@ -347,6 +348,28 @@ def test_a_run_that_fails_leaves_a_checkpoint_and_its_log(tmp_path: Path) -> Non
     assert stored["progress"]["skipped_steps"] == 3
     assert [entry["failed"] for entry in read_log(tmp_path / "log.jsonl") if entry["kind"] == "train"] == [1.0, 1.0]
     Trainer(TINY, tiny_source()).restore(stored)
+
+
+@pytest.mark.parametrize("during", ["step", "evaluation", "last checkpoint"])
+def test_a_signal_in_the_last_step_stops_the_run_too(during: str, tmp_path: Path) -> None:
+    """What is left then, if nothing else, is the test at the end, which may take longer than all of the steps."""
+    trainer, stop = Trainer(TINY, tiny_source()), StopRequest()
+    method = {"step": "meta_step", "evaluation": "check_progress", "last checkpoint": "checkpoint"}[during]
+    plain = getattr(trainer, method)
+
+    def signalled(*arguments: Any) -> Any:
+        done = plain(*arguments)
+        stop.requested = trainer.progress.step == TINY.outer_steps
+        return done
+
+    setattr(trainer, method, signalled)
+    assert run(trainer, tmp_path, stop=stop) is Ending.STOPPED
+    stored = load_checkpoint(tmp_path)
+    assert stored["progress"]["step"] == TINY.outer_steps
+    resumed = Trainer(TINY, tiny_source())
+    resumed.restore(stored)
+    assert run(resumed, tmp_path) is Ending.DONE
+    assert [e["step"] for e in read_log(tmp_path / "log.jsonl") if e["kind"] == "evaluation"] == [0, 2, 4, 6]
 
 
 def test_a_second_signal_ends_at_once() -> None:
