@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.cli import app
 from applications.meta_learning.config import Config, ConfigError
-from applications.meta_learning.data import DataError, ImageClasses, TaskSampler, load_folder
+from applications.meta_learning.data import DataError, ImageClasses, TaskSampler, files, load_folder
 from applications.meta_learning.presets import preset
 from applications.meta_learning.tasks import load_source
 
@@ -173,6 +173,48 @@ def test_errors_say_what_to_do(break_it: Callable[[Path], Any], words: str, plac
     break_it(place)
     with pytest.raises(DataError, match=words):
         load_folder(place, size=SIZE)
+
+
+def linked_class(place: Path) -> None:
+    (place / "oak").symlink_to(place / "ash")
+
+
+def copied_image(place: Path) -> None:
+    shutil.copy(place / "ash" / "01.png", place / "fir" / "another name.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (linked_class, r"oak/00.png: expected different images in 'ash' and 'oak', found the same one as .*ash/00.png"),
+        (copied_image, r"fir/another name.png: expected different images in 'ash' and 'fir', .* as .*ash/01.png"),
+    ],
+)
+def test_an_image_in_two_classes_is_refused(spoil: Callable[[Path], None], words: str, place: Path) -> None:
+    """Each time: what cannot be loaded leaves no cache. A part of the tasks would be judged on images that were trained on."""
+    load_folder(place, size=SIZE)
+    spoil(place)
+    for colours in ("rgb", "rgb", "grey"):
+        with pytest.raises(DataError, match=f"{words}.*held out. Take one of them out"):
+            load_folder(place, size=SIZE, colours=colours)  # type: ignore[arg-type]
+
+
+def test_an_image_twice_in_a_class_is_told(place: Path) -> None:
+    for name in ("y.png", "z.png"):
+        shutil.copy(place / "ash" / "01.png", place / "ash" / name)
+    words = r"ash/y.png is the same image as .*ash/01.png; .*support and query.* Take it out \(and 1 more\)"
+    with pytest.warns(UserWarning, match=words):
+        assert load_folder(place, size=SIZE).counts == (5, 5, 4, 7)
+
+
+def test_a_cache_from_before_images_were_compared_is_not_used(
+    place: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "CACHE_FORMAT", 1)
+        load_folder(place, size=SIZE)
+    load_folder(place, size=SIZE)
+    assert len(list(user_cache.iterdir())) == 2
 
 
 def test_no_folder(place: Path) -> None:

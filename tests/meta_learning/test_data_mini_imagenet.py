@@ -177,6 +177,21 @@ def test_a_second_start_decodes_nothing(
     )
 
 
+@FORMS
+def test_an_image_in_both_parts_is_refused(write: Writer, place: Path, tmp_path: Path) -> None:
+    """Under another name, in another class: the content counts. In one part it is a warning."""
+    parts = pictures()
+    parts["test"]["n05"][3] = parts["train"]["n02"][1]
+    write(place, parts)
+    with pytest.raises(DataError, match="expected different images in 'train' and 'test', found the same one as .*"):
+        load(place)
+    parts = pictures()
+    parts["test"]["n05"][3] = parts["test"]["n04"][1]
+    write(tmp_path / "twice", parts)
+    with pytest.warns(UserWarning, match=r"is the same image as .* Take it out \(and 0 more\)"):
+        np.testing.assert_array_equal(by_class(load(tmp_path / "twice"))["test/n05"], parts["test"]["n05"])
+
+
 def test_a_source_key_tells_other_images(place: Path, tmp_path: Path) -> None:
     parts = pictures()
     write_cache_pickles(place, parts)

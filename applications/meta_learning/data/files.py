@@ -20,20 +20,26 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
+from applications.meta_learning.data.contents import Contents
 
 Colours = Literal["grey", "rgb"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 OTHER_SUFFIXES = (".bmp", ".gif", ".heic", ".tif", ".tiff", ".webp")  # images that would be left out in silence
-CACHE_FORMAT = 1  # raise it when the decoded images or the cache file change
+CACHE_FORMAT = 2  # raise it when the decoded images, their checks or the cache file change
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFiles:
-    """The files of each class, not read yet. groups: one per class, as in `ImageClasses`."""
+    """The files of each class, not read yet.
+
+    groups: one per class, as in `ImageClasses`.
+    apart: one per class; images of classes with different ones have to differ. None: any may be equal.
+    """
 
     files: Mapping[str, list[Path]]
     groups: tuple[str, ...]
+    apart: tuple[str, ...] | None = None
 
     def load(self, kind: str, cache_dir: Path | None, size: int, colours: Colours) -> ImageClasses:
         """The images, from the cache of this kind of data where they are in it."""
@@ -46,12 +52,13 @@ class ImageFiles:
         """The images from their files, without a cache. ink: as in `decode`.
 
         Raises:
-            DataError: a file is no image.
+            DataError: a file is no image, or the same as one that it must differ from.
         """
+        contents = None if self.apart is None else Contents()
         counts = tuple(len(files) for files in self.files.values())
         images = np.empty((sum(counts), 3 if colours == "rgb" else 1, size, size), dtype=np.uint8)
         content, row = hashlib.sha256(), 0
-        for name, files in self.files.items():
+        for part, (name, files) in zip(self.apart or self.groups, self.files.items(), strict=True):
             for file in files:
                 try:
                     read = file.read_bytes()
@@ -64,7 +71,11 @@ class ImageFiles:
                         f"{file}: expected a PNG or JPEG image, could not read one ({reason}); replace it or take it out"
                     ) from error
                 content.update(f"{name}\0{file.name}\0{len(read)}\0".encode() + read)
+                if contents is not None:
+                    contents.add(read, part, file)
                 row += 1
+        if contents is not None:
+            contents.warn()
         return ImageClasses(
             images=torch.from_numpy(images),
             names=tuple(self.files),

@@ -20,7 +20,7 @@ def load_folder(
         colours: "rgb" or "grey".
 
     Raises:
-        DataError: a folder without classes, a class without images, a file that is no image.
+        DataError: a folder without classes, a class without images, a file that is no image, the same image in two classes.
     """
     if data_dir is None:
         raise DataError(
@@ -33,5 +33,5 @@ def load_folder(
             f"{folder}: expected at least {FEWEST_CLASSES} classes, two to train on and two to hold out, found "
             f"{len(files)} ({', '.join(files)}); add classes"
         )
-    found = ImageFiles(files=files, groups=("folder",) * len(files))
+    found = ImageFiles(files=files, groups=("folder",) * len(files), apart=tuple(files))
     return found.load("folder", None if cache_dir is None else Path(cache_dir).expanduser(), size, colours)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
+from applications.meta_learning.data.contents import Contents
 from applications.meta_learning.data.files import ImageFiles, cache_place, class_folders, decode, fingerprint
 from applications.meta_learning.data.safe_pickle import read_pickle
 
@@ -77,7 +78,7 @@ def load_mini_imagenet(
             f"{part}/{name}": of for part, classes in zip(PARTS, parts, strict=True) for name, of in classes.items()
         }
         groups = tuple(part for part, classes in zip(PARTS, parts, strict=True) for _ in classes)
-        classes = ImageFiles(files=files, groups=groups).load(KIND, cache_folder, size, "rgb")
+        classes = ImageFiles(files=files, groups=groups, apart=groups).load(KIND, cache_folder, size, "rgb")
     _check_classes(classes, folder, num_classes)
     return classes
 
@@ -171,16 +172,19 @@ def _from_pickles(paths: list[Path], size: int) -> ImageClasses:
     parts = [_arrays(path) for path in paths]
     images = np.empty((sum(len(rows) for part in parts for rows in part.rows.values()), 3, size, size), dtype=np.uint8)
     names, groups, counts, content, first = [], [], [], hashlib.sha256(), 0
-    for part, arrays in zip(PARTS, parts, strict=True):
+    contents = Contents()
+    for path, part, arrays in zip(paths, PARTS, parts, strict=True):
         for name, rows in arrays.rows.items():
             originals = arrays.images[rows]
             content.update(f"{part}/{name}\0{originals.shape}\0".encode() + originals.tobytes())
             for i, original in enumerate(originals):
                 images[first + i] = decode(Image.fromarray(original), size, "rgb")
+                contents.add(original.tobytes(), part, f"{path}, row {rows[i]}")
             first += len(rows)
             names.append(f"{part}/{name}")
             groups.append(part)
             counts.append(len(rows))
+    contents.warn()
     return ImageClasses(
         images=torch.from_numpy(images),
         names=tuple(names),
