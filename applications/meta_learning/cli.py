@@ -16,7 +16,7 @@ from rich.markup import escape
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.checkpoint import load_checkpoint
-from applications.meta_learning.config import MAX_SEED, Config, ConfigError, option_name
+from applications.meta_learning.config import MAX_SEED, Config, ConfigError, option_name, refuse_without_effect
 from applications.meta_learning.demo import Plan, demo_config, run_demo
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import (
@@ -184,6 +184,7 @@ class _Chosen:
 def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """A new run. Its folder is made or cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
+    refuse_without_effect(config, chosen.settings)
     data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
     refuse_among_images(config, folder, data_dir)
     device_of(config)  # before the data, which may take a minute
@@ -200,6 +201,7 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
         preset(chosen.preset_name)  # a wrong name is an error here, too; with --resume it only says which folder
     refuse_fixed(old, chosen.settings)
     config = replace(old, **chosen.settings)
+    refuse_without_effect(config, chosen.settings)
     taken = stored["progress"]["step"]
     if config.outer_steps < taken:
         raise ConfigError(
@@ -361,6 +363,7 @@ def evaluate_command(
             raise ConfigError(f"seed: expected at most {MAX_SEED}, got {seed}")
         stored = load_checkpoint(checkpoint)
         config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **settings})
+        refuse_without_effect(config, settings)
         device_of(config)
         use_threads(config)
         data_dir = data_dir_for(config.dataset, data_dir, download)

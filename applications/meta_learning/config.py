@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -293,6 +294,35 @@ def changed_fields(old: Config, new: Config) -> list[str]:
 
 
 FIXED_FIELDS = frozenset(f.name for f in fields(Config) if f.metadata["fixed"])
+
+
+EFFECT = (  # which settings have an effect with which values of another one only
+    (("inner_step_size",), "inner", ("gd", "agd")),
+    (("inner_momentum",), "inner", ("agd",)),
+    (("direction_steps", "inner_curvature", "inner_damping"), "inner", ("newton-cg",)),
+    (("linear", "linear_steps", "linear_rtol", "curvature", "damping", "compile"), "algorithm", ("imaml",)),
+    (("linear_steps", "linear_rtol"), "linear", ("cg", "neumann")),
+    (("curvature",), "linear", ("cg", "neumann", "exact")),
+)
+
+
+def refuse_without_effect(config: Config, asked: Collection[str]) -> None:
+    """Refuse a setting that somebody asked for, with another value than its default, and that nothing would read.
+
+    What a preset or a stored run says beside that is free: it is there for the other values.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    default = {f.name: f.default for f in fields(Config)}
+    for names, other, values in EFFECT:
+        found = getattr(config, other)
+        for name in names:
+            if name in asked and found not in values and getattr(config, name) != default[name]:
+                needed = " or ".join(f"{option_name(other)} {value}" for value in values)
+                raise ConfigError(
+                    f"{name}: has no effect with {option_name(other)} {found}; leave it out, or add {needed}"
+                )
 
 
 def option_name(name: str) -> str:

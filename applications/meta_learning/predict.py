@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bilevel
 from applications.meta_learning.checkpoint import load_checkpoint
-from applications.meta_learning.config import Config, ConfigError
+from applications.meta_learning.config import Config, ConfigError, refuse_without_effect
 from applications.meta_learning.data import DataError
 from applications.meta_learning.data.files import ImageFiles, class_folders, images_in
 from applications.meta_learning.method import build_method, build_network
@@ -74,6 +74,7 @@ def predict(
     """
     stored = load_checkpoint(run)
     config = replace(Config.from_dict(stored["config"]), **{"device": "auto", **(settings or {})})
+    refuse_without_effect(config, settings or {})
     if config.is_regression:
         raise ConfigError("this run was trained on sinusoids; expected one that was trained on images")
     device, dtype = device_of(config), dtype_of(config)

@@ -286,6 +286,42 @@ def test_a_run_that_fails_before_its_first_checkpoint_may_begin_again(
     assert train(folder).exit_code == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--inner newton-cg --inner-step-size 0.2", "--inner-step-size: has no effect with --inner newton-cg"),
+        (
+            "--inner gd --inner-momentum 0.5",
+            "--inner-momentum: has no effect with --inner gd; leave it out, or add --inner agd",
+        ),
+        ("--inner agd --direction-steps 9", "--direction-steps: has no effect with --inner agd"),
+        ("--inner gd --inner-damping 1", "--inner-damping: has no effect with --inner gd"),
+        ("--algorithm first-order --linear-steps 9", "--linear-steps: has no effect with --algorithm first-order"),
+        (
+            "--algorithm reptile --linear neumann",
+            "--linear: has no effect with --algorithm reptile; leave it out, or add",
+        ),
+        ("--algorithm maml --damping 1", "--damping: has no effect with --algorithm maml"),
+        ("--linear exact --channels 1 --linear-steps 9", "leave it out, or add --linear cg or --linear neumann"),
+        ("--linear identity --curvature gauss-newton", "--curvature: has no effect with --linear identity"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(options: str, words: str, tmp_path: Path) -> None:
+    short = "--outer-steps 1 --meta-batch 1 --glyph-classes 40 --train-classes 20 --eval-interval 0 --no-final-test"
+    result = imaml("train", "--out", tmp_path / "run", *options.split(), *short.split())
+    assert result.exit_code == 2 and words in squeezed(result.output), result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_effect_in_the_other_commands(finished: Path) -> None:
+    """`finished` adapts by gradient descent; its settings have a number of direction steps too, which is no error."""
+    for command in (["evaluate", finished, "--tasks", "2"], ["train", "--resume", "--out", finished]):
+        result = imaml(*command, "--direction-steps", "9")
+        assert result.exit_code == 2 and "--direction-steps: has no effect with --inner gd" in squeezed(result.output)
+    changed = imaml("evaluate", finished, "--tasks", "2", "--inner", "newton-cg", "--direction-steps", "9")
+    assert changed.exit_code == 0, changed.output
+
+
 def test_a_run_may_not_lie_among_its_images(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

@@ -329,6 +329,8 @@ def test_more_errors(run: Path, task: tuple[Path, Path], tmp_path: Path) -> None
         predict(run, support, [])
     with pytest.raises(DataError, match="absent.png: there is no such file; name image files, or .*--images"):
         predict(run, support, [images, tmp_path / "absent.png"])
+    with pytest.raises(ConfigError, match="direction_steps: has no effect with --inner agd; leave it out, or add"):
+        predict(run, support, [images], settings={"direction_steps": 9})
     with pytest.raises(ConfigError, match="inner_steps: expected at least 1"):
         predict(run, support, [images], settings={"inner_steps": 0})
     sinusoid = tmp_path / "checkpoint.pt"
