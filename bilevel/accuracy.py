@@ -27,6 +27,9 @@ MAX_ROUNDS = 10
 the accuracy is met or a solve can do no more. This limits what a call may cost where the estimate goes on missing by a
 little."""
 
+BLIND = 0.1
+"""The part of ``|dG/dphi|`` that is asked for next where there is no estimate from phi, for being too far from the solution, say."""
+
 FIRST_RTOL = 0.1
 """The largest ``rtol`` to begin with, however little accuracy is wanted: the first round has to take some steps, or
 it measures the factors of a start and not those of a solve."""
@@ -35,7 +38,8 @@ it measures the factors of a start and not those of a solve."""
 class Tolerances(NamedTuple):
     """``tol`` of an inner solver (absolute, on ``|dG/dphi|``) and ``rtol`` of a linear solver (relative to ``|dL/dphi|``).
 
-    None where the result had no error left that a tolerance could be measured on, as after a direct solve.
+    None where the result had no error left that a tolerance could be measured on, as after a direct solve: what is left is within the
+    accuracy, and may be nothing but rounding.
     """
 
     tol: float | None
@@ -62,8 +66,12 @@ def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
     check_accuracy(accuracy)
     if not bool(result.ok_per_task.any()):
         raise ValueError(f"tolerances: expected a result with at least one task that is ok, got\n{result.describe()}")
-    found = result.diagnose()
-    return _wanted(found, accuracy, result.ok_per_task, result.ok_per_task)
+    found, evidence = result.diagnose(), result.certificate
+    assert evidence is not None
+    doubts, allowed = evidence.doubts, 0.5 * accuracy * found.size  # type: ignore[attr-defined]  # a look keeps both
+    late = result.ok_per_task & ~(doubts.hidden_inner & (found.inner <= allowed))
+    rough = result.ok_per_task & ~(doubts.hidden_linear & (found.linear <= allowed))
+    return _wanted(found, accuracy, late, rough)
 
 
 def _wanted(found: Diagnosis, accuracy: float, late: Tensor, rough: Tensor) -> Tolerances:
@@ -130,14 +138,19 @@ def to_accuracy(
         missed = result.ok_per_task & ~(linear + inner <= allowed)
         late = missed & ~(inner <= 0.5 * allowed)  # the inner solve is to blame
         rough = missed & ~(linear <= 0.5 * allowed)
-        # a solve that could not keep its tolerance, or has none, will not keep a smaller one; nor is there one for no estimate
-        stuck = late & ((result.inner.codes != int(Status.CONVERGED)) | found.inner.isinf())
-        stuck = stuck | (rough & ((result.linear.codes != int(Status.CONVERGED)) | found.linear.isinf() | direct))
+        # no estimate: phi may be too far from the solution for one, and a smaller gradient shows it
+        blind = late & found.inner.isinf()
+        # a solve that could not keep its tolerance, or has none, will not keep a smaller one; nor is there one for H that is singular
+        stuck = late & ((result.inner.codes != int(Status.CONVERGED)) | (found.slope == 0))
+        failing = (result.linear.codes != int(Status.CONVERGED)) | found.linear.isinf() | direct
+        stuck = stuck | (rough & ~blind & failing)
         # what is left lies in directions of smaller curvature: ask for more than proportion says
-        new = _wanted(found, 0.5 * accuracy, late & ~stuck, rough & ~stuck)
-        if new == (None, None):
+        new = _wanted(found, 0.5 * accuracy, late & ~stuck, rough & ~stuck & ~failing)
+        unseen = BLIND * found.slope[blind & ~stuck]
+        if new == (None, None) and not len(unseen):
             break
-        tol, rtol = min(tol, new.tol or tol), min(rtol, new.rtol or rtol)
+        tol = min([tol, new.tol or tol, *unseen.tolist()])
+        rtol = min(rtol, new.rtol or rtol)
         start = warmed(call, result, phi_too=True)
     return _as_one(rounds, late, rough)
 

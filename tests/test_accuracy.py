@@ -12,7 +12,7 @@ import torch
 import bilevel
 from bilevel import BilevelProblem, Status, Tolerances
 from bilevel.linsys import CG, Exact, Identity, LinearSolver, Neumann
-from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
+from bilevel.solvers import LBFGS, BlackBox, GradientDescent, NesterovAGD, NewtonCG
 
 F64 = torch.float64
 
@@ -524,3 +524,58 @@ def test_an_exact_answer_in_float32_has_an_estimate() -> None:
         found = bilevel.implicit_gradient(problem, torch.ones(2), eigenvalues, linsys=linsys)
         torch.testing.assert_close(found.grad, 1 / eigenvalues)
         assert float(found.error_estimate) == 0 and "Nothing to change." in found.explain()
+
+
+def least_squares(seed: int, d: int, n: int, kappa: float, dtype: torch.dtype):
+    """|X phi - theta|^2 / 2 with H = X^T X of this condition number, and the exact gradient by a pseudo-inverse in float64."""
+    g = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    left, right = torch.linalg.qr(numbers(n, d)).Q, torch.linalg.qr(numbers(d, d)).Q
+    X = (left * torch.logspace(0, -np.log10(kappa) / 2, d, dtype=F64)) @ right.T
+    X, y, X_val, y_val = (a.to(dtype) for a in (X, numbers(n), numbers(n, d), numbers(n)))
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (data[0] @ phi - theta).square().sum(),
+        lambda phi, theta, data: 0.5 * (data[1] @ phi - data[2]).square().sum(),
+        lambda theta, data: theta.new_zeros(d),
+    )
+    inverse = torch.linalg.pinv(X.double(), rtol=1e-14)
+    exact = inverse.T @ (X_val.T.double() @ (X_val.double() @ (inverse @ y.double()) - y_val.double()))
+    return problem, y, (X, X_val, y_val), exact
+
+
+@pytest.mark.parametrize("linsys", [CG(max_steps=100), Exact()], ids=repr)
+@pytest.mark.parametrize("solver", [LBFGS(max_steps=800), NewtonCG(max_steps=100, cg_steps=60, cg_rtol=0.1)], ids=repr)
+@pytest.mark.parametrize(
+    ("dtype", "kappa", "accuracy", "seed"),
+    [(torch.float32, 1e4, 0.01, 2), (torch.float32, 1e5, 0.01, 0), (torch.float32, 1e6, 0.1, 1), (F64, 1e10, 1e-6, 1)],
+)
+def test_rounding_is_not_taken_for_accuracy(dtype, kappa, accuracy, seed, solver, linsys):
+    """Where phi is long along small eigenvalues, |H| |phi| eps in dG/dphi would be an error of the gradient of many per cent."""
+    problem, theta, data, exact = least_squares(seed, 8, 20, kappa, dtype)
+    found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=linsys, accuracy=accuracy)
+    error = float((found.grad.double() - exact).norm() / exact.norm())
+    assert found.ok and float(found.error_estimate) > 0.3 * error * float(exact.norm())
+    if found.inner.status is found.linear.status is Status.CONVERGED:
+        assert error < 1.2 * accuracy
+
+
+def test_no_estimate_from_far_away_is_no_reason_to_give_up():
+    """120 different eigenvalues: 100 steps of CG come nowhere near a step of Newton's method, but that says nothing of phi."""
+    problem, theta, data, exact = least_squares(0, 120, 240, 1e6, F64)
+    solver = NewtonCG(max_steps=100, cg_steps=1000, cg_rtol=0.1)
+    found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=Exact(), accuracy=0.01)
+    assert found.inner.status is found.linear.status is Status.CONVERGED
+    assert (found.grad - exact).norm() < 0.012 * exact.norm()
+
+
+def test_a_smaller_gradient_is_asked_for_where_there_is_no_estimate(monkeypatch):
+    """With too few products for any estimate, the solve goes on as far as it can keep its tolerance, and says that it is not known."""
+    monkeypatch.setattr("bilevel.certificates.estimate.MOST_STEPS", 20)
+    problem, theta, data, exact = least_squares(0, 60, 120, 1e6, F64)
+    solver = NewtonCG(max_steps=100, cg_steps=1000, cg_rtol=0.1)
+    found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=Exact(), accuracy=0.01)
+    assert (found.grad - exact).norm() < 1e-3 * exact.norm()
+    assert found.inner.status is Status.MAX_STEPS and found.error_estimate == torch.inf

@@ -514,6 +514,14 @@ def test_constants_of_a_wrong_shape(shape):
         _ = run(problem, theta, data).error_bound
 
 
+LONG_ALONG_SMALL = [
+    (torch.float32, 1e4, 1e-3),
+    (torch.float32, 1e5, 1e-4),
+    (torch.float32, 1e6, 1e-4),
+    (F64, 1e8, 1e-9),
+    (F64, 1e10, 1e-11),
+]
+
 # --- the estimate -----------------------------------------------------------------------------------------------------
 
 
@@ -558,10 +566,74 @@ def test_estimate_splits_the_error_into_its_two_parts():
     np.testing.assert_allclose(float(found.residual), np.linalg.norm(r), rtol=1e-6)
 
 
-def test_an_exact_result_has_no_error_to_estimate():
+def test_of_an_exact_result_only_rounding_is_left():
+    """phi* and u to the last digit: kappa eps at most, and not zero, for the residuals are not."""
     case = Quadratic(6, np.geomspace(1, 1e4, 10))
-    found = at(case.problem, np.asarray(case.phi, float), case.theta, Exact()).diagnose()
-    assert float(found.error) == float(found.linear) == float(found.inner) == 0
+    result = at(case.problem, np.asarray(case.phi, float), case.theta, Exact())
+    found, size = result.diagnose(), float(np.linalg.norm(np.asarray(case.grad, float)))
+    assert 0 < float(found.error) < 1e4 * 2.3e-16 * size and case.error(result) < 1e4 * 2.3e-16 * size
+    assert float(found.linear) < 1e-11 * size and float(found.inner) < 1e-11 * size
+
+
+def least_squares(seed, d, n, kappa, dtype):
+    """G = |X phi - theta|^2 / 2, L = |X_val phi - y_val|^2 / 2: phi is long along the small eigenvalues of H = X^T X, so that |H| |phi|
+    says little of the rounding in dG/dphi. The exact gradient by the pseudo-inverse in float64: error eps sqrt(kappa).
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape):
+        return torch.randn(*shape, generator=g, dtype=F64)
+
+    left, right = torch.linalg.qr(numbers(n, d)).Q, torch.linalg.qr(numbers(d, d)).Q
+    x = (left * torch.logspace(0, -np.log10(kappa) / 2, d, dtype=F64)) @ right.T
+    data = tuple(a.to(dtype) for a in (x, numbers(n), numbers(n, d) / d**0.5, numbers(n)))
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (data[0] @ phi - theta).square().sum(),
+        lambda phi, theta, data: 0.5 * (data[1] @ phi - data[2]).square().sum(),
+        lambda theta, data: theta.new_zeros(d),
+    )
+    x, y, x_val, y_val = (a.double() for a in data)
+    inverse = torch.linalg.pinv(x, rtol=1e-14)
+    exact = inverse.T @ (x_val.T @ (x_val @ (inverse @ y) - y_val))
+    return problem, data[1], (data[0], data[2], data[3]), exact
+
+
+@pytest.mark.parametrize("linsys", [Exact(), CG(max_steps=200)], ids=repr)
+@pytest.mark.parametrize("solver", [LBFGS(max_steps=500), NewtonCG(max_steps=50, cg_steps=40, cg_rtol=0.1)], ids=repr)
+@pytest.mark.parametrize(("dtype", "kappa", "tol"), LONG_ALONG_SMALL)
+def test_what_the_model_of_rounding_allows_is_estimated_all_the_same(dtype, kappa, tol, solver, linsys):
+    problem, theta, data, exact = least_squares(1, 8, 20, kappa, dtype)
+    result = bilevel.hypergradient(problem, theta, data, solver=replace(solver, tol=tol), linsys=linsys)
+    error, rounding = float((result.grad.double() - exact).norm()), torch.finfo(dtype).eps * kappa * float(exact.norm())
+    assert error / 3 < float(result.error_estimate) < max(3 * error, 0.1 * rounding)
+
+
+@pytest.mark.parametrize("kappa", [1e4, 1e6])
+def test_many_eigenvalues_need_more_products(kappa):
+    """A right answer, and a rough one, of 150 weights: 100 steps of CG come nowhere near the step of Newton's method."""
+    problem, theta, data, exact = least_squares(0, 150, 300, kappa, F64)
+    solver = NewtonCG(max_steps=30, cg_steps=1500, cg_rtol=0.1)
+    for tol in (1e-3, 1e-7):
+        result = bilevel.hypergradient(problem, theta, data, solver=replace(solver, tol=tol), linsys=Exact())
+        error = float((result.grad - exact).norm())
+        assert error / 2 < float(result.error_estimate) < 2 * error
+
+
+def test_too_few_products_for_an_estimate_are_called_so(monkeypatch):
+    """H is positive definite; the words must not speak of negative curvature, nor advise more steps of a solver that has converged."""
+    monkeypatch.setattr("bilevel.certificates.estimate.MOST_STEPS", 20)
+    problem, theta, data, exact = least_squares(0, 60, 120, 1e6, F64)
+    solver = NewtonCG(max_steps=30, cg_steps=1000, cg_rtol=0.1, tol=1e-9)
+    result = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=Exact())
+    text = result.explain()
+    assert (result.grad - exact).norm() < 1e-5 * exact.norm() and result.error_estimate == torch.inf
+    assert (
+        "the products that an estimate may cost did not suffice" in text
+        and "compare with the gradient of a smaller tol" in text
+    )
+    assert (
+        "negative curvature" not in text and "raise its number of steps" not in text and "Nothing to change" not in text
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificates.bound import bound, constants_of, constants_per_task
-from bilevel.certificates.estimate import correct
+from bilevel.certificates.estimate import Doubts, correct
 from bilevel.certificates.evaluation import Evaluation
 from bilevel.certificates.explanation import Spectrum, explain
 from bilevel.curvature import Curvature, Hessian
@@ -84,7 +84,7 @@ class Certificate:
     @property
     def known(self) -> bool:
         """The diagnosis is there, or can be had."""
-        return "diagnosis" in self.__dict__ or self.fresh
+        return "_looked" in self.__dict__ or self.fresh
 
     @cached_property
     def error_bound(self) -> Tensor | None:
@@ -103,19 +103,28 @@ class Certificate:
         terms = torch.where(self.ok, each, 0)
         return (torch.linalg.vector_norm(terms) if self.per_task else terms.sum()) * self.scale
 
-    @cached_property
+    @property
     def diagnosis(self) -> Diagnosis:
         """See :meth:`bilevel.Hypergradient.diagnose`."""
+        return self._looked[0]
+
+    @property
+    def doubts(self) -> Doubts:
+        """What the diagnosis cannot tell; costs the same look."""
+        return self._looked[1]
+
+    @cached_property
+    def _looked(self) -> tuple[Diagnosis, Doubts]:
         found = self._each(lambda here, tasks: correct(here, self.ok[tasks], self.met[tasks], self.per_task))
         change = self._join([part.change for part in found]) if self.per_task else sum(part.change for part in found)
         if self.reduction == "none":
             error = torch.where(self.ok, norm(change), torch.nan)
         else:
             error = torch.where(self.ok.any(), torch.linalg.vector_norm(change) * self.scale, torch.nan)
-        linear, inner, size, slope, residual, rhs = (
+        linear, inner, size, slope, residual, rhs, *doubts = (
             self._join(list(column)) for column in zip(*[part.columns for part in found], strict=True)
         )
-        return Diagnosis(
+        diagnosis = Diagnosis(
             error=error,
             linear=linear,
             inner=inner,
@@ -126,6 +135,7 @@ class Certificate:
             num_grads=sum(part.num_grads for part in found),
             num_matvecs=sum(part.num_matvecs for part in found),
         )
+        return diagnosis, Doubts(*doubts)
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -139,7 +149,7 @@ class Certificate:
 
     def explain(self, result: Hypergradient) -> str:
         """See :meth:`bilevel.Hypergradient.explain`."""
-        return explain(result, self.call.flat.problem, self.spectrum, self.solves)
+        return explain(result, self.call.flat.problem, self.spectrum, self.solves, self.doubts)
 
     @isolated
     def _each(self, ask: Callable[[Evaluation, Any], Any]) -> list[Any]:

@@ -1,19 +1,24 @@
 """The estimate of the error of a hypergradient: the two parts of :mod:`bilevel.certificates`, computed instead of
 bounded.
 
-CG goes on at phi for the linear part; Newton's method from phi, mostly one step, and CG there, for the inner part. What
-is below the rounding of a gradient or a product is zero; how much that is, two of them right beside each other show,
-because the model of :mod:`bilevel.certificates.evaluation` is one of the worst case.
+CG goes on at phi for the linear part; Newton's method from phi, mostly one step, and CG there, for the inner part. A
+residual that may be nothing but rounding is solved for like any other: it is as long as rounding is there, so that the
+correction is about as long as the error that rounding hides, which is many per cent where the condition number nears
+1 / eps. It is zero only where the residual is, or where CG finds no solution for what is only rounding. How much
+rounding is, two gradients or products right beside each other show, because the model of
+:mod:`bilevel.certificates.evaluation` is one of the worst case; far below that model Newton's method need not come
+nearer.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bilevel.certificates.evaluation import Evaluation
+from bilevel.certificates.evaluation import Evaluation, Rounding
 from bilevel.linsys.base import Matvec, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.result import Result
@@ -21,12 +26,19 @@ from bilevel.status import converged
 
 CORRECTION = CG(max_steps=100, rtol=1e-8)
 """An estimate needs the size of a correction, two digits say. Its relative error is at most rtol times the condition
-number, so 1e-8 is enough for them up to a condition number of 1e6. 100 steps limit what a question may cost;
-where they do not suffice, the estimate can be too small. How good it is with these: docs/results/certificates.md."""
+number, so 1e-8 is enough for them up to a condition number of 1e6. How good it is with these:
+docs/results/certificates.md."""
 
-TO_ROUNDING = CG(max_steps=100, rtol=1e-8, atol=1.0)
-"""Where that fails, to the rounding of b, which is the unit of ``atol``: where H is singular, and b has nothing along its null vectors but
-rounding, as with softmax and a bias without penalty, every step beyond makes that larger."""
+STEPS_PER_NUMBER = 10
+"""CG needs more steps than the 100 above where many different eigenvalues are spread over many orders of magnitude: in
+exact numbers one for each number of phi, with rounding some times that."""
+
+MOST_STEPS = 2000
+"""That limits what a question may cost; where they do not suffice, the estimate can be too small, or there is none."""
+
+TO_ROUNDING = 1.0
+"""Where that fails, to the rounding of b, which is the unit of this ``atol``: where H is singular, and b has nothing along its null
+vectors but rounding, as with softmax and a bias without penalty, every step beyond makes that larger."""
 
 MUCH_LEFT = 0.01
 """Where a solve that did not meet its tolerance has left more than this part of b, and rounding in H u may be as much, nobody can
@@ -47,9 +59,23 @@ SHORTER = 0.25
 """Of a point to the next: half would need twice as many of them to come as near."""
 
 
+class Doubts(NamedTuple):
+    """What an estimate cannot tell, for each task ``(*batch,)``.
+
+    Attributes:
+        ran_out: there is none only because the products that a question may cost did not suffice.
+        hidden_linear: ``|b - H u|`` may be nothing but rounding.
+        hidden_inner: ``|dG/dphi|`` may be.
+    """
+
+    ran_out: Tensor
+    hidden_linear: Tensor
+    hidden_inner: Tensor
+
+
 class Correction(NamedTuple):
     """``change``: (better gradient - gradient) ``(*batch, dim theta)``, or its sum over the tasks that are ok.
-    ``columns``: the fields of :class:`bilevel.Diagnosis` from ``linear`` to ``rhs``.
+    ``columns``: the fields of :class:`bilevel.Diagnosis` from ``linear`` to ``rhs``, then those of :class:`Doubts`.
     """
 
     change: Tensor
@@ -67,71 +93,105 @@ def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correc
     rounding_r, rounding_slope = here.rounding_estimate()
     before = here.gradient(here.u)
     residual, slope = here.b - here.local.matvec(here.u), here.local.grad
-    lost, change = _solve(here.local.matvec, residual, rounding_r, ok, known)
+    solved = _solve(here.local.matvec, residual, rounding_r, ok, known)
     left = norm(residual)
-    lost = lost | (~met & (left <= rounding_r) & (left > MUCH_LEFT * norm(here.b)))
-    u = here.u + change
+    lost = solved.failed | (~met & (left <= rounding_r.shown) & (left > MUCH_LEFT * norm(here.b)))
+    u = here.u + solved.value
     after = here.gradient(u)
-    lost_phi, there = _newton(here, rounding_slope, ok)
+    newton = _newton(here, rounding_slope, ok)
+    there = newton.there
     # for the change of u, not for u: a tolerance relative to b would call the change converged before it is looked at
-    left = there.b - there.local.matvec(u)
-    left = select(norm(there.phi - here.phi) > 0, left, torch.zeros_like(left))  # else it is what the first solve left
-    lost_u, change = _solve(there.local.matvec, left, rounding_r, ok, known)
-    corrected = there.gradient(u + change)
+    left = (
+        there.b - there.local.matvec(u) - (here.b - here.local.matvec(u))
+    )  # what the first solve left is not counted again
+    left = select(norm(there.phi - here.phi) > 0, left, torch.zeros_like(left))
+    moved = _solve(there.local.matvec, left, rounding_r, ok & ~newton.lost, known)
+    corrected = there.gradient(u + moved.value)
+    lost_phi = newton.lost | moved.failed
     parts = [
         torch.where(ok, torch.where(without, torch.inf, norm(part)), torch.nan)
-        for part, without in ((after - before, lost), (corrected - after, lost_phi | lost_u))
+        for part, without in ((after - before, lost), (corrected - after, lost_phi))
     ]
-    total = select(lost | lost_phi | lost_u, torch.full_like(before, torch.inf), corrected - before)
+    total = select(lost | lost_phi, torch.full_like(before, torch.inf), corrected - before)
     total = select(ok, total, torch.zeros_like(total))
+    hidden = [
+        size <= torch.maximum(*rounding)
+        for size, rounding in ((norm(residual), rounding_r), (norm(slope), rounding_slope))
+    ]
+    doubts = Doubts(newton.ran_out & ~(lost | moved.failed), *hidden)
     return Correction(
         total if per_task else total.sum(0),
-        (*parts, norm(before), norm(slope), norm(residual), norm(here.b)),
+        (*parts, norm(before), norm(slope), norm(residual), norm(here.b), *doubts),
         here.objective.num_grads,
         here.objective.num_matvecs,
     )
 
 
-def _newton(origin: Evaluation, rounding: Tensor, ok: Tensor) -> tuple[Tensor, Evaluation]:
-    """Where Newton's method met negative curvature or came no nearer, and the evaluation at the point that it came to:
-    one step if that lowers the gradient to a tenth, as it does near a solution; else more, shortened until they
-    lower it.
+class _Newton(NamedTuple):
+    """Attributes:
+    lost: where Newton's method met negative curvature or came no nearer.
+    ran_out: of these, where only the number of products was in the way.
+    there: the evaluation at the point that it came to.
+    """
+
+    lost: Tensor
+    ran_out: Tensor
+    there: Evaluation
+
+
+def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
+    """One step of Newton's method if that lowers the gradient to a tenth, as it does near a solution; else more, shortened until they
+    lower it. Where the gradient may be nothing but rounding it need not become smaller, and a step is what that rounding hides.
     """
     known = origin.objective.curvature_inverse(0.0)
     start, here = norm(origin.local.grad), origin
-    lost, far, shortened = ~ok, ok & (start > rounding), torch.zeros_like(ok)
+    lost, far = ~ok, ok & (start > 0)
+    shortened, ran_out = torch.zeros_like(ok), torch.zeros_like(ok)
     for _ in range(NEWTON_STEPS):
-        failed, step = _solve(here.undamped, -here.local.grad, rounding, far, known)
-        lost, far = lost | failed, far & ~failed
+        solved = _solve(here.undamped, -here.local.grad, rounding, far, known)
+        lost, far, step, before = lost | solved.failed, far & ~solved.failed, solved.value, norm(here.local.grad)
         shortened = torch.zeros_like(shortened)
         for _ in range(TRIAL_POINTS):
             there = origin.at(here.phi + step)
-            worse = far & ~(norm(there.local.grad) < norm(here.local.grad))
+            slope = norm(there.local.grad)
+            worse = far & ~((slope < norm(here.local.grad)) | (slope <= rounding.possible))
             if not bool(worse.any()):
                 break
             shortened = shortened | worse
             step = select(worse, SHORTER * step, step)
-        here = there
-        far = far & (norm(here.local.grad) > FAR_LESS * start)
+        here, slope = there, norm(there.local.grad)
+        cut = far & solved.ran_out & ~(slope <= 0.5 * torch.minimum(start, before))
+        lost, ran_out = lost | cut, ran_out | cut  # as many products again would most likely not help either
+        far = far & ~cut & (slope > torch.maximum(FAR_LESS * start, rounding.possible))
         if not bool(far.any()):
             break
     # where it could not even halve the gradient, or a full step still overshoots, at a kink say, its step says nothing of
     # the distance
-    return lost | (far & (shortened | ~(norm(here.local.grad) <= 0.5 * start))), here
+    no_nearer = far & (shortened | ~(norm(here.local.grad) <= 0.5 * start))
+    return _Newton(lost | no_nearer, ran_out, here)
 
 
-def _solve(
-    matvec: Matvec, b: Tensor, rounding: Tensor, ok: Tensor, preconditioner: Matvec | None
-) -> tuple[Tensor, Tensor]:
-    """Where CG found no solution of A x = b, and x; zero there, and where b is nothing but rounding."""
-    b = select(ok & (norm(b) > rounding), b, torch.zeros_like(b))
-    unit = torch.where(rounding > 0, rounding, 1).unsqueeze(-1)
-    result: Result = CORRECTION.solve(matvec, b / unit, preconditioner=preconditioner)
+class _Solved(NamedTuple):
+    """``failed``: where CG found no solution. ``ran_out``: where it took all its steps. ``value``: the solution, zero where it failed."""
+
+    failed: Tensor
+    ran_out: Tensor
+    value: Tensor
+
+
+def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditioner: Matvec | None) -> _Solved:
+    """A x = b by CG. Also for a b that may be nothing but rounding: x is then the size of what that hides, and zero where CG fails."""
+    b = select(ok, b, torch.zeros_like(b))
+    unit = torch.where(rounding.shown > 0, rounding.shown, rounding.possible)
+    unit = torch.where(unit > 0, unit, 1).unsqueeze(-1)
+    solver = replace(CORRECTION, max_steps=min(max(CORRECTION.max_steps, STEPS_PER_NUMBER * b.shape[-1]), MOST_STEPS))
+    result: Result = solver.solve(matvec, b / unit, preconditioner=preconditioner)
     failed, x = result.failed, result.value
     poor = failed | ~((result.residual <= 1) | converged(result.codes))
+    ran_out = poor & (result.steps >= solver.max_steps)
     if bool(poor.any()):
         rest = select(poor, b / unit, torch.zeros_like(b))
-        again: Result = TO_ROUNDING.solve(matvec, rest, preconditioner=preconditioner)
+        again: Result = replace(solver, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
         better = poor & converged(again.codes)
         failed, x = failed & ~better, select(better, again.value, x)
-    return failed, select(failed, torch.zeros_like(b), x * unit)
+    return _Solved(failed, ran_out, select(failed, torch.zeros_like(b), x * unit))

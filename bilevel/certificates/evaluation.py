@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +39,19 @@ SAMPLE = 4
 SIZE_STEPS = 8
 """Products for |H|. Lanczos finds the largest eigenvalue first, but from below; the factor of 2 that is added makes
 up for what is missing after so few."""
+
+
+class Rounding(NamedTuple):
+    """What rounding may hide in a residual ``(*batch,)``.
+
+    Attributes:
+        shown: as two evaluations right beside each other show it. Chance may make it too small, or zero.
+        possible: what the model says at least. Far too much where phi is long along small eigenvalues: a residual below
+            it may still be an error of the gradient of many per cent.
+    """
+
+    shown: Tensor
+    possible: Tensor
 
 
 class Evaluation:
@@ -91,9 +105,10 @@ class Evaluation:
         terms = (2 * size * self.local.value.abs()).sqrt()
         return self.eps * (size * norm(self.u) + norm(self.b)), self.eps * (size * norm(self.phi) + terms)
 
-    def rounding_estimate(self) -> tuple[Tensor, Tensor]:
+    def rounding_estimate(self) -> tuple[Rounding, Rounding]:
         """The same as it shows itself in products and gradients right beside u and phi, for an estimate: the model is
-        one of the worst case, and counts all numbers of the data.
+        one of the worst case, counts all numbers of the data, and takes all of phi to lie along the largest
+        eigenvalue.
         """
         unit = torch.finfo(self.phi.dtype).eps
         signs = torch.where(some_direction(self.phi) < 0, -1.0, 1.0).to(self.phi)
@@ -105,9 +120,8 @@ class Evaluation:
         noise_r = noise(self.u, self.undamped(self.u), self.undamped)
         noise_slope = noise(self.phi, self.local.grad, self.objective.gradient)
         least = TO_SPARE * unit / self.eps  # of the model: what it says of a sum of a single number
-
-        def within_the_model(bound: Tensor, noise: Tensor) -> Tensor:
-            return torch.maximum(least * bound, torch.minimum(bound, noise))
-
         bound_r, bound_slope = self.rounding_bound()
-        return within_the_model(bound_r, noise_r), within_the_model(bound_slope, noise_slope)
+        return (
+            Rounding(torch.minimum(bound_r, noise_r), least * bound_r),
+            Rounding(torch.minimum(bound_slope, noise_slope), least * bound_slope),
+        )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel.certificates.estimate import Doubts
 from bilevel.curvature import GaussNewton
 from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.problem import BilevelProblem
@@ -54,13 +55,13 @@ class Spectrum(NamedTuple):
     doubt: Tensor
 
 
-def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool) -> str:
+def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool, doubts: Doubts) -> str:
     """The sentences of :meth:`bilevel.Hypergradient.explain`."""
     found = result.diagnose()
     lines = [] if result.inner is None else [_solve("Inner solve", result.inner, "|dG/dphi|")]
     lines += [
         _solve("Linear solve", result.linear, "|b - H u|"),
-        *_error(result, found),
+        *_error(result, found, doubts),
         *_eigenvalues(result, spectrum),
     ]
     advice = [
@@ -70,7 +71,7 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_singular(result, found, spectrum),
         *_bias(result),
     ]
-    advice += _accuracy(result, found, solves) or ([] if advice else ["Nothing to change."])
+    advice += _accuracy(result, found, solves, doubts) or ([] if advice else ["Nothing to change."])
     return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
 
@@ -88,7 +89,7 @@ def _statuses(codes: Tensor) -> list[Status]:
     return [status for status in Status if bool((codes == int(status)).any())]
 
 
-def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
+def _error(result: Hypergradient, found: Diagnosis, doubts: Doubts) -> list[str]:
     ok = result.ok_per_task
     if not bool(ok.any()):
         return ["There is no gradient: grad is NaN."]
@@ -96,7 +97,12 @@ def _error(result: Hypergradient, found: Diagnosis) -> list[str]:
     if not bool(ok.all()):
         lines.append(f"{int(ok.sum())} of {ok.numel()} tasks are ok and in the gradient; that of the others is NaN.")
     linear, inner = (_worst(ok, part) for part in _relative(found))
-    if math.isinf(inner):
+    if math.isinf(inner) and bool((doubts.ran_out | ~found.inner.isinf())[ok].all()):
+        lines.append(
+            "There is no estimate of the error: the products that an estimate may cost did not suffice for a step of Newton's method. That "
+            "says nothing against the gradient."
+        )
+    elif math.isinf(inner):
         lines.append(
             "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum."
         )
@@ -181,7 +187,7 @@ def _bias(result: Hypergradient) -> list[str]:
     ]
 
 
-def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str]:
+def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool, doubts: Doubts) -> list[str]:
     """Which of the two solves limits the accuracy, and what it would take."""
     ok = result.ok_per_task
     linear, inner = _relative(found)
@@ -198,7 +204,12 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool) -> list[str
         )
     elif bool((rough := ok & (linear > enough) & (linear >= inner)).any()):
         lines.append("The linear solve limits the accuracy: " + _more(result.linear.codes[rough], "rtol"))
-    if bool((late := ok & (inner > enough) & (inner > COUNTS_TOO * linear)).any()):
+    if bool((ok & doubts.ran_out).any()):
+        lines.append(
+            "H is too ill-conditioned to tell what the inner solve has left: compare with the gradient of a smaller tol, or scale the "
+            "variables of phi."
+        )
+    if bool((late := ok & ~doubts.ran_out & (inner > enough) & (inner > COUNTS_TOO * linear)).any()):
         lines.append(
             "phi limits the accuracy: solve the inner problem further before you call."
             if result.inner is None
