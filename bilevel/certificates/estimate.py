@@ -101,9 +101,8 @@ def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correc
     newton = _newton(here, rounding_slope, ok)
     there = newton.there
     # for the change of u, not for u: a tolerance relative to b would call the change converged before it is looked at
-    left = (
-        there.b - there.local.matvec(u) - (here.b - here.local.matvec(u))
-    )  # what the first solve left is not counted again
+    # nor is what the first solve left counted again
+    left = there.b - there.local.matvec(u) - (here.b - here.local.matvec(u))
     left = select(norm(there.phi - here.phi) > 0, left, torch.zeros_like(left))
     moved = _solve(there.local.matvec, left, rounding_r, ok & ~newton.lost, known)
     corrected = there.gradient(u + moved.value)
@@ -128,10 +127,8 @@ def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correc
 
 
 class _Newton(NamedTuple):
-    """Attributes:
-    lost: where Newton's method met negative curvature or came no nearer.
-    ran_out: of these, where only the number of products was in the way.
-    there: the evaluation at the point that it came to.
+    """``lost``: where Newton's method met negative curvature or came no nearer. ``ran_out``: of these, where only the number of products
+    was in the way. ``there``: the evaluation at the point that it came to.
     """
 
     lost: Tensor
@@ -172,7 +169,9 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
 
 
 class _Solved(NamedTuple):
-    """``failed``: where CG found no solution. ``ran_out``: where it took all its steps. ``value``: the solution, zero where it failed."""
+    """``failed``: where CG found no solution. ``ran_out``: where it took all its steps and has not halved b; others end at
+    rounding. ``value``: the solution, zero where it failed.
+    """
 
     failed: Tensor
     ran_out: Tensor
@@ -188,10 +187,10 @@ def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditi
     result: Result = solver.solve(matvec, b / unit, preconditioner=preconditioner)
     failed, x = result.failed, result.value
     poor = failed | ~((result.residual <= 1) | converged(result.codes))
-    ran_out = poor & (result.steps >= solver.max_steps)
+    ran_out = poor & (result.steps >= solver.max_steps) & ~(result.residual <= 0.5 * norm(b / unit))
     if bool(poor.any()):
         rest = select(poor, b / unit, torch.zeros_like(b))
         again: Result = replace(solver, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
         better = poor & converged(again.codes)
-        failed, x = failed & ~better, select(better, again.value, x)
+        failed, ran_out, x = failed & ~better, ran_out & ~better, select(better, again.value, x)
     return _Solved(failed, ran_out, select(failed, torch.zeros_like(b), x * unit))
