@@ -68,7 +68,7 @@ def tolerances(result: Hypergradient, accuracy: float) -> Tolerances:
         raise ValueError(f"tolerances: expected a result with at least one task that is ok, got\n{result.describe()}")
     found, evidence = result.diagnose(), result.certificate
     assert evidence is not None
-    doubts, allowed = evidence.doubts, 0.5 * accuracy * found.size  # type: ignore[attr-defined]  # a look keeps both
+    doubts, allowed = evidence.doubts, 0.5 * accuracy * found.size
     late = result.ok_per_task & ~(doubts.hidden_inner & (found.inner <= allowed))
     rough = result.ok_per_task & ~(doubts.hidden_linear & (found.linear <= allowed))
     return _wanted(found, accuracy, late, rough)

@@ -16,9 +16,9 @@ from bilevel.trees import Tree, flatten
 
 @dataclass(frozen=True, eq=False)
 class Diagnosis:
-    """What a closer look at a hypergradient found. A part below the rounding error is 0; inf where there is no
-    estimate: ``linear`` where H is singular or indefinite as far as one can see, ``inner`` where Newton's method from phi
-    comes near no minimum.
+    """What a closer look at a hypergradient found. Where only rounding is left, a part is about as large as the error that this
+    hides; inf where there is no estimate: ``linear`` where H is singular or indefinite as far as one can see, ``inner`` where
+    Newton's method from phi comes near no minimum, or the products that a look may cost did not suffice.
 
     Attributes:
         error: estimate of ``|grad - exact|`` over all leaves, reduced as ``outer``.
@@ -61,6 +61,10 @@ class Evidence(Protocol):
     @property
     def diagnosis(self) -> Diagnosis:
         """See :meth:`Hypergradient.diagnose`."""
+
+    @property
+    def doubts(self) -> Any:
+        """What the diagnosis cannot tell: ``ran_out``, ``hidden_linear`` and ``hidden_inner``, for each task."""
 
     def explain(self, result: Hypergradient) -> str:
         """See :meth:`Hypergradient.explain`."""

@@ -573,7 +573,7 @@ def test_no_estimate_from_far_away_is_no_reason_to_give_up():
 
 def test_a_smaller_gradient_is_asked_for_where_there_is_no_estimate(monkeypatch):
     """With too few products for any estimate, the solve goes on as far as it can keep its tolerance, and says that it is not known."""
-    monkeypatch.setattr("bilevel.certificates.estimate.MOST_STEPS", 20)
+    monkeypatch.setattr("bilevel.certificates.estimate._affordable", lambda dim: 20)
     problem, theta, data, exact = least_squares(0, 60, 120, 1e6, F64)
     solver = NewtonCG(max_steps=100, cg_steps=1000, cg_rtol=0.1)
     found = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=Exact(), accuracy=0.01)

@@ -621,7 +621,7 @@ def test_many_eigenvalues_need_more_products(kappa):
 
 def test_too_few_products_for_an_estimate_are_called_so(monkeypatch):
     """H is positive definite; the words must not speak of negative curvature, nor advise more steps of a solver that has converged."""
-    monkeypatch.setattr("bilevel.certificates.estimate.MOST_STEPS", 20)
+    monkeypatch.setattr("bilevel.certificates.estimate._affordable", lambda dim: 20)
     problem, theta, data, exact = least_squares(0, 60, 120, 1e6, F64)
     solver = NewtonCG(max_steps=30, cg_steps=1000, cg_rtol=0.1, tol=1e-9)
     result = bilevel.hypergradient(problem, theta, data, solver=solver, linsys=Exact())

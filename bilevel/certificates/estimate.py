@@ -33,8 +33,9 @@ STEPS_PER_NUMBER = 10
 """CG needs more steps than the 100 above where many different eigenvalues are spread over many orders of magnitude: in
 exact numbers one for each number of phi, with rounding some times that."""
 
-MOST_STEPS = 2000
-"""That limits what a question may cost; where they do not suffice, the estimate can be too small, or there is none."""
+MOST_NUMBERS = 400_000
+"""That many numbers in all those products limit what a question may cost, as soon as phi has more than 200; from 4,000 on it is the 100
+above. Where they do not suffice, the estimate can be too small, or there is none."""
 
 TO_ROUNDING = 1.0
 """Where that fails, to the rounding of b, which is the unit of this ``atol``: where H is singular, and b has nothing along its null
@@ -168,6 +169,11 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
     return _Newton(lost | no_nearer, ran_out, here)
 
 
+def _affordable(dim: int) -> int:
+    """Products for one solve."""
+    return min(STEPS_PER_NUMBER * dim, MOST_NUMBERS // dim)
+
+
 class _Solved(NamedTuple):
     """``failed``: where CG found no solution. ``ran_out``: where it took all its steps and has not halved b; others end at
     rounding. ``value``: the solution, zero where it failed.
@@ -183,7 +189,7 @@ def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditi
     b = select(ok, b, torch.zeros_like(b))
     unit = torch.where(rounding.shown > 0, rounding.shown, rounding.possible)
     unit = torch.where(unit > 0, unit, 1).unsqueeze(-1)
-    solver = replace(CORRECTION, max_steps=min(max(CORRECTION.max_steps, STEPS_PER_NUMBER * b.shape[-1]), MOST_STEPS))
+    solver = replace(CORRECTION, max_steps=max(CORRECTION.max_steps, _affordable(b.shape[-1])))
     result: Result = solver.solve(matvec, b / unit, preconditioner=preconditioner)
     failed, x = result.failed, result.value
     poor = failed | ~((result.residual <= 1) | converged(result.codes))

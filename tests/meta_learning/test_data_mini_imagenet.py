@@ -192,6 +192,21 @@ def test_an_image_in_both_parts_is_refused(write: Writer, place: Path, tmp_path:
         np.testing.assert_array_equal(by_class(load(tmp_path / "twice"))["test/n05"], parts["test"]["n05"])
 
 
+@FORMS
+def test_a_few_images_in_both_parts_are_told(
+    write: Writer, place: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Nobody may take an image out of a collection that all papers use."""
+    parts = pictures()
+    parts["test"]["n05"][3] = parts["train"]["n02"][1]
+    write(place, parts)
+    total = sum(len(images) for part in parts.values() for images in part.values())
+    monkeypatch.setattr("applications.meta_learning.data.mini_imagenet.FEW", 1 / total)
+    np.testing.assert_array_equal(by_class(load(place))["test/n05"], parts["test"]["n05"])
+    told = [str(one.message) for one in recwarn if "expected different images" in str(one.message)]
+    assert len(told) == 1 and f"1 of {total} images, too few to change an accuracy" in told[0]
+
+
 def test_a_source_key_tells_other_images(place: Path, tmp_path: Path) -> None:
     parts = pictures()
     write_cache_pickles(place, parts)

@@ -12,32 +12,46 @@ class Contents:
 
     An image that is in two parts could be trained on and held out, and is refused. Twice in one part, it could be support and query of
     one task, which matters less, and large collections have some of these: a warning.
+
+    Args:
+        few: the share of images that may be in two parts: of a collection that others made, and nobody can take apart.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, few: float = 0.0) -> None:
+        self._few, self._images = few, 0
         self._seen: dict[bytes, tuple[str, str]] = {}
         self._twice: list[tuple[str, str]] = []
+        self._in_two_parts: list[str] = []
 
     def add(self, content: bytes, part: str, where: Path | str) -> None:
-        """One more. part: images of different parts have to differ.
+        """One more. part: images of different parts have to differ."""
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        self._images += 1
+        other_part, other = self._seen.setdefault(digest, (part, str(where)))
+        if other_part != part:
+            self._in_two_parts.append(
+                f"{where}: expected different images in {other_part!r} and {part!r}, found the same one as {other}"
+            )
+        elif other != str(where):
+            self._twice.append((other, str(where)))
+
+    def judge(self) -> None:
+        """After the last one; warns of those that are twice in one part.
 
         Raises:
-            DataError: it is in another part too.
+            DataError: too many are in two parts.
         """
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        if digest not in self._seen:
-            self._seen[digest] = part, str(where)
-            return
-        other_part, other = self._seen[digest]
-        if other_part != part:
+        if len(self._in_two_parts) > self._few * self._images:
+            more = len(self._in_two_parts) - 1
             raise DataError(
-                f"{where}: expected different images in {other_part!r} and {part!r}, found the same one as {other}; one could be "
-                "trained on and the other one held out. Take one of them out (of a folder that is there twice: the folder)"
+                f"{self._in_two_parts[0]} ({more} more); one could be trained on and the other one held out. Take one of them out (of a "
+                "folder that is there twice: the folder)"
             )
-        self._twice.append((other, str(where)))
-
-    def warn(self) -> None:
-        """Tell of those that are twice in one part."""
+        if self._in_two_parts:
+            warnings.warn(
+                f"{self._in_two_parts[0]}: {len(self._in_two_parts)} of {self._images} images, too few to change an accuracy",
+                stacklevel=2,
+            )
         if self._twice:
             first, second = self._twice[0]
             warnings.warn(

@@ -35,11 +35,13 @@ class ImageFiles:
 
     groups: one per class, as in `ImageClasses`.
     apart: one per class; images of classes with different ones have to differ. None: any may be equal.
+    few: as in `Contents`.
     """
 
     files: Mapping[str, list[Path]]
     groups: tuple[str, ...]
     apart: tuple[str, ...] | None = None
+    few: float = 0.0
 
     def load(self, kind: str, cache_dir: Path | None, size: int, colours: Colours) -> ImageClasses:
         """The images, from the cache of this kind of data where they are in it."""
@@ -54,7 +56,7 @@ class ImageFiles:
         Raises:
             DataError: a file is no image, or the same as one that it must differ from.
         """
-        contents = None if self.apart is None else Contents()
+        contents = None if self.apart is None else Contents(self.few)
         counts = tuple(len(files) for files in self.files.values())
         images = np.empty((sum(counts), 3 if colours == "rgb" else 1, size, size), dtype=np.uint8)
         content, row = hashlib.sha256(), 0
@@ -75,7 +77,7 @@ class ImageFiles:
                     contents.add(read, part, file)
                 row += 1
         if contents is not None:
-            contents.warn()
+            contents.judge()
         return ImageClasses(
             images=torch.from_numpy(images),
             names=tuple(self.files),

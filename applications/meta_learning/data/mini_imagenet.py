@@ -27,6 +27,9 @@ from applications.meta_learning.data.safe_pickle import read_pickle
 PARTS = ("train", "test")
 NUM_CLASSES = (64, 20)  # of each part
 KIND = "mini-imagenet"
+FEW = (
+    1e-3  # of a fixed collection, whose images nobody may take out: more in both parts would be a split of another kind
+)
 
 FILES = (  # what each form needs, in the order in which they are looked for; the first two paths are the parts
     ("csv", ("train.csv", "test.csv", "images")),
@@ -78,7 +81,7 @@ def load_mini_imagenet(
             f"{part}/{name}": of for part, classes in zip(PARTS, parts, strict=True) for name, of in classes.items()
         }
         groups = tuple(part for part, classes in zip(PARTS, parts, strict=True) for _ in classes)
-        classes = ImageFiles(files=files, groups=groups, apart=groups).load(KIND, cache_folder, size, "rgb")
+        classes = ImageFiles(files=files, groups=groups, apart=groups, few=FEW).load(KIND, cache_folder, size, "rgb")
     _check_classes(classes, folder, num_classes)
     return classes
 
@@ -172,7 +175,7 @@ def _from_pickles(paths: list[Path], size: int) -> ImageClasses:
     parts = [_arrays(path) for path in paths]
     images = np.empty((sum(len(rows) for part in parts for rows in part.rows.values()), 3, size, size), dtype=np.uint8)
     names, groups, counts, content, first = [], [], [], hashlib.sha256(), 0
-    contents = Contents()
+    contents = Contents(FEW)
     for path, part, arrays in zip(paths, PARTS, parts, strict=True):
         for name, rows in arrays.rows.items():
             originals = arrays.images[rows]
@@ -184,7 +187,7 @@ def _from_pickles(paths: list[Path], size: int) -> ImageClasses:
             names.append(f"{part}/{name}")
             groups.append(part)
             counts.append(len(rows))
-    contents.warn()
+    contents.judge()
     return ImageClasses(
         images=torch.from_numpy(images),
         names=tuple(names),
