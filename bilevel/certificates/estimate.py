@@ -196,7 +196,7 @@ def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditi
     ran_out = poor & (result.steps >= solver.max_steps) & ~(result.residual <= 0.5 * norm(b / unit))
     if bool(poor.any()):
         rest = select(poor, b / unit, torch.zeros_like(b))
-        again: Result = replace(solver, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
+        again: Result = replace(CORRECTION, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
         better = poor & converged(again.codes)
         failed, ran_out, x = failed & ~better, ran_out & ~better, select(better, again.value, x)
     return _Solved(failed, ran_out, select(failed, torch.zeros_like(b), x * unit))
