@@ -456,7 +456,7 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
         (["--eval-query-shots", "40"], "the held-out classes of glyphs: expected shots.*--eval-query-shots"),
         (["--shots", "11", "--query-shots", "1", "--eval-query-shots", "1"], "final test: .*11 .*--no-final-test"),
         (["--device", "cuda:99"], "device: expected auto or a device that works here"),
-        (["--linear", "exact", "--channels", "64"], "'exact' builds a dense Hessian"),
+        (["--linear", "exact", "--linear-steps", "5", "--channels", "64"], "'exact' builds a dense Hessian"),
         (["--glyph-classes", "5"], "--train-classes: expected less than the 5"),
         (["--inner", "adam"], "'adam' is not one of 'gd', 'agd', 'newton-cg'"),
         (["--device", "meta"], "device: expected auto or a device that works here, got 'meta'"),
