@@ -187,8 +187,9 @@ def refuse_lost_gradients(call: Call, name: str) -> None:
         if tensor.grad_fn is not None or id(tensor) in own:
             raise ValueError(
                 f"data{path}: expected a constant, got {'a leaf of theta' if id(tensor) in own else 'a tensor with a graph'}. {name} "
-                "differentiates in theta alone, so what reaches theta through data would be missing. Compute it within the functions of "
-                "the problem, from theta; use bilevel.argmin, which differentiates in data too; or hand over .detach()."
+                "differentiates in theta alone, so what reaches theta, or other tensors, through data would be missing. Compute it "
+                "within the functions of the problem, from theta; use bilevel.argmin, which differentiates in data too; or hand "
+                "over .detach()."
             )
 
 

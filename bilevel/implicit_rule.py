@@ -48,10 +48,10 @@ def differentiable_solution(call: Call, rule: Rule) -> Tree:
     return call.flat.phi.unravel(_Solution.apply(_Mapped(rule), *_guarded(tensors)))
 
 
-CHANGED = 1e-4
+CHANGED = {torch.float32: 1e-4, torch.float64: 1e-6}
 """So much may the condition at a solution differ from what the solve has left; 1 is what moving the solution by its own size would do.
 
-Less would take the rounding of float32, and the power iterations of spectral norm, for another problem.
+Less would take rounding, and the power iterations of spectral norm, for another problem.
 """
 
 
@@ -85,7 +85,7 @@ class Rule:
         size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
         near = phi + 0.1 * (2 * noise.to(phi) - 1) * torch.where(size > 0, size, 1)
         unit = 10 * norm(objective.value_and_grad(near)[1] - now)
-        if bool((excess > CHANGED * unit).any()):
+        if bool((excess > CHANGED[phi.dtype] * unit).any()):
             raise ValueError(
                 f"{self.name}: {self.flat.source} is not what was solved: its condition at the solution is {float(norm(now).max()):.1e} "
                 f"now, and was {float(before.max()):.1e} then. Derivatives call the functions again, and something that they captured has "
@@ -143,6 +143,12 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(mapped: _Mapped, phi: Tensor, *tensors: Tensor) -> Tensor:
         rule = mapped.rule
+        if phi.is_inference() or any(
+            tensor.is_inference() for tensor in tensors
+        ):  # those of the caller are copies that are none
+            raise RuntimeError(
+                f"{rule.name}: torch.inference_mode() is on around a transform of torch.func. Use torch.no_grad() in its place."
+            )
         phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
         objective = objective_of(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
         result = run_solver(objective, phi.clone(), rule.solver)

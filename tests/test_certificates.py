@@ -8,9 +8,11 @@ import re
 import weakref
 from dataclasses import replace
 
+import mpmath
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel
 from bilevel import Constants
@@ -617,6 +619,46 @@ def test_many_eigenvalues_need_more_products(kappa):
         result = bilevel.hypergradient(problem, theta, data, solver=replace(solver, tol=tol), linsys=Exact())
         error = float((result.grad - exact).norm())
         assert error / 2 < float(result.error_estimate) < 2 * error
+
+
+@pytest.mark.parametrize("condition", [1e10, 1e12])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_where_only_rounding_is_left_the_estimate_is_not_zero(seed, condition):
+    """H u = b to the last digit says little where the condition number nears 1 / eps. The oracle has 50 digits."""
+    n, g = 40, torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(n, n, generator=g, dtype=F64))
+    h = q @ torch.diag(condition ** torch.linspace(0, -1, n, dtype=F64)) @ q.T
+    h = 0.5 * (h + h.T)
+    b, t, c = h @ torch.randn(n, generator=g, dtype=F64), *torch.randn(2, n, generator=g, dtype=F64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, _: 0.5 * w @ (h @ w) - b @ w - (theta - 1) * (c @ w),
+        lambda w, theta, _: 0.5 * (w - t).square().sum(),
+        lambda theta, _: torch.linalg.solve(h, b),
+    )
+    with mpmath.workdps(50):
+        matrix = mpmath.matrix(h.tolist())
+        at, along = (mpmath.lu_solve(matrix, mpmath.matrix(x.tolist())) for x in (b, c))
+        exact = float(sum((at[i] - mpmath.mpf(t[i].item())) * along[i] for i in range(n)))
+    solver = GradientDescent(step_size=None, max_steps=50, tol=1e-9)
+    result = bilevel.hypergradient(problem, torch.tensor(1.0, dtype=F64), solver=solver, linsys=Exact())
+    error = abs(float(result.grad) - exact)
+    assert error > 1e-7 * abs(exact)  # there is something to see
+    assert float(result.error_estimate) > 0.1 * error
+    assert "Nothing to change" not in result.explain()
+
+
+def test_a_look_from_far_away_does_not_cost_many_solves_at_length():
+    """Logistic regression, 200 variables of scales over four orders of magnitude, and a point that nobody has solved for."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 200, generator=g, dtype=F64) * 10 ** torch.linspace(0, -4, 200, dtype=F64)
+    y = (torch.randn(300, generator=g, dtype=F64) > 0).to(F64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda w, theta, _: binary_cross_entropy_with_logits(x @ w, y) + 5e-10 * theta * w.square().sum(),
+        lambda w, theta, _: w.square().sum(),
+    )
+    point, theta = torch.randn(200, generator=g, dtype=F64), torch.ones((), dtype=F64)
+    found = bilevel.implicit_gradient(problem, point, theta, linsys=CG(max_steps=10)).diagnose()
+    assert found.num_matvecs < 4 * 2000  # 18,934 when each of eight steps of Newton's method was solved at length
 
 
 def test_too_few_products_for_an_estimate_are_called_so(monkeypatch):

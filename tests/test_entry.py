@@ -522,6 +522,21 @@ def test_inference_mode_changes_nothing(name: str) -> None:
     assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.jacfwd])
+def test_inference_mode_around_a_transform_says_what_to_use(transform: Any) -> None:
+    def loss(theta: Tensor) -> Tensor:
+        return FUNCTIONS["argmin"](theta).sum()
+
+    theta = torch.full((2,), 2.0, dtype=F64)
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"^argmin: torch.inference_mode\(\) is on .*torch.no_grad\(\)"),
+    ):
+        transform(loss)(theta.clone())
+    with torch.no_grad():
+        torch.testing.assert_close(transform(loss)(theta), torch.ones(2, dtype=F64))
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_grad_changes_nothing(name: str) -> None:
     def value() -> Tensor:

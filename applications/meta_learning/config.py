@@ -300,7 +300,7 @@ EFFECT = (  # which settings have an effect with which values of another one onl
     (("inner_step_size",), "inner", ("gd", "agd")),
     (("inner_momentum",), "inner", ("agd",)),
     (("direction_steps", "inner_curvature", "inner_damping"), "inner", ("newton-cg",)),
-    (("linear", "linear_steps", "linear_rtol", "curvature", "damping", "compile"), "algorithm", ("imaml",)),
+    (("linear", "linear_steps", "linear_rtol", "curvature", "damping", "steihaug", "compile"), "algorithm", ("imaml",)),
     (("linear_steps", "linear_rtol"), "linear", ("cg", "neumann")),
     (("curvature",), "linear", ("cg", "neumann", "exact")),
 )

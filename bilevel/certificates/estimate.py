@@ -145,8 +145,9 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
     start, here = norm(origin.local.grad), origin
     lost, far = ~ok, ok & (start > 0)
     shortened, ran_out = torch.zeros_like(ok), torch.zeros_like(ok)
-    for _ in range(NEWTON_STEPS):
-        solved = _solve(here.undamped, -here.local.grad, rounding, far, known)
+    for k in range(NEWTON_STEPS):
+        # at length for the first one: near a solution it is the only one, and far from it the others would cost as much again
+        solved = _solve(here.undamped, -here.local.grad, rounding, far, known, at_length=k == 0)
         lost, far, step, before = lost | solved.failed, far & ~solved.failed, solved.value, norm(here.local.grad)
         shortened = torch.zeros_like(shortened)
         for _ in range(TRIAL_POINTS):
@@ -184,12 +185,16 @@ class _Solved(NamedTuple):
     value: Tensor
 
 
-def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditioner: Matvec | None) -> _Solved:
+def _solve(
+    matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditioner: Matvec | None, *, at_length: bool = True
+) -> _Solved:
     """A x = b by CG. Also for a b that may be nothing but rounding: x is then the size of what that hides, and zero where CG fails."""
     b = select(ok, b, torch.zeros_like(b))
     unit = torch.where(rounding.shown > 0, rounding.shown, rounding.possible)
     unit = torch.where(unit > 0, unit, 1).unsqueeze(-1)
-    solver = replace(CORRECTION, max_steps=max(CORRECTION.max_steps, _affordable(b.shape[-1])))
+    solver = CORRECTION
+    if at_length:
+        solver = replace(solver, max_steps=max(solver.max_steps, _affordable(b.shape[-1])))
     result: Result = solver.solve(matvec, b / unit, preconditioner=preconditioner)
     failed, x = result.failed, result.value
     poor = failed | ~((result.residual <= 1) | converged(result.codes))
@@ -197,6 +202,7 @@ def _solve(matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditi
     if bool(poor.any()):
         rest = select(poor, b / unit, torch.zeros_like(b))
         again: Result = replace(CORRECTION, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
-        better = poor & converged(again.codes)
+        # not where it had nothing to do, because all of b is rounding: zero says less than what the first try has found
+        better = poor & converged(again.codes) & ((again.steps > 0) | failed)
         failed, ran_out, x = failed & ~better, ran_out & ~better, select(better, again.value, x)
     return _Solved(failed, ran_out, select(failed, torch.zeros_like(b), x * unit))

@@ -104,7 +104,8 @@ def _error(result: Hypergradient, found: Diagnosis, doubts: Doubts) -> list[str]
         )
     elif math.isinf(inner):
         lines.append(
-            "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum."
+            "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum "
+            "in the steps that an estimate may take."
         )
     elif math.isinf(linear):
         lines.append("There is no estimate of the error: H is singular at phi as far as rounding lets it be told.")
