@@ -1,7 +1,9 @@
 """L-BFGS, SciPy's and PyTorch's optimizers as inner solvers, beyond what the rows of tests/cases.py meet everywhere."""
 
+import copy
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import scipy.optimize
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import bilevel
 from bilevel import BilevelProblem, Status
+from bilevel.entry import prepare
 from bilevel.linsys import CG
 from bilevel.solvers import LBFGS, BlackBox, GradientDescent, InnerSolver, ScipyMinimize, TorchOptim
 
@@ -213,3 +217,33 @@ def test_a_black_box_may_return_the_same_buffer_for_every_task() -> None:
     y = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
     found = bilevel.solve(problem, torch.tensor(2.0, dtype=torch.float64), y, solver=BlackBox(work), batched=True)
     torch.testing.assert_close(found.unwrap(check="converged"), 2 * y)
+
+
+ROSENBROCK = BilevelProblem.from_functions(
+    lambda p, theta, data: (1 - p[0]) ** 2 + theta * (p[1] - p[0] ** 2) ** 2, lambda p, theta, data: p.sum()
+)
+RAISED = BilevelProblem.from_functions(  # rounding hides what the last steps gain
+    lambda p, theta, data: 1e7 + (1 - p[0]) ** 2 + theta * (p[1] - p[0] ** 2) ** 2, lambda p, theta, data: p.sum()
+)
+BOWL = BilevelProblem.from_functions(  # the second trial meets a gradient of exactly zero
+    lambda p, theta, data: 0.5 * theta * p.square().sum(), lambda p, theta, data: p.sum()
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("problem", "scale"), [(ROSENBROCK, 20.0), (RAISED, 20.0), (BOWL, 1.0)], ids=["rosenbrock", "raised", "bowl"]
+)
+def test_the_short_cut_of_lbfgs_changes_nothing(problem: BilevelProblem, scale: float, dtype: Any) -> None:
+    """Where every trial is taken and numbers may be read (tol > 0); without a tolerance the same step goes the long way."""
+    theta, start = torch.tensor(scale, dtype=dtype), torch.tensor([-1.2, 1.0], dtype=dtype)
+    call = prepare(problem, theta, None, start)
+    objective, short, general = call.objective(), LBFGS(max_steps=1, tol=1e-30), LBFGS(max_steps=1)
+    state, taken = general.init(objective, call.phi), 0
+    for _ in range(80):  # to the rounding floor and beyond
+        local = general.evaluate(objective, state.point)
+        found, state = short.step(objective, copy.deepcopy(state), local), general.step(objective, state, local)
+        for mine, other in zip(tree_leaves(asdict(found)), tree_leaves(asdict(state)), strict=True):
+            torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+        taken += int(state.search.rejected == 0)
+    assert taken > 2
