@@ -55,7 +55,7 @@ def few_shot_problem(module: nn.Module, loss: Loss, lam: float | Mapping[str, fl
     """One task: ``G(phi) = support loss + lambda/2 |phi - theta|^2``, ``L(phi) = query loss`` (paper, Eq. 3 and 4).
 
     Args:
-        module: gives the architecture; phi and theta are dicts like ``dict(module.named_parameters())`` (:func:`initial_theta`
+        module: gives the architecture; phi and theta are dicts like ``dict(module.named_parameters())`` (``initial_theta``
             copies them). Its own parameters are not used, except frozen ones (``requires_grad=False``): they are in neither phi nor
             theta, and the module's own stay as they are.
         loss: (outputs, targets) -> scalar, a mean over the examples, convex in the outputs if ``GaussNewton()`` is used.
