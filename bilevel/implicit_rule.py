@@ -33,6 +33,7 @@ from bilevel.derivatives import (
 from bilevel.entry import Call, objective_of, run_solver
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator, norm
+from bilevel.linsys.neumann import some_direction
 from bilevel.result import Result
 from bilevel.status import Check, failed
 from bilevel.trees import Tree
@@ -81,9 +82,8 @@ class Rule:
         excess = norm(now) - 10 * before
         if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
             return
-        noise = torch.rand(phi.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
         size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
-        near = phi + 0.1 * (2 * noise.to(phi) - 1) * torch.where(size > 0, size, 1)
+        near = phi + 0.1 * some_direction(phi) * torch.where(size > 0, size, 1)
         unit = 10 * norm(objective.value_and_grad(near)[1] - now)
         if bool((excess > CHANGED[phi.dtype] * unit).any()):
             raise ValueError(

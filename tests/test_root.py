@@ -1330,3 +1330,31 @@ def test_a_black_box_may_solve_its_equation_with_another_call() -> None:
     theta = tensor([2.0, 3.0])
     got = root(lambda x, t, _: x**3 - t, theta, solver=BlackBox(inner), linsys=Exact(), init=torch.ones_like(theta))
     torch.testing.assert_close(got, theta ** (1 / 3))
+
+
+@pytest.mark.parametrize("solve", [root, fixed_point])
+def test_a_mask_that_was_drawn_anew_before_the_derivative_is_refused(solve: Any) -> None:
+    """Two forward passes of a layer with a mask of its own, one backward pass: the first would get the mask of the second."""
+    mask = {"now": torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)}
+    theta = torch.tensor([0.3, -0.4, 0.8], dtype=torch.float64, requires_grad=True)
+
+    def function(z: Any, t: Any, data: Any) -> Any:
+        moved = torch.tanh(0.5 * z * mask["now"] + t)
+        return moved if solve is fixed_point else z - moved
+
+    def layer() -> Any:
+        return solve(
+            function, theta, solver=Newton(max_steps=30, tol=1e-10), linsys=Exact(), init=torch.zeros_like(theta)
+        )
+
+    first = layer()
+    (expected,) = torch.autograd.grad(first.sum(), theta, retain_graph=True)
+    mask["now"] = 1 - mask["now"]
+    second = layer()
+    name, source = ("fixed_point", "T") if solve is fixed_point else ("root", "F")
+    with pytest.raises(ValueError, match=f"^{name}: {source} is not what was solved: its condition at the solution is"):
+        (first + second).sum().backward()
+    z = first.detach()
+    slope = 1 - z.square()  # of tanh; the condition is a system of three equations on their own
+    kept = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(expected, slope / (1 - 0.5 * kept * slope))
