@@ -21,7 +21,8 @@ from bilevel.derivatives import (
     transforms_active,
     versions,
 )
-from bilevel.linsys.base import LinearSolver
+from bilevel.linsys.base import LinearSolver, norm
+from bilevel.linsys.neumann import some_direction
 from bilevel.problem import BilevelProblem
 from bilevel.quadratic import QuadraticObjective
 from bilevel.recorded import Programs, TracedObjective
@@ -191,6 +192,26 @@ def refuse_lost_gradients(call: Call, name: str) -> None:
                 "within the functions of the problem, from theta; use bilevel.argmin, which differentiates in data too; or hand "
                 "over .detach()."
             )
+
+
+CHANGED = {torch.float32: 1e-4, torch.float64: 1e-6}
+"""So much may the condition at a solution differ from what the solve has left; 1 is what moving the solution by its own size would do.
+
+Less would take rounding, and the power iterations of spectral norm, for another problem.
+"""
+
+
+def has_changed(objective: Objective, phi: Tensor, now: Tensor, before: Tensor) -> Tensor:
+    """Whether the condition at phi, ``now`` ``(*batch, d)``, is that of another problem than the one whose condition had the norm ``before``
+    ``(*batch,)``. A change that leaves the condition at phi as it was is not seen.
+    """
+    excess = norm(now) - 10 * before
+    if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
+        return torch.zeros_like(excess, dtype=torch.bool)
+    size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
+    near = phi + 0.1 * some_direction(phi) * torch.where(size > 0, size, 1)
+    unit = 10 * norm(objective.value_and_grad(near)[1] - now)
+    return excess > CHANGED[phi.dtype] * unit
 
 
 def _given(phi: Tree, sizes: tuple[int, ...], name: str) -> tuple[Layout, list[Tensor]]:

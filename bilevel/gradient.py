@@ -129,8 +129,8 @@ class Hypergradient:
         Derivation: :mod:`bilevel.certificates`.
 
         Raises:
-            ValueError: theta, data, phi or u were changed in place since; or a constant is no number and not one for
-                each task.
+            ValueError: theta, data, phi or u were changed in place since, or what a function of the problem captured has
+                changed; or a constant is no number and not one for each task.
         """
         return self._certificate().error_bound
 
@@ -150,7 +150,8 @@ class Hypergradient:
         nothing.
 
         Raises:
-            ValueError: theta, data, phi or u were changed in place since.
+            ValueError: theta, data, phi or u were changed in place since, or what a function of the problem captured has
+                changed.
         """
         return self._certificate().diagnosis
 

@@ -239,7 +239,7 @@ def _hypergradient(
         return gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
 
     found = with_programs(call, run)
-    assert found.part.linear is not None
+    assert found.part.linear is not None and found.part.slope is not None
     certificate = Certificate(
         call=replace(call, phi=found.part.phi, u=found.part.linear.value),
         ok=found.part.ok,
@@ -252,6 +252,8 @@ def _hypergradient(
         outer_chunk_size=options.outer_chunk_size,
         solves=not options.linsys.needs_known_inverse,
         met=converged(found.part.linear.codes),
+        outer=found.part.outer,
+        slope=found.part.slope,
     )
     return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 

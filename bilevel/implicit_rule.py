@@ -30,10 +30,9 @@ from bilevel.derivatives import (
     transforms_active,
     with_axis,
 )
-from bilevel.entry import Call, objective_of, run_solver
+from bilevel.entry import Call, has_changed, objective_of, run_solver
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver, Operator, norm
-from bilevel.linsys.neumann import some_direction
 from bilevel.result import Result
 from bilevel.status import Check, failed
 from bilevel.trees import Tree
@@ -47,13 +46,6 @@ def differentiable_solution(call: Call, rule: Rule) -> Tree:
     else:
         refuse_captured_under_transforms(call.flat, tensors[0], tensors[1:])
     return call.flat.phi.unravel(_Solution.apply(_Mapped(rule), *_guarded(tensors)))
-
-
-CHANGED = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""So much may the condition at a solution differ from what the solve has left; 1 is what moving the solution by its own size would do.
-
-Less would take rounding, and the power iterations of spectral norm, for another problem.
-"""
 
 
 @dataclass(frozen=True)
@@ -79,13 +71,7 @@ class Rule:
         if not self.left or transforms_active() or getattr(self.solver, "tol", None) == 0:
             return
         (before,) = self.left
-        excess = norm(now) - 10 * before
-        if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
-            return
-        size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
-        near = phi + 0.1 * some_direction(phi) * torch.where(size > 0, size, 1)
-        unit = 10 * norm(objective.value_and_grad(near)[1] - now)
-        if bool((excess > CHANGED[phi.dtype] * unit).any()):
+        if bool(has_changed(objective, phi, now, before).any()):
             raise ValueError(
                 f"{self.name}: {self.flat.source} is not what was solved: its condition at the solution is {float(norm(now).max()):.1e} "
                 f"now, and was {float(before.max()):.1e} then. Derivatives call the functions again, and something that they captured has "

@@ -1406,3 +1406,55 @@ def test_a_copy_of_a_result_with_data_can_be_asked():
     options = {"solver": GradientDescent(step_size=0.1, max_steps=20), "linsys": CG(max_steps=1)}
     result = bilevel.hypergradient(problem, theta, data, **options)
     assert copy.deepcopy(result).diagnose().error == result.diagnose().error > 0
+
+
+class Moody(bilevel.BilevelProblem):
+    """Ridge regression for tasks with the same rows; what the functions look up besides their arguments can change."""
+
+    def __init__(self) -> None:
+        self.shift, self.weight = 0.0, 1.0
+
+    def inner_objective(self, phi, theta, data):
+        return (
+            0.5 * (data["X"] @ phi - data["y"] - self.shift).square().mean() + 0.5 * (theta.exp() * phi.square()).sum()
+        )
+
+    def outer_loss(self, phi, theta, data):
+        return self.weight * phi.square().sum() + phi.sum()
+
+    def initial_phi(self, theta, data):
+        return torch.zeros(3, dtype=F64)
+
+
+@pytest.mark.parametrize("what", ["inner_objective", "outer_loss"])
+@pytest.mark.parametrize("batched", [False, True], ids=["one", "batch"])
+@pytest.mark.parametrize("question", ["error_estimate", "diagnose", "explain"])
+def test_a_captured_number_that_has_changed(question, batched, what) -> None:
+    """The answer would be about another problem. It is one again when the number is what it was."""
+    g = torch.Generator().manual_seed(3)
+    tasks = (4,) if batched else ()
+    data = {"X": torch.randn(*tasks, 9, 3, generator=g, dtype=F64), "y": torch.randn(*tasks, 9, generator=g, dtype=F64)}
+    problem, theta = Moody(), torch.tensor([-1.0, 0.0, 1.0], dtype=F64)
+    found = bilevel.hypergradient(
+        problem,
+        theta,
+        data,
+        solver=NewtonCG(max_steps=20, cg_steps=5, tol=1e-9),
+        linsys=CG(max_steps=20, rtol=1e-9),
+        batched=batched,
+        chunk_size=3 if batched else None,
+    )
+
+    def ask() -> object:
+        answer = getattr(found, question)
+        return answer() if callable(answer) else answer
+
+    problem.shift, problem.weight = (1e-4, 1.0) if what == "inner_objective" else (0.0, 1.001)
+    with pytest.raises(
+        ValueError, match=f"at phi {what} is not what it was .* Ask before it changes, or pass it in data"
+    ):
+        ask()
+    problem.shift, problem.weight = 0.0, 1.0
+    assert ask() is not None
+    problem.shift = 1.0
+    assert ask() is not None  # it is known by now

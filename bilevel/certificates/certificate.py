@@ -15,7 +15,7 @@ from bilevel.certificates.estimate import Doubts, correct
 from bilevel.certificates.evaluation import Evaluation
 from bilevel.certificates.explanation import Spectrum, explain
 from bilevel.curvature import Curvature, Hessian
-from bilevel.entry import Call
+from bilevel.entry import CHANGED, Call, has_changed
 from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.isolation import isolated
 from bilevel.linsys.base import norm
@@ -41,6 +41,7 @@ class Certificate:
         chunk_size, outer_chunk_size: as in the call.
         solves: the linear solver solves, unlike ``Identity``.
         met: where it met its tolerance ``(*batch,)``.
+        outer, slope: the outer loss and ``|dG/dphi|`` of each task at phi, then ``(*batch,)``.
         versions: how often each tensor had been written to when the gradient was taken.
     """
 
@@ -55,6 +56,8 @@ class Certificate:
     outer_chunk_size: int | None
     solves: bool
     met: Tensor
+    outer: Tensor
+    slope: Tensor
     versions: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -163,9 +166,23 @@ class Certificate:
         for piece in self.call.chunks(self.chunk_size):
             tasks = slice(start, start + len(piece.phi)) if self.call.sizes else ...
             here = Evaluation(piece, piece.objective(), piece.phi, self.curvature, self.damping, self.outer_chunk_size)
+            self._require_same(here, tasks)
             found.append(ask(here, tasks))
             start += len(piece.phi)
         return found
+
+    def _require_same(self, here: Evaluation, tasks: Any) -> None:
+        """Refuse to judge the gradient of one problem by another. A change that leaves both at phi as they were is not seen."""
+        inner = has_changed(here.objective, here.phi, here.local.grad, self.slope[tasks])
+        before, now = self.outer[tasks], here.outer
+        outer = (now - before).abs() > CHANGED[here.phi.dtype] * torch.maximum(now.abs(), before.abs())
+        for name, changed in (("inner_objective", inner), ("outer_loss", outer)):
+            if bool((changed & self.ok[tasks]).any()):
+                raise ValueError(
+                    f"error_bound, error_estimate and explain() call the functions of the problem again, but at phi {name} is not what it was "
+                    "when the gradient was taken: something that it captured has changed since (an attribute, the variable of a loop, a "
+                    "buffer, train() or eval(), random numbers). Ask before it changes, or pass it in data."
+                )
 
     def _join(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts) if self.call.sizes else parts[0]

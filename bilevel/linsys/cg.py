@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel.linsys.base import dot, norm, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
+from bilevel.linsys.single import is_single, single_cg
 from bilevel.status import Status
 
 
@@ -35,20 +36,29 @@ class CG(KrylovSolver):
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
         z = system.precondition(r)
         p, rz = z, dot(r, z)
-        active = norm(r) > system.threshold  # False for NaN, which the statuses report
+        size = norm(r)
+        active = size > system.threshold  # False for NaN, which the statuses report
         not_definite = active & (rz < 0)
         stopped = torch.zeros_like(active)  # at negative curvature
         singular = torch.zeros_like(active)
         steps = torch.zeros_like(active, dtype=torch.int64)
         preconditioned = system.preconditioner is not None
-        size = norm(r)
         lengths: list[Tensor] = []
         shares: list[Tensor] = []  # of the direction before in the next one
         scales: list[Tensor] = []  # r^T z / z^T z
-        for _ in range(system.max_steps):
+        first, known = 0, None
+        if not preconditioned and is_single(u) and is_single(r):
+            begin = single_cg(system.matvec, u, r, float(system.threshold), system.max_steps)
+            u, r, p, first, known = begin.x, begin.r, begin.p, begin.taken, begin.ap
+            if first:
+                z, rz, steps = r, rz.new_tensor(begin.rr), steps + first
+                size = rz.sqrt()
+                active = size > system.threshold
+                lengths, shares = [r.new_tensor(begin.lengths)], [r.new_tensor(begin.shares)]
+        for _ in range(first, system.max_steps):
             if system.finished(active):
                 break
-            ap = system.matvec(p)
+            ap, known = system.matvec(p) if known is None else known, None
             curvature = dot(p, ap)
             bad = active & (curvature <= 0)
             stopped = stopped | bad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import Matvec, as_operator, dot, largest, norm, select, unit_of
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
+from bilevel.linsys.single import is_single, single_cg
 from bilevel.solvers.base import IterativeSolver, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE, not_above
 from bilevel.solvers.masks import compact_batch, gather_rows, nowhere, scatter_rows
@@ -134,14 +135,27 @@ class NewtonCG(IterativeSolver):
                 "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v < 0 for some v. Jacobi() and "
                 "NystromPreconditioner(rank=...) are positive definite for every matrix."
             )
-        begin = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active))
-        end = self._cg(objective, point, local, m, begin, 0)
+        begin, first, ap = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active)), 0, None
+        if m is None and is_single(r) and bool(active):
+            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps)
+            if done.ap is None:
+                return done.x * unit, begin.negative
+            rz, first, ap = r.new_tensor(done.rr), done.taken, done.ap
+            begin = replace(begin, x=done.x, r=done.r, p=done.p, rz=rz)
+        end = self._cg(objective, point, local, m, begin, first, ap)
         return end.x * unit, end.negative
 
     def _cg(
-        self, objective: Objective, point: Tensor, local: Linearisation, m: Matvec | None, begin: _CG, first: int
+        self,
+        objective: Objective,
+        point: Tensor,
+        local: Linearisation,
+        m: Matvec | None,
+        begin: _CG,
+        first: int,
+        known: Tensor | None = None,
     ) -> _CG:
-        """The steps of CG from number ``first`` on.
+        """The steps of CG from number ``first`` on; ``known``: A p of the first of them, where somebody has it.
 
         Not ``linsys.CG``: every operation here has a derivative (``unrolled``), problems that are done leave the batch,
         and negative curvature at the first direction still leaves a direction to go along (Steihaug 1983).
@@ -166,7 +180,7 @@ class NewtonCG(IterativeSolver):
                     objective.num_grads += few.num_grads
                     objective.num_matvecs += few.num_matvecs
                     return scatter_rows(now, rows, end)
-            ap = local.matvec(p)
+            ap, known = local.matvec(p) if known is None else known, None
             curvature = dot(p, ap)
             bad = active & ~(curvature > 0)
             negative = negative | (bad & (curvature <= 0))
@@ -191,15 +205,23 @@ class NewtonCG(IterativeSolver):
     ) -> tuple[Tensor, Tensor]:
         """The next point, and which problems can go no further."""
         point = state.point
-        hidden = 10 * torch.finfo(slope.dtype).eps * local.value.abs()  # a change of G that may be rounding
+        trial = point + direction
+        value = objective.value(trial)
+        part = 10 * torch.finfo(slope.dtype).eps  # of G, that may be rounding
+        if is_single(trial) and not bool(state.stalled):  # the same test with numbers of Python, which mostly is all
+            begin, rise = float(local.value), float(slope)
+            if abs(rise) > part * abs(begin) and float(value) <= begin + SUFFICIENT_DECREASE * rise:
+                return trial, state.stalled
+        hidden = part * local.value.abs()
         at_floor = slope.abs() <= hidden
         searching = ~(state.stalled | at_floor)
         length = torch.ones_like(slope)
         best = point
         short = torch.zeros_like(searching)  # so short a step, and so little of G, that rounding may have chosen it
         for k in range(self.max_backtracks + 1):
-            trial = point + length.unsqueeze(-1) * direction
-            value = objective.value(trial)
+            if k > 0:
+                trial = point + length.unsqueeze(-1) * direction
+                value = objective.value(trial)
             accept = searching & (value <= local.value + SUFFICIENT_DECREASE * length * slope)
             best = select(accept, trial, best)
             if k >= HALVINGS:
@@ -208,9 +230,12 @@ class NewtonCG(IterativeSolver):
             if not bool(searching.any()):
                 break
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
+        doubtful = at_floor | searching | short
+        if not bool(doubtful.any()):  # as mostly
+            return best, state.stalled
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle. A problem that is done has no direction
-        undecided = ~state.stalled & (at_floor | searching | short) & ~(norm(local.grad) <= self.tol)
+        undecided = ~state.stalled & doubtful & ~(norm(local.grad) <= self.tol)
         short = short & (best != point).any(-1)
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):

@@ -1,0 +1,78 @@
+"""Conjugate gradients for a single problem on the CPU, with numbers of Python in the place of tensors and masks.
+
+For small problems masks take longer than the vectors. These are the ordinary steps only; whatever else may happen is for the masked loop
+of the caller, which goes on from where they end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf, sqrt
+
+import torch
+from torch import Tensor
+
+from bilevel.linsys.base import Matvec
+
+
+def is_single(v: Tensor) -> bool:
+    """Whether the vector is that of one problem, on the CPU, and nothing but its numbers is wanted: no derivative, no transform, and
+    nobody who follows the operators.
+    """
+    return (
+        v.ndim == 1
+        and type(v) is Tensor
+        and v.device.type == "cpu"
+        and not v.requires_grad
+        and not torch._C._functorch.is_functorch_wrapped_tensor(v)
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+@dataclass
+class Steps:
+    """Where CG is: ``r`` = b - A x, ``p`` the next direction, ``rr`` = r^T r, and the quotients of each step."""
+
+    x: Tensor
+    r: Tensor
+    p: Tensor
+    rr: float
+    lengths: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+    ap: Tensor | None = None
+    """A p, where it was no ordinary step that came next."""
+
+    @property
+    def taken(self) -> int:
+        """How many steps."""
+        return len(self.lengths)
+
+
+def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int) -> Steps:
+    """Steps of CG from x with the residual r, until its norm is at most ``threshold``, until there are ``most``, or until p^T A p is no
+    positive number.
+    """
+    x, r, p = x.clone(), r.clone(), r  # x and r change in place; the directions do not, for whoever keeps them
+    steps, largest = Steps(x, r, p, float(torch.dot(r, r))), torch.finfo(r.dtype).max
+
+    def quotient(a: float, b: float) -> float:
+        """As a tensor of this dtype would have it."""
+        return inf if a / b > largest else a / b
+
+    while steps.taken < most and sqrt(steps.rr) > threshold:
+        ap = matvec(steps.p)
+        curvature = float(torch.dot(steps.p, ap)) if is_single(ap) else 0.0
+        if not curvature > 0:
+            steps.ap = ap
+            break
+        alpha = quotient(steps.rr, curvature)
+        x.add_(steps.p, alpha=alpha)
+        r.sub_(ap, alpha=alpha)
+        rr = float(torch.dot(r, r))
+        beta = quotient(rr, steps.rr)
+        steps.p = torch.add(r, steps.p, alpha=beta)
+        steps.rr = rr
+        steps.lengths.append(alpha)
+        steps.shares.append(beta)
+    return steps
