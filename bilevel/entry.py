@@ -202,8 +202,8 @@ Less would take rounding, and the power iterations of spectral norm, for another
 
 
 def has_changed(objective: Objective, phi: Tensor, now: Tensor, before: Tensor) -> Tensor:
-    """Whether the condition at phi, ``now`` ``(*batch, d)``, is that of another problem than the one whose condition had the norm ``before``
-    ``(*batch,)``. A change that leaves the condition at phi as it was is not seen.
+    """Whether the condition at phi, ``now`` ``(*batch, d)``, is that of another problem than the one whose condition had the norm
+    ``before`` ``(*batch,)``. A change that leaves the condition at phi as it was is not seen.
     """
     excess = norm(now) - 10 * before
     if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
