@@ -180,8 +180,8 @@ class Certificate:
             if bool((changed & self.ok[tasks]).any()):
                 raise ValueError(
                     f"error_bound, error_estimate and explain() call the functions of the problem again, but at phi {name} is not what it "
-                    "was when the gradient was taken: something that it captured has changed since (an attribute, the variable of a loop, a "
-                    "buffer, train() or eval(), random numbers). Ask before it changes, or pass it in data."
+                    "was when the gradient was taken: something that it captured has changed since (an attribute, the variable of a loop, "
+                    "a buffer, train() or eval(), random numbers). Ask before it changes, or pass it in data."
                 )
 
     def _join(self, parts: list[Tensor]) -> Tensor:
