@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +28,7 @@ from bilevel.quadratic import QuadraticObjective
 from bilevel.recorded import Programs, TracedObjective
 from bilevel.residual import Residual, RootFlat
 from bilevel.result import Result
-from bilevel.trees import Layout, Structure, Tree, flatten, layout_of, unflatten
+from bilevel.trees import Layout, Structure, Tree, flatten, how_to_tree, layout_of, unflatten
 
 _STATIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -247,15 +247,6 @@ def _initial(flat: Flat, tensors: Sequence[Tensor], levels: Levels) -> tuple[Lay
     return layout_of(unflatten(structure[0], leaves), batch_ndim)
 
 
-def _as_tree(thing: Any) -> str:
-    """How what holds tensors becomes a tree."""
-    if isinstance(thing, torch.nn.ParameterDict):
-        return "; this one becomes one by dict(...)"
-    if isinstance(thing, torch.nn.Module):
-        return "; of a module it is dict(module.named_parameters()), for torch.func.functional_call"
-    return "; an iterator becomes one by list(...)" if isinstance(thing, Iterator) else ""
-
-
 def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like: Tensor | None = None) -> None:
     if not leaves:
         raise ValueError(f"{name}: expected at least one tensor, got an empty tree.")
@@ -264,7 +255,7 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name}{path}: expected a tensor, got {type(leaf).__name__}. A tree is a tensor or nested "
-                f"dicts, lists and tuples of tensors{_as_tree(leaf)}."
+                f"dicts, lists and tuples of tensors{how_to_tree(leaf)}."
             )
         if leaf.dtype not in (torch.float32, torch.float64):
             remedy = "; convert it with .float()" if leaf.is_floating_point() else ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from bilevel.curvature import Curvature
 from bilevel.result import Result
 from bilevel.status import Check, SolverError, refused, require_check
-from bilevel.trees import Tree, flatten
+from bilevel.trees import Tree, flatten, how_to_tree
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,10 +219,16 @@ class Hypergradient:
 
         Raises:
             SolverError: as :meth:`unwrap`; nothing is written then.
+            TypeError: theta is no tree of tensors.
             ValueError: theta is no tree like ``grad``, or a part of it was computed from other tensors.
         """
         (grads, structure), (leaves, own) = flatten(self.unwrap()), flatten(theta)
-        shapes, expected = [leaf.shape for leaf in leaves if isinstance(leaf, Tensor)], [grad.shape for grad in grads]
+        for path, leaf in zip(own.paths(), leaves, strict=True):
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"assign_grad: theta{path}: expected a tree of tensors, got {type(leaf).__name__}{how_to_tree(leaf)}."
+                )
+        shapes, expected = [leaf.shape for leaf in leaves], [grad.shape for grad in grads]
         if own != structure or shapes != expected:
             raise ValueError(
                 f"assign_grad: expected a theta with leaves {structure.paths()} of shapes "

@@ -8,7 +8,7 @@ plain dicts and tuples, without methods of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -142,3 +142,12 @@ def layout_of(tree: Tree, batch_ndim: int = 0) -> tuple[Layout, list[Tensor]]:
     """The layout of a tree whose leaves have ``batch_ndim`` leading batch axes, and its leaves."""
     leaves, structure = flatten(tree)
     return Layout(structure, tuple(leaf.shape[batch_ndim:] for leaf in leaves)), leaves
+
+
+def how_to_tree(thing: Any) -> str:
+    """How what holds tensors becomes a tree."""
+    if isinstance(thing, torch.nn.ParameterDict):
+        return "; this one becomes one by dict(...)"
+    if isinstance(thing, torch.nn.Module):
+        return "; of a module it is dict(module.named_parameters()), for torch.func.functional_call"
+    return "; an iterator becomes one by list(...)" if isinstance(thing, Iterator) else ""

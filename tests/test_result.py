@@ -322,6 +322,13 @@ def test_assign_grad_writes_nothing_that_is_wrong() -> None:
         ValueError, match=r"assign_grad: expected a theta with leaves \[\"\['a'\]\", \"\['b'\]\"\] of shapes .*, got"
     ):
         found.assign_grad(theta["a"])
+    for wrong, remedy in (
+        (torch.nn.ParameterDict({}), r"; this one becomes one by dict\(...\)"),
+        (iter(()), r".* by list\(...\)"),
+        (3, ""),
+    ):
+        with pytest.raises(TypeError, match=rf"assign_grad: theta: expected a tree of tensors, got \w+{remedy}\.$"):
+            found.assign_grad(wrong)
     assert theta["a"].grad is None
 
 
