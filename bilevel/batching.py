@@ -23,7 +23,8 @@ Reduction = Literal["mean", "sum", "none"]
 class Part:
     """What some tasks give: everything per task.
 
-    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or a sum ``(*shape)``.
+    ``grads`` has a leaf ``(tasks, *shape)`` for each leaf of theta, NaN where a task is not ok; or a sum ``(*shape)``. ``inner_grad`` is
+    dG/dphi at phi, and ``slope`` its norm.
     """
 
     phi: Tensor
@@ -33,6 +34,7 @@ class Part:
     linear: Result | None
     ok: Tensor
     slope: Tensor | None = None
+    inner_grad: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def gather(
             inner=concatenate([part.inner for part in parts]),
             linear=concatenate([part.linear for part in parts]),
             ok=torch.cat([part.ok for part in parts]),
-            slope=None if joined.slope is None else torch.cat([part.slope for part in parts if part.slope is not None]),
+            slope=_joined([part.slope for part in parts]),
+            inner_grad=_joined([part.inner_grad for part in parts]),
         )
     outer = torch.where(joined.ok, joined.outer, torch.nan)
     scale = torch.ones((), dtype=outer.dtype, device=outer.device)
@@ -109,6 +112,11 @@ def gather(
         joined = replace(joined, grads=[grad * scale for grad in joined.grads])
         outer = _sum_ok(joined.outer, joined.ok) * scale
     return Gathered(joined, outer, scale, per_task)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if len(found) > 1 else next(iter(found), None)
 
 
 def chunks(call: Call, chunk_size: int | None) -> list[Call]:

@@ -195,18 +195,17 @@ def refuse_lost_gradients(call: Call, name: str) -> None:
 
 
 CHANGED = {torch.float32: 1e-4, torch.float64: 1e-6}
-"""So much may the condition at a solution differ from what the solve has left; 1 is what moving the solution by its own size would do.
+"""So much may a condition differ from what it was; 1 is what moving phi by its own size would do.
 
 Less would take rounding, and the power iterations of spectral norm, for another problem.
 """
 
 
-def has_changed(objective: Objective, phi: Tensor, now: Tensor, before: Tensor) -> Tensor:
-    """Whether the condition at phi, ``now`` ``(*batch, d)``, is that of another problem than the one whose condition had the norm
-    ``before`` ``(*batch,)``. A change that leaves the condition at phi as it was is not seen.
+def has_changed(objective: Objective, phi: Tensor, now: Tensor, excess: Tensor) -> Tensor:
+    """Whether a condition at phi, ``now`` ``(*batch, d)``, that differs by ``excess`` ``(*batch,)`` from what it was is that of another
+    problem. A change that leaves it at phi as it was is not seen.
     """
-    excess = norm(now) - 10 * before
-    if before.shape != excess.shape or not bool((excess > 0).any()):  # the usual case: the same numbers
+    if not bool((excess > 0).any()):  # the usual case: the same numbers
         return torch.zeros_like(excess, dtype=torch.bool)
     size = torch.where(phi == 0, phi.abs().amax(-1, keepdim=True), phi.abs())
     near = phi + 0.1 * some_direction(phi) * torch.where(size > 0, size, 1)

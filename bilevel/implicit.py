@@ -192,7 +192,8 @@ def hypergradient(
         none is left, and with ``reduction="none"`` where one failed.
 
     Raises:
-        TypeError, ValueError: as :func:`implicit_gradient`; and ValueError for both of ``init`` and ``warm_start``.
+        TypeError, ValueError: as :func:`implicit_gradient`; and ValueError for both of ``init`` and ``warm_start``, and for ``accuracy``
+            where a second evaluation of the outer loss at the same point differs.
     """
     check_solver(solver)
     if warm_start is not None and init is not None:
@@ -239,7 +240,7 @@ def _hypergradient(
         return gather(call, lambda piece: _implicit(piece, solver, options), theta_batched, reduction, chunk_size, name)
 
     found = with_programs(call, run)
-    assert found.part.linear is not None and found.part.slope is not None
+    assert found.part.linear is not None and found.part.inner_grad is not None
     certificate = Certificate(
         call=replace(call, phi=found.part.phi, u=found.part.linear.value),
         ok=found.part.ok,
@@ -252,8 +253,8 @@ def _hypergradient(
         outer_chunk_size=options.outer_chunk_size,
         solves=not options.linsys.needs_known_inverse,
         met=converged(found.part.linear.codes),
-        outer=found.part.outer,
-        slope=found.part.slope,
+        outer=found.part.outer.clone(),  # what the user does to the result is no change of the problem
+        inner_grad=found.part.inner_grad,
     )
     return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 
@@ -283,4 +284,4 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     finite = ok_where_finite(torch.ones_like(ok), outer, grads)
     linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
     ok = ok & finite
-    return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok, norm(local.grad))
+    return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok, norm(local.grad), local.grad.detach())

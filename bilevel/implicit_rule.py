@@ -71,9 +71,10 @@ class Rule:
         if not self.left or transforms_active() or getattr(self.solver, "tol", None) == 0:
             return
         (before,) = self.left
-        if bool(has_changed(objective, phi, now, before).any()):
+        size = norm(now)
+        if before.shape == size.shape and bool(has_changed(objective, phi, now, size - 10 * before).any()):
             raise ValueError(
-                f"{self.name}: {self.flat.source} is not what was solved: its condition at the solution is {float(norm(now).max()):.1e} "
+                f"{self.name}: {self.flat.source} is not what was solved: its condition at the solution is {float(size.max()):.1e} "
                 f"now, and was {float(before.max()):.1e} then. Derivatives call the functions again, and something that they captured has "
                 "changed in between: an attribute, the variable of a loop, a buffer, train() or eval(), random numbers. Pass it in data, "
                 "or take the derivative before it changes."

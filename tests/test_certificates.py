@@ -1458,3 +1458,78 @@ def test_a_captured_number_that_has_changed(question, batched, what) -> None:
     assert ask() is not None
     problem.shift = 1.0
     assert ask() is not None  # it is known by now
+
+
+def test_a_change_is_seen_far_from_the_solution_too() -> None:
+    """Where the gradient of G is as large after the change as before."""
+    g = torch.Generator().manual_seed(3)
+    data = {"X": torch.randn(9, 3, generator=g, dtype=F64), "y": torch.randn(9, generator=g, dtype=F64)}
+    problem = Moody()
+    found = bilevel.hypergradient(
+        problem,
+        torch.tensor([-1.0, 0.0, 1.0], dtype=F64),
+        data,
+        solver=GradientDescent(step_size=0.01, max_steps=1),
+        linsys=CG(max_steps=20, rtol=1e-9),
+    )
+    problem.shift = 1e-3
+    with pytest.raises(ValueError, match="at phi inner_objective is not what it was"):
+        found.diagnose()
+
+
+def test_what_a_user_does_to_a_result_is_no_change() -> None:
+    case = Quadratic(0, [1.0, 2.0, 3.0])
+    found = bilevel.hypergradient(
+        case.problem, t(case.theta), None, solver=NewtonCG(max_steps=5, cg_steps=9), linsys=CG(max_steps=9)
+    )
+    found.outer_per_task.zero_()
+    found.slope.fill_(1.0)
+    assert found.error_estimate < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_of_a_loss_that_cancels_is_no_change(seed) -> None:
+    """L is a sum less a number that is nearly equal; another number of threads adds up in another order."""
+    n, threads = 100_003, torch.get_num_threads()
+    x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    size = float((x.double() / 2).square().sum())
+
+    def outer(phi, theta, data):
+        return phi.square().sum() - size
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta * x).square().sum() + 0.5 * phi.square().sum(),
+        outer,
+        lambda theta, data: torch.zeros(n),
+    )
+    try:
+        torch.set_num_threads(1)
+        found = bilevel.hypergradient(
+            problem, torch.ones(()), None, solver=NewtonCG(max_steps=3, cg_steps=2), linsys=CG(max_steps=3)
+        )
+        torch.set_num_threads(2)
+        assert found.error_estimate < 1e-3 * found.grad.abs()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_accuracy_of_a_loss_that_draws_is_refused() -> None:
+    case = Quadratic(0, [1.0, 2.0, 3.0])
+    problem = bilevel.BilevelProblem.from_functions(
+        case.problem.inner_objective,
+        lambda phi, theta, data: phi[torch.randint(3, ())].square(),
+        lambda theta, data: torch.zeros(3, dtype=F64),
+    )
+    torch.manual_seed(0)
+    with pytest.raises(
+        ValueError, match="accuracy= call the functions .* outer_loss is not what it was .* random numbers"
+    ):
+        for _ in range(9):
+            bilevel.hypergradient(
+                problem,
+                t(case.theta),
+                None,
+                solver=NewtonCG(max_steps=9, cg_steps=9),
+                linsys=CG(max_steps=9),
+                accuracy=1e-4,
+            )

@@ -41,7 +41,7 @@ class Certificate:
         chunk_size, outer_chunk_size: as in the call.
         solves: the linear solver solves, unlike ``Identity``.
         met: where it met its tolerance ``(*batch,)``.
-        outer, slope: the outer loss and ``|dG/dphi|`` of each task at phi, then ``(*batch,)``.
+        outer, inner_grad: the outer loss ``(*batch,)`` and dG/dphi ``(*batch, d)`` at phi, then.
         versions: how often each tensor had been written to when the gradient was taken.
     """
 
@@ -57,7 +57,7 @@ class Certificate:
     solves: bool
     met: Tensor
     outer: Tensor
-    slope: Tensor
+    inner_grad: Tensor
     versions: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,15 +173,18 @@ class Certificate:
 
     def _require_same(self, here: Evaluation, tasks: Any) -> None:
         """Refuse to judge the gradient of one problem by another. A change that leaves both at phi as they were is not seen."""
-        inner = has_changed(here.objective, here.phi, here.local.grad, self.slope[tasks])
+        grad = here.local.grad
+        inner = has_changed(here.objective, here.phi, grad, norm(grad - self.inner_grad[tasks]))
         before, now = self.outer[tasks], here.outer
-        outer = (now - before).abs() > CHANGED[here.phi.dtype] * torch.maximum(now.abs(), before.abs())
+        # the sizes of L and of its terms, for rounding in terms that cancel
+        size = torch.maximum(torch.maximum(now.abs(), before.abs()), norm(here.b) * norm(here.phi))
+        outer = (now - before).abs() > CHANGED[here.phi.dtype] * size
         for name, changed in (("inner_objective", inner), ("outer_loss", outer)):
             if bool((changed & self.ok[tasks]).any()):
                 raise ValueError(
-                    f"error_bound, error_estimate and explain() call the functions of the problem again, but at phi {name} is not what it "
-                    "was when the gradient was taken: something that it captured has changed since (an attribute, the variable of a loop, "
-                    "a buffer, train() or eval(), random numbers). Ask before it changes, or pass it in data."
+                    "error_bound, error_estimate, explain() and accuracy= call the functions of the problem again, but at phi "
+                    f"{name} is not what it was when the gradient was taken: something that it captured has changed since (an attribute, "
+                    "the variable of a loop, a buffer, train() or eval(), random numbers). Ask before it changes, or pass it in data."
                 )
 
     def _join(self, parts: list[Tensor]) -> Tensor:

@@ -163,3 +163,20 @@ def test_newton_cg_as_with_masks(name: str, dtype: torch.dtype, monkeypatch: pyt
     assert not bool(one.failed | masked.failed) and one.steps == masked.steps
     assert one.num_matvecs == masked.num_matvecs and one.negative_curvature == masked.negative_curvature
     assert torch.allclose(one.value, masked.value, rtol=0, atol=1e-3 if dtype is F32 else 1e-7)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_newton_cg_of_a_fixed_number_of_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same; and no products any more where CG has met its threshold."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: OBJECTIVES[name](phi, theta),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: 0.01 * theta + 0.001,
+    )
+    theta, solver = torch.linspace(0.5, 1.5, 12, dtype=F64), NewtonCG(max_steps=9, cg_steps=12, cg_rtol=1e-2)
+    one = bilevel.solve(problem, theta, None, solver=solver)
+    monkeypatch.setattr(bilevel.solvers.newton_cg, "is_single", lambda v: False)
+    masked = bilevel.solve(problem, theta, None, solver=solver)
+    assert one.codes == masked.codes and one.steps == masked.steps
+    assert one.negative_curvature == masked.negative_curvature and one.num_matvecs <= masked.num_matvecs
+    assert torch.allclose(one.value, masked.value, rtol=0, atol=1e-7)
