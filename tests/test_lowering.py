@@ -49,6 +49,7 @@ CALLS: dict[object, list[tuple[object, ...]]] = {  # what each operator is calle
     aten.pow.Tensor_Scalar: [(M, 2), (M, 0.5)],
     aten.pow.Tensor_Tensor: [(M, M)],
     aten.reshape.default: [(M, [9]), (M.mT, [-1])],
+    aten.split_with_sizes.default: [(M, [1, 2]), (B3, [1, 0, 2], 1)],
     aten.squeeze.dim: [(M[:1], 0)],
     aten.sum.default: [(M,), (M > 0.5,)],
     aten.sum.dim_IntList: [(M, [0]), (M, [-1], True), (M, [])],
@@ -69,8 +70,13 @@ def test_the_functions_are_the_operators(operator: torch._ops.OpOverload) -> Non
         others = [M, V, M.float(), whole] if operator._overloadname == "Tensor" else numbers
         calls = [(own, other) for own in (M, M.float(), whole) for other in others]
     for arguments in calls or [(M,), (M.mT,), (M.float(),)]:
-        found, expected = _FUNCTIONS[operator](*arguments), operator(*arguments)
-        assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+        all_found, all_expected = _FUNCTIONS[operator](*arguments), operator(*arguments)
+        parts = (
+            [(all_found, all_expected)] if isinstance(all_found, Tensor) else zip(all_found, all_expected, strict=True)
+        )
+        for found, expected in parts:
+            assert torch.equal(found, expected) and found.dtype == expected.dtype
+            assert found.stride() == expected.stride()
 
 
 def test_keywords_stay() -> None:

@@ -36,7 +36,11 @@ GONE: dict[str, Callable[[Tensor], Tensor]] = {
     "times the number one": lambda x: torch.ops.aten.mul.Scalar(x, 1.0),
     "times the power of zero": lambda x: x * x.pow(0.0),
     "transposed twice": lambda x: x.t().t(),
+    "transposed twice, with other names of the axes": lambda x: torch.ops.aten.transpose.int(x.transpose(0, 1), 1, 0),
     "detached": lambda x: x.detach(),
+    "in the shape that it has": lambda x: x.reshape(2, 3),
+    "expanded to the shape that it has": lambda x: x.expand(2, 3),
+    "viewed as it is": lambda x: torch.ops.aten._unsafe_view.default(x, [2, -1]),
 }
 
 
@@ -60,6 +64,10 @@ KEPT: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "a product whose factor repeats one row": (lambda x: x[:1].expand(4, 3) * torch.ones(4, 3, dtype=F64), (X,)),
     "a product that is stored in rows": (lambda x: x.t() * torch.ones_like(x.t().contiguous()), (X,)),
     "a power that is stored without gaps": (lambda x: x[:, :2].pow(1), (X,)),
+    "in another shape": (lambda x: x.reshape(3, 2), (X,)),
+    "expanded": (lambda x: x[:1].expand(4, 3), (X,)),
+    "transposed": (lambda x: x.mT.reshape(2, 3), (X,)),
+    "transposed twice, and not back": (lambda x: x.transpose(0, 1).transpose(1, 2), (torch.rand(2, 3, 4),)),
     "not one": (lambda x: x * (2 * torch.ones_like(x)), (X,)),
     "one plus": (lambda x: x + torch.ones_like(x), (X,)),
     "a power of two": (lambda x: x.pow(2), (X,)),
@@ -84,6 +92,37 @@ def test_the_same_is_computed_once() -> None:
         lambda x: x.exp() * x.sin() + x.exp() + x.sum(0) + x.sum(1)[:1], X.nan_to_num(0, 0, 0).repeat(1, 1)
     )
     assert operators(module).count("exp.default") == 1 and operators(module).count("sum.dim_IntList") == 2
+
+
+def test_ones_like_something_do_not_depend_on_it() -> None:
+    """What every backward pass begins with is made once for all points, not at each (benchmarks/NOTES.md)."""
+    module = simplified(lambda x: (x * (torch.ones_like(x.sum()).expand(2, 3) / 6)).to(F64), X.float())
+    (ones,) = (node for node in module.graph.nodes if "full" in str(node.target))
+    assert not ones.all_input_nodes and not any("sum" in operator for operator in operators(module))
+    found = module(X.float())
+    assert found.dtype == F64
+    torch.testing.assert_close(found, (X.float() * (torch.ones(()) / 6)).double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("like", [lambda x: x.int(), lambda x: x.mT, lambda x: x[:, ::2], lambda x: x > 0])
+def test_ones_have_the_type_and_the_layout_of_what_they_are_like(like: Callable[[Tensor], Tensor]) -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(like(x)), torch.zeros_like(like(x))
+
+    for found, expected in zip(simplified(function, X)(X), function(X), strict=True):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+
+
+def test_parts_of_the_same_are_the_same() -> None:
+    """A network of a flat vector of parameters takes it apart once for every pass over it."""
+
+    def function(x: Tensor) -> Tensor:
+        return x.split([1, 2], 1)[1].exp() + x.split([1, 2], 1)[1].exp()
+
+    module = simplified(function, X)
+    found = operators(module)
+    assert found.count("exp.default") == 1 and len(found) == 4  # with the part and the sum
+    torch.testing.assert_close(module(X), function(X), rtol=0, atol=0, equal_nan=True)
 
 
 def test_numbers_that_are_equal_and_not_the_same_are_told_apart() -> None:

@@ -64,7 +64,7 @@ def direct(graph: fx.Graph) -> fx.Graph:
 
 _OVERLOADS = {
     "abs addcmul addmm addmv baddbmm bmm cat cos dot exp log mm mv neg permute reciprocal relu": ("default",),
-    "reshape rsqrt sigmoid sin sqrt t tanh unsqueeze vdot": ("default",),
+    "reshape rsqrt sigmoid sin split_with_sizes sqrt t tanh unsqueeze vdot": ("default",),
     "add bitwise_and bitwise_or div eq ge gt le lt mul ne sub": ("Tensor", "Scalar"),
     "bitwise_not sum": ("default", "dim_IntList"),
     "pow": ("Tensor_Scalar", "Tensor_Tensor"),

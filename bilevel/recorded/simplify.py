@@ -1,12 +1,13 @@
 """A recorded program without the work that only the general rules of autograd need.
 
 Backward passes begin with a gradient of one, add the zeros of branches that nothing depends on, take powers of one and zero, and compute
-again what another pass has computed. Leaving that out changes nothing but the sign of a zero: NaN and infinity go where they went. Strides
-are kept: an operator may have been recorded for those that its argument had.
+again what another pass has computed; the rules of vmap give tensors the shape that they have. Leaving that out changes nothing but the sign
+of a zero: NaN and infinity go where they went. Strides are kept: an operator may have been recorded for those that its argument had.
 """
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.utils import _pytree as pytree
 _aten = torch.ops.aten
 
 _CONSTANT: dict[Any, float] = {_aten.ones_like.default: 1.0, _aten.zeros_like.default: 0.0}
+_IDENTITIES = (_aten.expand.default, _aten.reshape.default, _aten.view.default, _aten._unsafe_view.default)
+"""What changes nothing but the shape, if that: vmap puts them around every product of matrices."""
 _SHAPES_ONLY = (
     _aten.expand.default,
     _aten.reshape.default,
@@ -45,7 +48,7 @@ def simplify(graph: fx.Graph) -> None:
         value = _value(node, constants)
         if value is not None:
             constants[node] = value
-        simpler = _simpler(graph, node, constants) or node
+        simpler = _simpler(graph, node, constants) or _independent(graph, node, constants) or node
         simpler = known.setdefault(_key(simpler), simpler)
         if simpler is not node:
             node.replace_all_uses_with(simpler)
@@ -70,7 +73,15 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
     first, second = arguments[:2]
     if node.target in (_aten.detach.default, _aten.alias.default):
         return first
+    if node.target in _IDENTITIES and like(node)[0] == like(first)[0]:
+        return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
+        return first.args[0]
+    if (
+        node.target is _aten.transpose.int
+        and first.target is _aten.transpose.int
+        and set(node.args[1:]) == set(first.args[1:])
+    ):
         return first.args[0]
     if node.target is _aten.sum.default and like(node) == like(first) and like(node)[0] == ():
         return first
@@ -93,9 +104,30 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
     return None
 
 
+def _independent(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) -> fx.Node | None:
+    """Ones and zeros like another tensor, as what does not depend on it: then they are made once, and so is all that follows from them
+    alone. None if this is something else.
+    """
+    if node.target not in _CONSTANT or "val" not in node.meta or not node.meta["val"].is_contiguous():
+        return None
+    like_it = node.meta["val"]
+    with graph.inserting_before(node):
+        found = graph.call_function(
+            _aten.full.default,
+            (list(like_it.shape), _CONSTANT[node.target]),
+            {"dtype": like_it.dtype, "device": like_it.device, "pin_memory": False},
+        )
+    found.meta = node.meta
+    constants[found] = constants[node]
+    return found
+
+
 def _key(node: fx.Node) -> Any:
     """Equal for nodes that compute the same."""
-    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in node.target.tags:
+    if isinstance(node.target, torch._ops.OpOverload):
+        if torch.Tag.nondeterministic_seeded in node.target.tags:
+            return node
+    elif node.target is not operator.getitem:  # a part of what an operator returns
         return node
     leaves, structure = pytree.tree_flatten((node.args, node.kwargs))
     # 1, 1.0 and True are equal, and so are 0.0 and -0.0

@@ -102,22 +102,23 @@ class GradientDescent(IterativeSolver):
         first = state.value.isposinf()
         square = dot(state.grad, state.grad)
         slope = state.step_size * square
+        eps = torch.finfo(slope.dtype).eps
         # near the rounding floor of G, where the test on G says nothing, the gradient decides: smaller, or no less steep along the step,
         # as on the way down from a saddle
-        at_floor = slope <= 10 * torch.finfo(slope.dtype).eps * state.value.abs()
+        at_floor = slope <= 10 * eps * state.value.abs()
         highest = state.value + hidden_in_terms(state.phi, state.step_size)
-        falls = (norm(trial.grad) < norm(state.grad)) & not_above(trial.value, highest)
-        moves = state.step_size * norm(state.grad) > torch.finfo(slope.dtype).eps * norm(state.phi)
+        size, phi_size = square.sqrt(), norm(state.phi)
+        falls = (norm(trial.grad) < size) & not_above(trial.value, highest)
+        moves = state.step_size * size > eps * phi_size
         falls = falls | ((dot(trial.grad, state.grad) >= square) & moves & (trial.value <= state.value))
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
         accept = first | (torch.where(at_floor, falls, enough) & trial.value.isfinite())
         step_size = torch.where(
-            first, state.step_size, state.step_size * torch.where(accept, GROW, SHRINK).to(state.step_size)
+            first, state.step_size, torch.where(accept, GROW * state.step_size, SHRINK * state.step_size)
         )
         phi = select(accept, state.point, state.phi)
         grad = select(accept, trial.grad, state.grad)
-        eps = torch.finfo(slope.dtype).eps
-        negligible = step_size * norm(state.grad) <= eps * norm(state.phi)
+        negligible = step_size * size <= eps * phi_size  # asked where phi and the gradient stay
         stalled = state.stalled | torch.where(first, ~trial.value.isfinite(), ~accept & negligible)
         point = select(stalled, phi, phi - step_size.unsqueeze(-1) * grad)
         value = torch.where(accept, trial.value, state.value)

@@ -150,12 +150,14 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert lengths.count(e6.OUTER_STEPS) == len(e6.ROWS) * len(e6.RATES)
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
-    assert steps.count(1) == steps.count(e6.LONGER) == len(e6.ROWS) * 2 * 3 == len(steps) / 2
-    assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in (1, e6.LONGER, e6.LONGEST)}
+    assert steps.count(1) == len(e6.ROWS) * 2 * 3 == len(steps) / 2
+    assert all(steps.count(factor) == len(e6.ROWS) * 3 for factor in e6.LONGER.values())
+    factors = (1, *e6.LONGER.values(), e6.LONGEST)
+    assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in factors}
     longest = [c for c in configs["trained"] if c.outer_steps == e6.LONGEST * e6.OUTER_STEPS]
     assert [one["row"] for one in result["longest"]] == list(e6.ROWS) and {c.seed for c in longest} == {0}
     assert {c.shots for c in longest} == {10}
-    longer = [(c.shots, c.seed) for c in configs["trained"] if c.outer_steps == e6.LONGER * e6.OUTER_STEPS]
+    longer = [(c.shots, c.seed) for c in configs["trained"] if c.outer_steps == e6.LONGER[c.shots] * e6.OUTER_STEPS]
     assert sorted(longer) == sorted((k, seed) for k in (5, 10) for seed in range(3) for _ in e6.ROWS)
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
@@ -201,7 +203,7 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     settings = {row: {"inner_steps": 1} for row in e6.ROWS}
     short = [made_up(row, seed, (3.0 + seed, 1.0 + seed)) for row in e6.ROWS for seed in range(3)]
     gains = dict(zip(e6.ROWS, (0.5, 0.6, 0.7, 0.9, 0.8), strict=True))
-    long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER) for row in e6.ROWS for seed in range(3)]
+    long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER[10]) for row in e6.ROWS for seed in range(3)]
     other = [{**run, "shots": 10} for run in short]  # not trained longer
     lines = e6._convergence({"runs": short + long + other, "settings": settings})
     assert "after 10 outer steps and after 40," in lines[0] and "gains between 10 and 50 % of the error" in lines[0]
@@ -221,8 +223,11 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
 def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
     """Errors proportional to steps to the power of -1/2: 1, 1/2 and 1/4 after 10, 40 and 160."""
     settings = {"hf": {"inner_steps": 1}}
-    runs = [made_up("hf", s, (9.0, (2.0 + s) / factor**0.5), factor) for s in range(3) for factor in (1, e6.LONGER)]
-    longest = [made_up("hf", 0, (9.0, 0.5), e6.LONGEST)]
+    factors = (1, e6.LONGER[10])
+    runs = [made_up("hf", s, (9.0, (2.0 + s) / factor**0.5), factor) for s in range(3) for factor in factors]
+    runs, longest = (
+        [{**run, "shots": 10} for run in some] for some in (runs, [made_up("hf", 0, (9.0, 0.5), e6.LONGEST)])
+    )
     lines = e6._longest({"runs": runs, "settings": settings, "longest": longest})
     absent = "MAML, first-order MAML, Reptile, iMAML, gradient descent"
     words = f"One seed, 160 outer steps ({absent}: not run so long); the error after 10 inner steps."
@@ -233,7 +238,7 @@ def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
 
 def test_the_longest_training_is_reported() -> None:
     short = [made_up(row, seed, (3.0, 1.0)) for row in e6.ROWS for seed in range(3)]
-    long = [made_up(row, seed, (2.0, 0.5), e6.LONGER) for row in e6.ROWS for seed in range(3)]
+    long = [made_up(row, seed, (2.0, 0.5), e6.LONGER[10]) for row in e6.ROWS for seed in range(3)]
     other = [{**made_up(row, seed, (7.0, 6.0)), "shots": 10} for row in e6.ROWS for seed in range(3)]
     result = {"runs": short + long + other}
     assert e6.select(result, "gd", 5) == [run for run in long if run["row"] == "gd"]
