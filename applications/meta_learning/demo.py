@@ -19,6 +19,7 @@ from rich.table import Table
 import bilevel
 from applications.meta_learning.config import Config
 from applications.meta_learning.data import TaskBatch
+from applications.meta_learning.display import PLAIN_SECONDS
 from applications.meta_learning.evaluate import Evaluation
 from applications.meta_learning.logs import environment, write_json
 from applications.meta_learning.method import REGIME, conditions
@@ -249,8 +250,30 @@ def _write(folder: Path, rows: list[Row], trainer: Trainer) -> None:
     )
 
 
+class _PlainLines:
+    """Where there is no terminal: a line now and then, so that nobody takes minutes of work for a standstill."""
+
+    def __init__(self, console: Console, budget: float) -> None:
+        self._console, self._budget, self._began = console, budget, time.monotonic()
+        self._last = self._began
+        self._print(f"training {FIRST_ORDER} and {IMAML} in turn for {budget:.0f} s ...")
+
+    def __call__(self, runs: dict[str, Arm]) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            steps = ", ".join(f"{method} step {run.trainer.progress.step}" for method, run in runs.items())
+            self._print(f"{now - self._began:.0f} of {self._budget:.0f} s: {steps}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _progress(console: Console, budget: float) -> Iterator[Callable[[dict[str, Arm]], None]]:
+    if not console.is_terminal:
+        yield _PlainLines(console, budget)
+        return
     name, steps = TextColumn("{task.description:<18}"), TextColumn("step {task.fields[step]}")
     with Progress(name, BarColumn(bar_width=None), steps, TimeElapsedColumn(), console=console, expand=True) as bar:
         tasks = {method: bar.add_task(method, total=budget / 2, step=0) for method in (FIRST_ORDER, IMAML)}

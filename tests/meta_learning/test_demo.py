@@ -1,8 +1,10 @@
 """The comparison of `imaml demo`, small."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -66,6 +68,25 @@ def test_equal_steps_and_equal_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = (tmp_path / "console.txt").read_text()
     for words in (UNTRAINED, FIRST_ORDER, IMAML, "At equal steps:", "At equal time:", "transductive"):
         assert words in text
+
+
+def test_without_a_terminal_it_says_now_and_then_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through a pipe or into a file it was silent until the table, for minutes."""
+    clock = [0.0]
+    monkeypatch.setattr(demo.time, "monotonic", lambda: clock[0])
+    text = io.StringIO()
+    arms = {
+        name: demo.Arm(trainer=SimpleNamespace(progress=SimpleNamespace(step=step)))  # type: ignore[arg-type]  # all that is read
+        for name, step in ((FIRST_ORDER, 12), (IMAML, 7))
+    }
+    with demo._progress(Console(file=text, width=20), 200.0) as tick:
+        for clock[0] in (1.0, 29.0, 31.0, 40.0, 62.0):
+            tick(arms)
+    assert text.getvalue().splitlines() == [
+        "training first-order MAML and iMAML in turn for 200 s ...",
+        "31 of 200 s: first-order MAML step 12, iMAML step 7",
+        "62 of 200 s: first-order MAML step 12, iMAML step 7",
+    ]
 
 
 def row(method: str, at: str, mean: float) -> Row:
