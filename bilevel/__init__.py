@@ -9,6 +9,7 @@ from bilevel.curvature import GaussNewton, Hessian
 from bilevel.gradient import Diagnosis, Hypergradient
 from bilevel.implicit import hypergradient, implicit_gradient, solve
 from bilevel.learned_proximal import LearnedProximalProblem
+from bilevel.parts import sum_over_parts
 from bilevel.problem import BilevelProblem, Split
 from bilevel.proximal import ProximalProblem
 from bilevel.result import Result
@@ -45,6 +46,7 @@ __all__ = [
     "root",
     "solve",
     "solvers",
+    "sum_over_parts",
     "theory",
     "tolerances",
     "tree_leaves",

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, GaussNewton, argmin, hypergradient, implicit_gradient, solve
+from bilevel import BilevelProblem, GaussNewton, argmin, hypergradient, implicit_gradient, solve, sum_over_parts
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 from tests.cases import PROBLEMS
@@ -69,7 +69,16 @@ def training() -> Callable[[], Any]:
     return step
 
 
+def by_parts() -> None:
+    theta = EXPONENTIAL.theta.clone().requires_grad_()
+    tail = torch.ones(2, dtype=theta.dtype)
+    value = sum_over_parts(lambda theta, part: (theta.sin() * part).sum(), tail, theta)
+    (first,) = torch.autograd.grad(value, theta, create_graph=True)
+    torch.autograd.grad((first**2).sum(), theta)
+
+
 CALLS: dict[str, Callable[[], Any]] = {
+    "a sum over parts": by_parts,
     "hypergradient gd cg": gradient_of(RIDGE, solver=DESCENT, linsys=CG(max_steps=3)),
     "hypergradient agd neumann": gradient_of(
         COUPLED, solver=NesterovAGD(step_size=0.1, max_steps=5), linsys=Neumann(num_terms=3, step_size=0.1)
