@@ -115,15 +115,21 @@ class _Sum:
         found: list[Tensor | None] = [None] * len(inputs)
         with torch.enable_grad(), self.autocast():
             for value in self.each(inputs):
-                if not value.requires_grad:
-                    continue
-                slopes = torch.autograd.grad(value, [inputs[i] for i in used], create_graph=True, allow_unused=True)
-                pairs = [(g, w) for g, w in zip(slopes, v, strict=True) if g is not None and g.requires_grad]
-                if pairs:
-                    own, cotangents = zip(*pairs, strict=True)
-                    _add(found, torch.autograd.grad(own, inputs, cotangents, create_graph=keep, allow_unused=True))
-                del value, slopes, pairs
+                if value.requires_grad:
+                    _add(found, _product(value, inputs, used, v, keep))
+                del value
         return found
+
+
+def _product(
+    value: Tensor, inputs: list[Tensor], used: list[int], v: tuple[Tensor, ...], keep: bool
+) -> tuple[Tensor | None, ...]:
+    slopes = torch.autograd.grad(value, [inputs[i] for i in used], create_graph=True, allow_unused=True)
+    pairs = [(slope, w) for slope, w in zip(slopes, v, strict=True) if slope is not None and slope.requires_grad]
+    if not pairs:
+        return ()
+    own, cotangents = zip(*pairs, strict=True)
+    return torch.autograd.grad(own, inputs, cotangents, create_graph=keep, allow_unused=True)
 
 
 class _Value(torch.autograd.Function):

@@ -189,11 +189,13 @@ def test_one_graph_at_a_time() -> None:
 
         def witnessed(phi: Tensor, part: tuple[Tensor, Tensor]) -> Tensor:
             counts.append(sum(ref() is not None for ref in seen))
-            value = squares(phi.sin(), part)
-            if value.grad_fn is not None:
-                token = Token()
-                value.grad_fn.metadata["witness"] = token  # lives as long as the graph
-                seen.append(weakref.ref(token))
+            hidden = phi.sin() * part[0]
+            value = (hidden.sum(1) - part[1]).square().sum()
+            for tensor in (hidden, value):
+                if tensor.grad_fn is not None:
+                    token = Token()
+                    tensor.grad_fn.metadata["witness"] = token  # lives as long as the graph
+                    seen.append(weakref.ref(token))
             return value
 
         return bilevel.BilevelProblem.from_functions(
