@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from bilevel.linsys import CG, Exact
 from bilevel.recorded.programs import Programs
 from bilevel.recorded.recording import recorded, split_linearisation
 from bilevel.solvers import GradientDescent, NewtonCG
+from bilevel.solvers.base import IterativeSolver, State
 from bilevel.trees import flatten
 from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
 
@@ -676,3 +678,48 @@ def test_a_task_beside_larger_ones_does_not_keep_an_old_recording(dtype: torch.d
         )
         expected = torch.full((2,), Captured.penalty / (1 + Captured.penalty), dtype=dtype)
         torch.testing.assert_close(found.grad[1], expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritesToTheGradient(IterativeSolver):
+    """A solver of the user's, which takes what it got for its own."""
+
+    max_steps: int = 4
+    tol: float = 0.0
+    check_every: int = 1
+
+    def init(self, objective: Any, phi: Tensor) -> State:
+        return State.start(phi)
+
+    def step(self, objective: Any, state: State, local: Any) -> State:
+        phi = state.point + local.grad.mul_(-0.1)
+        return replace(state, phi=phi, point=phi)
+
+
+CONSTANT_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a number": lambda phi, theta: (2 * phi).sum(),
+    "theta": lambda phi, theta: (theta * phi).sum(),
+    "a view of theta": lambda phi, theta: (theta.reshape(3, 1) * phi.reshape(3, 1)).sum(),
+    "a part of theta": lambda phi, theta: theta[0] * phi.mean(),
+    "something of theta": lambda phi, theta: (theta.exp() * phi).sum(),
+    "no constant": lambda phi, theta: (theta * phi.square()).sum(),
+}
+
+
+@pytest.mark.parametrize("inner", CONSTANT_GRADIENTS.values(), ids=CONSTANT_GRADIENTS)
+def test_a_solver_may_write_to_the_gradient_that_it_got(inner: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """What is recorded computes constants once; handing them out, it gave the second step the gradient that the first had
+    overwritten, and theta was overwritten with it.
+    """
+    theta = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: inner(phi, theta),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.ones(3, dtype=F64),
+    )
+    plain, compiled, again = (
+        bilevel.solve(problem, theta, solver=WritesToTheGradient(), compile=compile) for compile in (False, True, True)
+    )
+    torch.testing.assert_close(compiled.value, plain.value)
+    torch.testing.assert_close(again.value, plain.value)
+    assert theta.tolist() == [1.0, 2.0, 3.0]

@@ -261,3 +261,33 @@ def test_tasks_that_are_done_cost_no_gradients() -> None:
     found = bilevel.solve(problem, theta, (X, labels), solver=solver, init=starts, batched=True)
     assert found.steps[:4].max() <= 1 < found.steps[4:].min()
     assert found.num_grads <= max(one.num_grads for one in alone) + 2
+
+
+@pytest.mark.parametrize(("scale", "status"), [(1e-25, Status.CONVERGED), (1e25, Status.LINE_SEARCH_FAILED)])
+def test_the_length_of_a_gradient_of_one_entry(scale: float, status: Status) -> None:
+    """In float32 the square of the entry underflows, and then nothing is a descent, or overflows, and then nothing is too short a step.
+    The length of one entry does neither."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: scale * (phi - theta).square().sum(),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    solver = GradientDescent(step_size=None, max_steps=200, tol=scale * 1e-5)
+    result = bilevel.solve(problem, torch.tensor([3.0]), solver=solver)
+    assert result.codes == int(status) and result.steps < 100
+    if status is Status.CONVERGED:
+        torch.testing.assert_close(result.value, torch.tensor([3.0]), rtol=1e-5, atol=0)
+
+
+def test_a_gradient_that_stays_the_same_is_no_smaller_one() -> None:
+    """G falls by less than its rounding along a slope that never ends. Lengths that were measured in two ways differed in the last digit
+    for a tenth of the tasks, which walked on and on."""
+    directions = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 1e-12 * (phi @ data) + theta.sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.ones(3),
+    )
+    solver = GradientDescent(step_size=None, max_steps=200, tol=1e-30)
+    result = bilevel.solve(problem, torch.ones(1), directions, solver=solver, batched=True)
+    assert set(result.codes.tolist()) == {int(Status.LINE_SEARCH_FAILED)} and int(result.steps.max()) < 20

@@ -104,13 +104,35 @@ def test_ones_like_something_do_not_depend_on_it() -> None:
     torch.testing.assert_close(found, (X.float() * (torch.ones(()) / 6)).double(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("like", [lambda x: x.int(), lambda x: x.mT, lambda x: x[:, ::2], lambda x: x > 0])
+@pytest.mark.parametrize(
+    "like",
+    [
+        lambda x: x.int(),
+        lambda x: x.mT,
+        lambda x: x[:, ::2],
+        lambda x: x > 0,
+        lambda x: x[:, None, :, None].to(memory_format=torch.channels_last),
+    ],
+)
 def test_ones_have_the_type_and_the_layout_of_what_they_are_like(like: Callable[[Tensor], Tensor]) -> None:
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(like(x)), torch.zeros_like(like(x))
 
     for found, expected in zip(simplified(function, X)(X), function(X), strict=True):
         assert torch.equal(found, expected) and found.dtype == expected.dtype and found.stride() == expected.stride()
+
+
+def test_a_captured_tensor_of_which_nothing_is_known() -> None:
+    """Old versions of PyTorch record it without its shape."""
+    captured = torch.rand(6, dtype=F64)
+    module = make_fx(lambda x: (x + captured.view(2, 3)).reshape(2, 3))(X)
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            node.meta.clear()
+    simplify(module.graph)
+    module.recompile()
+    assert operators(module).count("view.default") == 1
+    torch.testing.assert_close(module(X), X + captured.view(2, 3), equal_nan=True)
 
 
 def test_parts_of_the_same_are_the_same() -> None:

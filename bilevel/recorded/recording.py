@@ -4,6 +4,7 @@ times.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,8 @@ def split_linearisation(whole: fx.GraphModule) -> tuple[Function, Function, Func
     for node in nodes[:-1]:
         if node not in of_v | of_u:
             copies[node] = prepare.node_copy(node, copies.__getitem__)
-    prepare.output(fx.map_arg((value, grad, tuple(saved_v), tuple(saved_u)), copies.__getitem__))
+    numbers = [_own(prepare, copies[node]) for node in (value, grad)]
+    prepare.output((*numbers, *fx.map_arg((tuple(saved_v), tuple(saved_u)), copies.__getitem__)))
     graphs = (prepare, product_graph, cross_graph)
     for graph in graphs:
         graph.eliminate_dead_code()
@@ -97,5 +99,19 @@ def _part(nodes: list[fx.Node], own: set[fx.Node], source: fx.Node, output: Any)
     for node in nodes:
         if node in own and node is not source:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(fx.map_arg(output, copies.__getitem__))
+    graph.output(fx.map_arg(output, lambda node: _own(graph, copies[node])))
     return saved, graph
+
+
+def _own(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """A result that shares no memory with theta, data or a constant: a solver of the user's may write to what it got."""
+    source = node
+    while source.op == "call_function" and _is_view(source.target):
+        source = source.args[0]  # type: ignore[assignment]  # views are of a node
+    return node if source.op == "call_function" else graph.call_function(_aten.clone.default, (node,))
+
+
+def _is_view(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target is _aten._unsafe_view.default or any(out.alias_info is not None for out in target._schema.returns)
+    return target is operator.getitem

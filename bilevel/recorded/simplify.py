@@ -73,7 +73,7 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
     first, second = arguments[:2]
     if node.target in (_aten.detach.default, _aten.alias.default):
         return first
-    if node.target in _IDENTITIES and like(node)[0] == like(first)[0]:
+    if node.target in _IDENTITIES and _is_known(first) and like(node)[0] == like(first)[0]:
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
         return first.args[0]
@@ -108,9 +108,11 @@ def _independent(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]
     """Ones and zeros like another tensor, as what does not depend on it: then they are made once, and so is all that follows from them
     alone. None if this is something else.
     """
-    if node.target not in _CONSTANT or "val" not in node.meta or not node.meta["val"].is_contiguous():
+    if node.target not in _CONSTANT or "val" not in node.meta:
         return None
     like_it = node.meta["val"]
+    if like_it.stride() != torch.empty(like_it.shape, device="meta").stride():
+        return None
     with graph.inserting_before(node):
         found = graph.call_function(
             _aten.full.default,
@@ -136,6 +138,11 @@ def _key(node: fx.Node) -> Any:
         repr(structure),  # torch 2.6 cannot hash it
         tuple(leaf if isinstance(leaf, fx.Node) else (type(leaf), repr(leaf)) for leaf in leaves),
     )
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether its shape is: old versions of PyTorch do not say it of a tensor that the function captured."""
+    return "val" in node.meta or "tensor_meta" in node.meta
 
 
 def like(node: fx.Node) -> tuple[Any, ...]:
