@@ -220,6 +220,139 @@ class Token:
     pass
 
 
+RELATED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "twice the same": lambda w: (w, w),
+    "and a part of it": lambda w: (w, w[:2]),
+    "and what is made of it": lambda w: (w, w.sigmoid()),
+}
+
+
+@pytest.mark.parametrize("related", RELATED.values(), ids=RELATED)
+def test_arguments_that_depend_on_one_another(related: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def own(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
+        return (x @ a) * b.sum() + (a[:2] * b[:2]).sum() ** 3
+
+    found, expected = (
+        torch.autograd.functional.hessian(lambda w, sum_up=sum_up: sum_up(own, X, *related(2 * w)), W)  # type: ignore[misc]
+        for sum_up in (sum_over_parts, plain_sum)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_are_called_as_for_the_plain_sum() -> None:
+    calls: list[list[Tensor]] = []
+    for sum_up in (sum_over_parts, plain_sum):
+        w, y = W.clone().requires_grad_(), Y[:3].clone().requires_grad_()
+        seen: list[Tensor] = []
+        middle = 3 * w
+        middle.register_hook(seen.append)
+        grad = torch.autograd.grad(
+            sum_up(lambda w, y, x: (x @ w) ** 2 * y.sum(), X, middle, y), (w, y), create_graph=True
+        )
+        torch.autograd.grad(grad[1].sum(), w)
+        calls.append([tensor.detach() for tensor in seen])
+    torch.testing.assert_close(*calls)
+    assert len(calls[0]) == 2
+
+
+def test_what_nobody_asked_for_makes_no_nan() -> None:
+    """The second derivative of |t|^1.5 is infinite at 0."""
+    w, t = W.clone().requires_grad_(), torch.zeros((), dtype=F64, requires_grad=True)
+    value = sum_over_parts(lambda w, t, x: (x @ w) ** 2 * (1 + t) + t.abs() ** 1.5, X, w, t)
+    (grad,) = torch.autograd.grad(value, w, create_graph=True)
+    found = torch.autograd.grad(grad.sum(), (w, t))
+    torch.testing.assert_close(found[1], 2 * (X.T @ (X @ W)).sum())
+
+
+def test_scaled_gradients_in_float16() -> None:
+    """As GradScaler has it: what would underflow on its way is scaled before."""
+    w, x = torch.tensor([[0.3], [-0.2], [0.5]], requires_grad=True), torch.full((4, 3), 0.1)
+    with torch.autocast("cpu", torch.float16):
+        value = sum_over_parts(lambda w, p: (p[None] @ w).float().square().sum() * 1e-7, x, w)
+    (grad,) = torch.autograd.grad(value * 2.0**16, w)
+    torch.testing.assert_close(grad, 2.0**16 * 1e-7 * 2 * x.T @ (x @ w.detach()), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("which", ["part", "argument"])
+def test_data_that_were_written_to_are_refused(which: str) -> None:
+    data = {"part": list(X.clone()), "argument": torch.ones(3, dtype=F64)}
+    w = W.clone().requires_grad_()
+    value = sum_over_parts(lambda w, a, p: ((p * a) @ w) ** 2, data["part"], w, data["argument"])
+    (grad,) = torch.autograd.grad(value, w, create_graph=True)
+    (data["part"][1] if which == "part" else data["argument"]).mul_(3)
+    with pytest.raises(
+        ValueError,
+        match=r"^sum_over_parts: expected the data of the gradient in the product, too, but they were written",
+    ):
+        torch.autograd.grad(grad.sum(), w)
+
+
+def test_tangents_of_the_parts() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(X, torch.ones_like(X))
+        found, expected = (
+            torch.autograd.forward_ad.unpack_dual(
+                sum_up(lambda w, p: (p @ w) ** 2, list(x), W.clone().requires_grad_())
+            ).tangent
+            for sum_up in (sum_over_parts, plain_sum)
+        )
+        torch.testing.assert_close(found, expected)
+
+
+def test_one_piece_of_data_at_a_time() -> None:
+    alive: list[int] = []
+    seen: list[weakref.ref[Any]] = []
+
+    class Loader:
+        def __iter__(self) -> Iterator[Tensor]:
+            for i in range(6):
+                alive.append(sum(ref() is not None for ref in seen))
+                piece = X[i].clone()
+                seen.append(weakref.ref(piece))
+                yield piece
+                del piece
+
+    w = W.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(sum_over_parts(lambda w, x: (x @ w).sin(), Loader(), w), w, create_graph=True)
+    torch.autograd.grad(grad.sum(), w)
+    with torch.no_grad():
+        sum_over_parts(lambda w, x: (x @ w).sin(), Loader(), w)
+    assert len(alive) == 18 and max(alive) == 0
+
+
+def test_several_cotangents_at_once() -> None:
+    w = W.clone().requires_grad_()
+    value = sum_over_parts(lambda w, x: (x @ w) ** 2, X, w)
+    cotangents = torch.tensor([1.0, 2.0], dtype=F64)
+    (found,) = torch.func.vmap(lambda c: torch.autograd.grad(value, w, c, retain_graph=True))(cotangents)
+    torch.testing.assert_close(found, cotangents[:, None] * (2 * X.T @ (X @ W)))
+
+
+def test_shapes_alone() -> None:
+    w = torch.empty(3, device="meta", requires_grad=True)
+    value = sum_over_parts(lambda w, x: (x @ w) ** 2, torch.empty(5, 3, device="meta"), w)
+    (grad,) = torch.autograd.grad(value, w, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), w)[0].shape == (3,)
+
+
+def test_the_sum_is_a_number_of_its_own() -> None:
+    s = S.clone().requires_grad_()
+    value = sum_over_parts(lambda s, part: s, [None], s)
+    with torch.no_grad():
+        value += 1
+    assert float(s) == float(S)
+
+
+@pytest.mark.parametrize("parts", [{"x": X}, None, squares], ids=["a dict", "None", "the loss"])
+def test_what_is_no_iterable_of_parts(parts: Any) -> None:
+    loss: Any = X if parts is squares else squares
+    with pytest.raises(
+        TypeError,
+        match=r"^sum_over_parts: expected a loss and an iterable of parts, sum_over_parts\(loss, parts, \*arg",
+    ):
+        sum_over_parts(loss, parts, W)
+
+
 def test_what_can_be_read_again_is_not_kept() -> None:
     """A loader makes its pieces when they are asked for: for the value and gradient, and for each product."""
 
@@ -292,7 +425,14 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "captured": (
         lambda w: sum_over_parts(lambda own, part: (part @ own) * w.sum(), X, 2 * w),
         "sum_over_parts: the loss uses a tensor that carries a gradient and is none of its arguments, so no derivative would reach it. "
-        "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part).",
+        "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
+        "dict(module.named_parameters()), all of them, and call it by torch.func.functional_call.",
+    ),
+    "a module": (
+        lambda w: sum_over_parts(lambda module, part: module(part).sum(), X, torch.nn.Linear(3, 1, dtype=F64)),
+        "sum_over_parts: the loss uses a tensor that carries a gradient and is none of its arguments, so no derivative would reach it. "
+        "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
+        "dict(module.named_parameters()), all of them, and call it by torch.func.functional_call.",
     ),
     "data made of theta": (
         lambda w: sum_over_parts(lambda own, part: part @ own, [w * x for x in X], 2 * w),
