@@ -62,7 +62,7 @@ def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments
     if not torch.is_grad_enabled() or elsewhere or (own and is_half):
         return work.value(inputs)
     if not own:
-        return work.constant()
+        return work.value([], only_data=True)
     if isinstance(parts, Iterator):
         work.parts = tuple(parts)
     return _Value.apply(work, *inputs)
@@ -116,19 +116,12 @@ class _Sum:
         if none:
             raise ValueError("sum_over_parts: expected at least one part, got none. Has an iterator been used before?")
 
-    def value(self, inputs: list[Tensor]) -> Tensor:
-        """The plain sum."""
+    def value(self, inputs: list[Tensor], *, only_data: bool = False) -> Tensor:
+        """The plain sum; ``only_data``: of what has no gradient."""
         total: Tensor | None = None
-        for value in self.each(inputs):
-            total = value if total is None else total + value
-        assert total is not None
-        return total
-
-    def constant(self) -> Tensor:
-        """The plain sum where nothing has a gradient, or nothing that is known."""
-        total: Tensor | None = None
-        for value in self.each([], only_data=True):
-            _refuse_captured(value, [])
+        for value in self.each(inputs, only_data=only_data):
+            if only_data:
+                _refuse_captured(value, [])
             total = value if total is None else total + value
         assert total is not None
         return total
