@@ -207,6 +207,9 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     other = [{**run, "shots": 10} for run in short]  # not trained longer
     lines = e6._convergence({"runs": short + long + other, "settings": settings})
     assert "after 10 outer steps and after 40," in lines[0] and "gains between 10 and 50 % of the error" in lines[0]
+    assert "the change is clear of 0 for 0 of 5 algorithms" in lines[0]  # 2 ± 2.5 in the units of each
+    steady = [made_up("fo", r["seed"], (2.0, 0.5 + r["seed"]), e6.LONGER[10]) if r["row"] == "fo" else r for r in long]
+    assert "clear of 0 for 1 of 5 algorithms" in e6._convergence({"runs": short + steady, "settings": settings})[0]
     width = e6.half_width([1.0, 2.0, 3.0])
     change = f"-1 ± {width / 2:.2g}"  # of 1, 2, 3 to 0.5, 1, 1.5: -0.5, -1, -1.5
     assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} | {change} |" in lines

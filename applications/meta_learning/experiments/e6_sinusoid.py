@@ -178,7 +178,7 @@ class E6(Experiment):
         commits = [f"`{commit[:12]}`" for commit in dict.fromkeys(run.get("commit") for run in runs) if commit]
         words = super().sources(stored) + (f"; runs of the commits {', '.join(commits)}" if len(commits) > 1 else "")
         elsewhere = {run["processor"] for run in runs if "processor" in run} - {stored["environment"]["processor"]}
-        return words + (f", some of the longest ones on {' and '.join(sorted(elsewhere))}" if elsewhere else "")
+        return words + (f", some of the longer ones on {' and '.join(sorted(elsewhere))}" if elsewhere else "")
 
     def findings(self, result: Numbers) -> list[str]:
         return [
@@ -393,12 +393,14 @@ def _convergence(result: Numbers) -> list[str]:
         (first, *_), (last, *_) = runs["maml"]
         if first["factor"] == last["factor"]:
             continue
-        rows, means = [], []
+        rows, means, clear = [], [], 0
         for row, name in ROWS.items():
             steps = result["settings"][row]["inner_steps"]
             (here, far), (later_here, later_far) = (zip(*_ends(some, steps), strict=True) for some in runs[row])
-            change = _shown(b - a for a, b in zip(far, later_far, strict=True))
-            rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far)), change])
+            changes_by_seed = [b - a for a, b in zip(far, later_far, strict=True)]
+            width = half_width(changes_by_seed)
+            clear += width is not None and abs(statistics.mean(changes_by_seed)) > width
+            rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes_by_seed))])
             means.append((statistics.mean(far), statistics.mean(later_far)))
         changes = [1 - after / before for before, after in means]
         orders = [[row for _, row in sorted(zip(errors, ROWS, strict=True))] for errors in zip(*means, strict=True)]
@@ -408,7 +410,8 @@ def _convergence(result: Numbers) -> list[str]:
             f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
             f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
             f"seed. After {most} inner steps the longer training gains between {100 * min(changes):.0f} and {100 * max(changes):.0f} % of "
-            f"the error; the order of the algorithms there {same}.",
+            f"the error, and the 95 % interval of the change is clear of 0 for {clear} of {len(ROWS)} algorithms; the order of the "
+            f"algorithms there {same}.",
             "",
             *table(
                 [
