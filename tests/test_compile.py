@@ -696,17 +696,19 @@ class WritesToTheGradient(IterativeSolver):
         return replace(state, phi=phi, point=phi)
 
 
-CONSTANT_GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+GRADIENTS_THAT_ARE_THERE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a number": lambda phi, theta: (2 * phi).sum(),
     "theta": lambda phi, theta: (theta * phi).sum(),
     "a view of theta": lambda phi, theta: (theta.reshape(3, 1) * phi.reshape(3, 1)).sum(),
+    "phi itself": lambda phi, theta: (phi.detach() * phi).sum(),
+    "all pieces of phi": lambda phi, theta: (phi.detach().chunk(1)[0] * phi).sum(),
     "a part of theta": lambda phi, theta: theta[0] * phi.mean(),
     "something of theta": lambda phi, theta: (theta.exp() * phi).sum(),
     "no constant": lambda phi, theta: (theta * phi.square()).sum(),
 }
 
 
-@pytest.mark.parametrize("inner", CONSTANT_GRADIENTS.values(), ids=CONSTANT_GRADIENTS)
+@pytest.mark.parametrize("inner", GRADIENTS_THAT_ARE_THERE.values(), ids=GRADIENTS_THAT_ARE_THERE)
 def test_a_solver_may_write_to_the_gradient_that_it_got(inner: Callable[[Tensor, Tensor], Tensor]) -> None:
     """What is recorded computes constants once; handing them out, it gave the second step the gradient that the first had
     overwritten, and theta was overwritten with it.

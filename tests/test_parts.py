@@ -328,6 +328,15 @@ def test_several_cotangents_at_once() -> None:
     torch.testing.assert_close(found, cotangents[:, None] * (2 * X.T @ (X @ W)))
 
 
+def test_a_gradient_may_be_asked_for_again() -> None:
+    w = W.clone().requires_grad_()
+    value = sum_over_parts(lambda w, x: (x @ w) ** 2, X, w)
+    grads = [torch.autograd.grad(value, w, create_graph=True)[0] for _ in range(2)]
+    products = [torch.autograd.grad(grad.sum(), w, retain_graph=True)[0] for grad in (*grads, *grads)]
+    for product in products:
+        torch.testing.assert_close(product, 2 * X.T @ X.sum(1))
+
+
 def test_shapes_alone() -> None:
     w = torch.empty(3, device="meta", requires_grad=True)
     value = sum_over_parts(lambda w, x: (x @ w) ** 2, torch.empty(5, 3, device="meta"), w)
