@@ -107,10 +107,8 @@ class GradientDescent(IterativeSolver):
         # as on the way down from a saddle
         at_floor = slope <= 10 * eps * state.value.abs()
         highest = state.value + hidden_in_terms(state.phi, state.step_size)
-        size, phi_size = (
-            norm(state.grad),
-            norm(state.phi),
-        )  # not the root of `square`, which rounds and underflows otherwise
+        # not the root of `square`, which rounds otherwise, and of one entry underflows
+        size, phi_size = norm(state.grad), norm(state.phi)
         falls = (norm(trial.grad) < size) & not_above(trial.value, highest)
         moves = state.step_size * size > eps * phi_size
         falls = falls | ((dot(trial.grad, state.grad) >= square) & moves & (trial.value <= state.value))

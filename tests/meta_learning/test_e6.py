@@ -206,8 +206,12 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER[10]) for row in e6.ROWS for seed in range(3)]
     other = [{**run, "shots": 10} for run in short]  # not trained longer
     lines = e6._convergence({"runs": short + long + other, "settings": settings})
-    assert "after 10 outer steps and after 40," in lines[0] and "gains between 10 and 50 % of the error" in lines[0]
+    assert (
+        "after 10 outer steps and after 40," in lines[0]
+        and "gains between 10 and 50 % of the error of an algorithm" in lines[0]
+    )
     assert "the change is clear of 0 for 0 of 5 algorithms" in lines[0]  # 2 ± 2.5 in the units of each
+    assert "Single seeds end at between 50 and 90 % of their error after the shorter training" in lines[0]
     steady = [made_up("fo", r["seed"], (2.0, 0.5 + r["seed"]), e6.LONGER[10]) if r["row"] == "fo" else r for r in long]
     assert "clear of 0 for 1 of 5 algorithms" in e6._convergence({"runs": short + steady, "settings": settings})[0]
     width = e6.half_width([1.0, 2.0, 3.0])

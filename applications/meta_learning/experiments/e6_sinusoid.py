@@ -393,12 +393,13 @@ def _convergence(result: Numbers) -> list[str]:
         (first, *_), (last, *_) = runs["maml"]
         if first["factor"] == last["factor"]:
             continue
-        rows, means, clear = [], [], 0
+        rows, means, clear, factors = [], [], 0, []
         for row, name in ROWS.items():
             steps = result["settings"][row]["inner_steps"]
             (here, far), (later_here, later_far) = (zip(*_ends(some, steps), strict=True) for some in runs[row])
             changes_by_seed = [b - a for a, b in zip(far, later_far, strict=True)]
             width = half_width(changes_by_seed)
+            factors += [b / a for a, b in zip(far, later_far, strict=True)]
             clear += width is not None and abs(statistics.mean(changes_by_seed)) > width
             rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes_by_seed))])
             means.append((statistics.mean(far), statistics.mean(later_far)))
@@ -410,8 +411,10 @@ def _convergence(result: Numbers) -> list[str]:
             f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
             f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
             f"seed. After {most} inner steps the longer training gains between {100 * min(changes):.0f} and {100 * max(changes):.0f} % of "
-            f"the error, and the 95 % interval of the change is clear of 0 for {clear} of {len(ROWS)} algorithms; the order of the "
-            f"algorithms there {same}.",
+            f"the error of an algorithm, and the 95 % interval of the change is clear of 0 for {clear} of {len(ROWS)} algorithms; the "
+            f"order of the algorithms there {same}. Single seeds end at between {100 * min(factors):.0f} and {100 * max(factors):.0f} % of "
+            "their error after the shorter training: an interval that holds 0 says that so few seeds cannot tell, not that training had "
+            "converged.",
             "",
             *table(
                 [
