@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bilevel
 from bilevel.linsys import CG
-from bilevel.recorded.lowering import _FUNCTIONS, direct, put_skinny_factors_in_front
+from bilevel.recorded.lowering import _FUNCTIONS, direct, leave_out_transposed_copies, put_skinny_factors_in_front
 from bilevel.recorded.recording import recorded
 from bilevel.solvers import GradientDescent, NewtonCG
 
@@ -148,6 +148,69 @@ def test_views_of_views_are_left_out() -> None:
     module = make_fx(lambda x, w: torch.mm(x, w.t()))(x, w)
     put_skinny_factors_in_front(module.graph)
     assert operators(module).count("t.default") == 2  # of x, and of the result
+
+
+@pytest.mark.parametrize("right", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("left", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)], ids=str)
+def test_copies_of_transposed_products_are_left_out(shape: Any, left: Any, right: Any) -> None:
+    g = torch.Generator().manual_seed(0)
+    a = left(torch.randn(shape, generator=g, dtype=F64))
+    b = right(torch.randn((*shape[:-2], shape[-1], 4), generator=g, dtype=F64))
+
+    def copied(a: Tensor, b: Tensor) -> Tensor:
+        product = torch.mm(a, b).t() if a.ndim == 2 else torch.bmm(a, b).transpose(-2, -1)
+        return product.clone(memory_format=torch.contiguous_format).reshape((*a.shape[:-2], -1))
+
+    module = make_fx(copied)(a, b)
+    assert "clone.default" in operators(module)
+    leave_out_transposed_copies(module.graph)
+    module.recompile()
+    assert "clone.default" not in operators(module)
+    for first in (a, left(a.neg())):
+        found, expected = module(first, b), copied(first, b)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b: (torch.mm(a, b).t().contiguous(), torch.mm(a, b)),  # the product is wanted as well
+        lambda a, b: (2 * (view := torch.mm(a, b).t()), view.contiguous()),  # and so is the view
+        lambda a, b: (torch.mm(a, b).t().clone(memory_format=torch.preserve_format),),
+        lambda a, b: (torch.add(a, 1).t().contiguous(),),  # no product
+        lambda a, b: (torch.bmm(a.expand(2, 7, 5), b.expand(2, 5, 4)).transpose(0, 1).contiguous(),),  # other axes
+    ],
+)
+def test_other_copies_stay(function: Any) -> None:
+    a, b = torch.randn(7, 5, dtype=F64), torch.randn(5, 4, dtype=F64)
+    module = recorded(function, a, b)
+    assert "clone.default" in operators(module)
+    for found, expected in zip(module(a, b), function(a, b), strict=True):
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize(("inputs", "rows", "outputs", "swapped"), [(5, 7, 4, 0), (40, 20, 5, 1)])
+def test_the_weights_of_linear_layers_in_batches_are_not_copied(
+    inputs: int, rows: int, outputs: int, swapped: int
+) -> None:
+    """Their gradient is what a batch of networks is trained with."""
+
+    def loss(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias).sin().sum()
+
+    def gradient(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+        parts = torch.func.grad(lambda *parts: torch.func.vmap(loss)(*parts, x).sum(), (0, 1))(weight, bias)
+        return torch.cat([part.reshape(3, -1) for part in parts], -1)
+
+    shapes = (3, outputs, inputs), (3, outputs), (3, rows, inputs)
+    arguments = [torch.randn(shape, dtype=F64) for shape in shapes]
+    traced = make_fx(gradient)(*arguments)
+    assert operators(traced).count("clone.default") == 1
+    module = recorded(gradient, *arguments)
+    assert operators(module).count("bmm.default") == 2 and operators(module).count("clone.default") == swapped
+    torch.testing.assert_close(module(*arguments), gradient(*arguments))
 
 
 def test_only_on_a_cpu() -> None:

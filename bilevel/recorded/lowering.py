@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bilevel.recorded.simplify import like
+from bilevel.recorded.simplify import is_known, like
 
 _aten = torch.ops.aten
 
@@ -21,12 +21,33 @@ _SWAPPED: dict[Any, tuple[Any, tuple[int, ...]]] = {
 }
 
 
+def leave_out_transposed_copies(graph: fx.Graph) -> None:
+    """A copy of (A B)^T as B^T A^T: the gradient of the weights of a linear layer, where vmap has made it. In place. The numbers are the
+    same but for rounding, strides are kept.
+    """
+    for node in list(graph.nodes):
+        if node.target is not _aten.clone.default or node.kwargs.get("memory_format") is not torch.contiguous_format:
+            continue
+        view: Any = node.args[0]
+        product: Any = view.args[0] if view.args else None
+        if not isinstance(product, fx.Node) or product.target not in _SWAPPED:
+            continue
+        if not _is_transposed(view, product) or len(view.users) > 1 or len(product.users) > 1:
+            continue
+        with graph.inserting_before(node):
+            found = _transposed_product(graph, product)
+        found.meta = node.meta
+        node.replace_all_uses_with(found)
+    graph.eliminate_dead_code()
+
+
 def put_skinny_factors_in_front(graph: fx.Graph) -> None:
     """A B of a matrix and a few columns as (B^T A^T)^T, for the BLAS of PyTorch on a CPU: two to eight times as fast where A is large
     (benchmarks/NOTES.md). In place; the nodes know their shapes. The numbers are the same but for rounding, strides are kept.
     """
     for node in list(graph.nodes):
-        if node.target not in LARGE:
+        # the transposed factors that are made here do not know their shape, and they are in front already
+        if node.target not in LARGE or not all(map(is_known, node.args)):
             continue
         a, b = node.args
         *_, m, k = like(a)[0]
@@ -36,20 +57,32 @@ def put_skinny_factors_in_front(graph: fx.Graph) -> None:
         if n > SKINNY or 4 * n > m or m * k < LARGE[node.target] or one_of_many:
             continue
         with graph.inserting_before(node):
-            swapped = graph.call_function(node.target, (_transposed(graph, b, node), _transposed(graph, a, node)))
-            back = graph.call_function(_SWAPPED[node.target][0], (swapped, *_SWAPPED[node.target][1]))
+            view, axes = _SWAPPED[node.target]
+            back = graph.call_function(view, (_transposed_product(graph, node), *axes))
             found = graph.call_function(_aten.clone.default, (back,), {"memory_format": torch.contiguous_format})
         found.meta = node.meta
         node.replace_all_uses_with(found)
     graph.eliminate_dead_code()
 
 
+def _transposed_product(graph: fx.Graph, product: Any) -> fx.Node:
+    """(A B)^T as B^T A^T."""
+    a, b = product.args
+    return graph.call_function(product.target, (_transposed(graph, b, product), _transposed(graph, a, product)))
+
+
 def _transposed(graph: fx.Graph, factor: fx.Node, product: fx.Node) -> fx.Node:
     """A factor of this product with its matrices transposed."""
     view, axes = _SWAPPED[product.target]
-    if factor.target is view and set(factor.args[1:]) == set(axes):
+    if _is_transposed(factor, product):
         return factor.args[0]  # type: ignore[return-value]  # a node
     return graph.call_function(view, (factor, *axes))
+
+
+def _is_transposed(node: fx.Node, product: fx.Node) -> bool:
+    """Whether a node is another one with the matrices of such products transposed."""
+    view, axes = _SWAPPED[product.target]
+    return node.target is view and {axis % 3 for axis in node.args[1:]} == set(axes)  # type: ignore[operator]  # numbers
 
 
 def direct(graph: fx.Graph) -> fx.Graph:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from bilevel.recorded.lowering import direct, put_skinny_factors_in_front
+from bilevel.recorded.lowering import direct, leave_out_transposed_copies, put_skinny_factors_in_front
 from bilevel.recorded.simplify import FORMULAS, simplify
 
 Function = Callable[..., Any]
@@ -32,6 +32,7 @@ def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
         if node.target is _aten.view.default:  # of vectors whose strides may be others next time
             node.target = _aten.reshape.default
     simplify(module.graph)
+    leave_out_transposed_copies(module.graph)
     if arguments[0].device.type == "cpu":
         put_skinny_factors_in_front(module.graph)
     module.recompile()

@@ -73,7 +73,7 @@ def _simpler(graph: fx.Graph, node: fx.Node, constants: dict[fx.Node, float]) ->
     first, second = arguments[:2]
     if node.target in (_aten.detach.default, _aten.alias.default):
         return first
-    if node.target in _IDENTITIES and _is_known(first) and like(node)[0] == like(first)[0]:
+    if node.target in _IDENTITIES and is_known(first) and like(node)[0] == like(first)[0]:
         return first
     if node.target is _aten.t.default and first.target is _aten.t.default:
         return first.args[0]
@@ -140,7 +140,7 @@ def _key(node: fx.Node) -> Any:
     )
 
 
-def _is_known(node: fx.Node) -> bool:
+def is_known(node: fx.Node) -> bool:
     """Whether its shape is: old versions of PyTorch do not say it of a tensor that the function captured."""
     return "val" in node.meta or "tensor_meta" in node.meta
 

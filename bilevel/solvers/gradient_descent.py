@@ -23,6 +23,8 @@ class _State(State):
     step_size: Tensor
     value: Tensor  # G at phi; infinite before the first evaluation
     grad: Tensor  # dG/dphi at phi
+    square: Tensor  # its square, and its norm: not the root of `square`, which rounds otherwise, and of one entry underflows
+    size: Tensor
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class GradientDescent(IterativeSolver):
         if self.step_size is not None:
             return State.start(phi)
         infinite = torch.full_like(phi, torch.inf)
-        return _State(phi, phi, nowhere(phi), initial_step_size(objective, phi), infinite[..., 0], infinite)
+        step_size, first = initial_step_size(objective, phi), infinite[..., 0]
+        return _State(phi, phi, nowhere(phi), step_size, first, infinite, first, first)
 
     def ceiling(self, state: State) -> Tensor | None:
         if not isinstance(state, _State):
@@ -99,28 +102,38 @@ class GradientDescent(IterativeSolver):
     @staticmethod
     def _backtrack(state: _State, trial: Local) -> _State:
         """Take the trial if it lowers G enough, and choose the next one."""
-        first = state.value.isposinf()
-        square = dot(state.grad, state.grad)
-        slope = state.step_size * square
+        usable = trial.value.isfinite()
+        first = state.value.isposinf() & ~state.stalled  # stalled: G was infinite at the start
+        slope = state.step_size * state.square
         eps = torch.finfo(slope.dtype).eps
         # near the rounding floor of G, where the test on G says nothing, the gradient decides: smaller, or no less steep along the step,
         # as on the way down from a saddle
         at_floor = slope <= 10 * eps * state.value.abs()
         highest = state.value + hidden_in_terms(state.phi, state.step_size)
-        # not the root of `square`, which rounds otherwise, and of one entry underflows
-        size, phi_size = norm(state.grad), norm(state.phi)
-        falls = (norm(trial.grad) < size) & not_above(trial.value, highest)
-        moves = state.step_size * size > eps * phi_size
-        falls = falls | ((dot(trial.grad, state.grad) >= square) & moves & (trial.value <= state.value))
+        size, hidden = norm(trial.grad), eps * norm(state.phi)
+        falls = (size < state.size) & not_above(trial.value, highest)
+        moves = state.step_size * state.size > hidden
+        falls = falls | ((dot(trial.grad, state.grad) >= state.square) & moves & (trial.value <= state.value))
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
-        accept = first | (torch.where(at_floor, falls, enough) & trial.value.isfinite())
+        accept = first | (torch.where(at_floor, falls, enough) & usable)
         step_size = torch.where(
             first, state.step_size, torch.where(accept, GROW * state.step_size, SHRINK * state.step_size)
         )
         phi = select(accept, state.point, state.phi)
         grad = select(accept, trial.grad, state.grad)
-        negligible = step_size * size <= eps * phi_size  # asked where phi and the gradient stay
-        stalled = state.stalled | torch.where(first, ~trial.value.isfinite(), ~accept & negligible)
-        point = select(stalled, phi, phi - step_size.unsqueeze(-1) * grad)
-        value = torch.where(accept, trial.value, state.value)
-        return replace(state, phi=phi, point=point, stalled=stalled, step_size=step_size, value=value, grad=grad)
+        square = torch.where(accept, dot(trial.grad, trial.grad), state.square)
+        value, size = torch.where(accept, trial.value, state.value), torch.where(accept, size, state.size)
+        negligible = step_size * size <= hidden  # asked where phi and the gradient stay
+        stalled = state.stalled | torch.where(first, ~usable, ~accept & negligible)
+        point = torch.addcmul(phi, torch.where(stalled, 0, step_size).unsqueeze(-1), grad, value=-1)
+        return replace(
+            state,
+            phi=phi,
+            point=point,
+            stalled=stalled,
+            step_size=step_size,
+            value=value,
+            grad=grad,
+            square=square,
+            size=size,
+        )
