@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 from bilevel.derivatives.guards import refuse_captured, transforms_active, versions
 
+SAME = 1000
+"""Sums of the same losses may differ by so many eps of their sizes: in another order, or cut into other pieces."""
+
 
 def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments: Any) -> Tensor:
     """The sum of ``loss(*arguments, part)`` over the parts of the data, without the graphs of all of them at one time.
@@ -29,14 +32,15 @@ def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments
     Args:
         loss: of the arguments and one part; a scalar. It must be the same function each time, so without chance.
         parts: pieces of data, such as ``zip(x.split(1000), y.split(1000))``. An iterator is read once and its items are kept; anything
-            else is iterated anew for each gradient and product, so that it may load its pieces then: the same ones.
+            else is iterated anew for each gradient and product, so that it may load its pieces then: the same data each time, in any
+            order.
         arguments: what derivatives are wanted of, such as phi and theta, and whatever else the loss needs. Trees of tensors: of a module
             ``dict(module.named_parameters())``, with ``torch.func.functional_call`` in the loss.
 
     Raises:
         TypeError: the loss cannot be called, or the parts are none.
         ValueError: there is no part; a value is no scalar; the loss or a part has a gradient that is not among the arguments; data were
-            written to between a gradient and a product.
+            written to between a gradient and a product, or what was iterated anew had others then.
 
     Example:
         >>> def inner_objective(phi, theta, data):
@@ -91,6 +95,7 @@ class _Sum:
     own: list[int]
     casts: list[_Cast]
     versions: list[int] = field(default_factory=list)
+    total: Tensor | None = None  # of the value and gradient
 
     def __post_init__(self) -> None:
         """Autograd saves those that derivatives are wanted of, and notices where they are written to."""
@@ -140,6 +145,7 @@ class _Sum:
                 total = value.detach().clone() if total is None else total + value.detach()
                 del value
         assert total is not None
+        self.total = total.clone()  # what is returned is the caller's
         return total, gradients
 
     def products(self, inputs: list[Tensor], used: list[int], v: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -151,14 +157,31 @@ class _Sum:
             )
         keep = torch.is_grad_enabled()
         found: list[Tensor | None] = [None] * len(inputs)
+        values: list[Tensor] = []
         with torch.enable_grad(), self._autocast():
             # of each alone: one may be made of another, or be passed twice; and hooks are for the sum
             inputs = [x.view_as(x) for x in inputs]
             for value in self.each(inputs):
                 if value.requires_grad:
                     _add(found, _product(value, inputs, used, v, keep))
+                values.append(value.detach())
                 del value
+        self._compare(values)
         return found
+
+    def _compare(self, values: list[Tensor]) -> None:
+        """What is iterated anew may be something else each time: a loader that draws, drops or distorts."""
+        assert self.total is not None
+        kept = isinstance(self.parts, tuple | list)  # which are watched by their versions
+        if kept or self.total.device.type == "meta" or torch._C._len_torch_dispatch_stack() > 0:
+            return
+        total, size = float(sum(values)), float(sum(value.abs() for value in values))
+        if abs(total - float(self.total)) > SAME * torch.finfo(self.total.dtype).eps * size:
+            raise ValueError(
+                "sum_over_parts: expected the same parts for the gradient and for each product, got others: the losses add up to "
+                f"{total:.9g}, and before to {float(self.total):.9g}. Let the pieces be the same data each time (no drop_last with "
+                "shuffling, no random augmentation, a loss without chance), or pass a list of them."
+            )
 
     def _autocast(self) -> ExitStack:
         stack = ExitStack()

@@ -382,6 +382,33 @@ def test_what_can_be_read_again_is_not_kept() -> None:
     assert loader.reads == 3
 
 
+class Shuffled:
+    """A loader that cuts its data anew whenever it is read."""
+
+    def __init__(self, size: int, keep: int | None = None) -> None:
+        self.size, self.keep, self.generator = size, keep, torch.Generator().manual_seed(0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(X), generator=self.generator)[: self.keep]
+        return zip(X[order].split(self.size), Y[order].split(self.size), strict=True)
+
+
+def test_a_loader_may_shuffle_but_not_change_its_data() -> None:
+    w = W.clone().requires_grad_()
+
+    def product(loader: Shuffled) -> Tensor:
+        (grad,) = torch.autograd.grad(sum_over_parts(squares, loader, w), w, create_graph=True)
+        return torch.autograd.grad(grad, w, W)[0]
+
+    torch.testing.assert_close(product(Shuffled(2)), X.T @ (X @ W), rtol=1e-12, atol=0)
+    with pytest.raises(
+        ValueError,
+        match=r"^sum_over_parts: expected the same parts for the gradient and for each product, got others: the losses add up to [\d.]+, "
+        r"and before to [\d.]+\. Let the pieces be the same data each time .*, or pass a list of them\.$",
+    ):
+        product(Shuffled(2, keep=len(X) - 1))  # another example is left out each time
+
+
 def test_autocast_is_that_of_the_call() -> None:
     """A product is taken outside of it, when the objective has returned."""
     x, w = X.float(), W.float().requires_grad_()
