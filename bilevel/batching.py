@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import Call, refuse_lost_gradients, refuse_transforms
 from bilevel.gradient import Hypergradient
-from bilevel.linsys.base import check_count, select
+from bilevel.linsys.base import all_finite, check_count, select
 from bilevel.result import Result
 from bilevel.trees import unflatten
 
@@ -152,7 +152,7 @@ def ok_where_finite(ok: Tensor, outer: Tensor, grads: Sequence[Tensor]) -> Tenso
     """``ok``, and outer loss and gradient ``(*batch, *shape)`` are finite."""
     finite = outer.isfinite()
     for grad in grads:
-        finite = finite & grad.reshape([*ok.shape, -1]).isfinite().all(-1)
+        finite = finite & all_finite(grad.reshape([*ok.shape, -1]))
     return ok & finite
 
 

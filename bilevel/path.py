@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Flat, Levels, Objective, over_levels, with_axis
-from bilevel.linsys.base import select
+from bilevel.linsys.base import all_finite, select
 
 
 class PathObjective(Objective):
@@ -106,4 +106,4 @@ class _Gate:
 
     def close(self, value: Tensor, grad: Tensor) -> None:
         """What came of the inputs."""
-        self._finite = value.isfinite() & grad.isfinite().all(-1)
+        self._finite = value.isfinite() & all_finite(grad)

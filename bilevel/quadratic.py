@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature, Hessian
 from bilevel.derivatives import Levels, Objective
-from bilevel.linsys.base import dot, from_columns, norm, select, to_columns
+from bilevel.linsys.base import all_finite, dot, from_columns, norm, select, to_columns
 
 LARGEST = 2**22
 """Matrices with more entries than this, over the whole batch, are never made dense: that would be more than 32 MiB
@@ -204,7 +204,7 @@ class _Model:
         step, info = torch.linalg.solve_ex(matrix, -self._slope.unsqueeze(-1))
         there = self._origin + step.squeeze(-1)
         value, grad = self._base.value_and_grad(there)
-        better = (info == 0) & grad.isfinite().all(-1) & value.isfinite() & (norm(grad) < norm(self._slope))
+        better = (info == 0) & all_finite(grad) & value.isfinite() & (norm(grad) < norm(self._slope))
         self._origin = select(better, there, self._origin)
         self._value, self._slope = torch.where(better, value, self._value), select(better, grad, self._slope)
 

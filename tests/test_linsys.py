@@ -28,6 +28,7 @@ from bilevel.linsys import (
     Nystrom,
     NystromPreconditioner,
 )
+from bilevel.linsys.base import all_finite
 from tests.cases import LINSYS_NAMES, linear_solvers
 from tests.systems import BATCHES, DTYPES, Counter, System, build, spectrum, status_of
 
@@ -819,3 +820,19 @@ def test_an_absolute_tolerance_is_in_the_units_of_the_system() -> None:
     a, b = torch.diag(torch.logspace(0, 2, 8)), torch.ones(8) * 1e-25
     assert CG(max_steps=50, rtol=0.0, atol=1e-24).solve(lambda v: v @ a, b).steps == 0
     assert CG(max_steps=50, rtol=0.0, atol=1e-27).solve(lambda v: v @ a, b).steps > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (0,), (3, 0)], ids=str)
+def test_all_finite(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What ``isfinite`` says, wherever NaN and infinity stand, beside numbers of any size."""
+    x = torch.full(shape, torch.finfo(dtype).max, dtype=dtype)
+    flat = x.reshape(-1)
+    for i in range(-1, flat.numel()):
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            y = flat.clone()
+            if i >= 0:
+                y[i] = bad
+            y = y.reshape(shape)
+            for found in (all_finite(y), torch.func.vmap(all_finite)(y) if len(shape) > 1 else all_finite(y)):
+                assert torch.equal(found, y.isfinite().all(-1))

@@ -13,6 +13,7 @@ from bilevel.linsys.base import (
     ROUNDING,
     LinearSolver,
     Matvec,
+    all_finite,
     batch_of,
     check_system,
     from_columns,
@@ -59,7 +60,7 @@ class Exact(LinearSolver):
         a = operator(rows).movedim(0, -1)  # (*batch, d, d)
         finite = a.isfinite().all(-1).all(-1)
         a = torch.where(finite[..., None, None], a, eye)
-        rhs_finite = b.isfinite().all(-1)
+        rhs_finite = all_finite(b)
         rhs = to_columns(torch.where(rhs_finite.unsqueeze(-1), b, 0), batch)
         if operator.symmetric:
             a = _symmetrised(a)
@@ -70,7 +71,7 @@ class Exact(LinearSolver):
         finite = finite & rhs_finite
         u = torch.where(finite.unsqueeze(-1), from_columns(x, b.shape), torch.nan)
         codes = codes.expand(finite.shape)
-        codes = mark(codes, ~u.isfinite().all(-1) & (codes != int(Status.SINGULAR)), Status.NON_FINITE)
+        codes = mark(codes, ~all_finite(u) & (codes != int(Status.SINGULAR)), Status.NON_FINITE)
         codes = mark(codes, ~finite, Status.NON_FINITE)
         residual = torch.where(finite, residual, torch.nan)
         return Result(value=u, codes=codes, steps=torch.ones_like(codes), residual=residual, num_matvecs=d)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import LinearSolver, Matvec, check_system, mark
+from bilevel.linsys.base import LinearSolver, Matvec, all_finite, check_system, mark
 from bilevel.result import Result
 from bilevel.status import Status
 
@@ -40,5 +40,5 @@ class Identity(LinearSolver):
         u = preconditioner(b)
         steps = torch.zeros(b.shape[:-1], dtype=torch.int64, device=b.device)
         codes = torch.full_like(steps, int(Status.MAX_STEPS))
-        codes = mark(codes, ~u.isfinite().all(-1), Status.NON_FINITE)
+        codes = mark(codes, ~all_finite(u), Status.NON_FINITE)
         return Result(value=u, codes=codes, steps=steps, residual=torch.full_like(b[..., 0], torch.nan))

@@ -15,6 +15,7 @@ from bilevel.linsys.base import (
     LinearSolver,
     Matvec,
     Operator,
+    all_finite,
     check_system,
     dot,
     in_own_unit,
@@ -196,7 +197,7 @@ class KrylovSolver(LinearSolver):
         found = self._result(system, end, size)
         value = found.value if system.unit is None else found.value / system.unit
         value = value * unit if start is None else start + value * unit
-        codes = mark(found.codes, ~value.isfinite().all(-1), Status.NON_FINITE)
+        codes = mark(found.codes, ~all_finite(value), Status.NON_FINITE)
         return replace(found, value=value, codes=codes, residual=found.residual * unit.squeeze(-1))
 
     def _system(self, operator: Operator, m: Matvec | None, b: Tensor, unit: Tensor, spent: int) -> System:
@@ -278,7 +279,7 @@ class KrylovSolver(LinearSolver):
         codes = mark(codes, converged, Status.CONVERGED)
         if end.negative_curvature is not None:
             codes = mark(codes, converged & end.negative_curvature, Status.SOLVED_INDEFINITE)
-        codes = mark(codes, ~(residual.isfinite() & u.isfinite().all(-1)), Status.NON_FINITE)
+        codes = mark(codes, ~(residual.isfinite() & all_finite(u)), Status.NON_FINITE)
         return Result(
             value=u,
             codes=codes,

@@ -11,6 +11,7 @@ from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.linsys.base import (
     LinearSolver,
     Matvec,
+    all_finite,
     check_system,
     in_own_unit,
     largest,
@@ -92,7 +93,7 @@ class Neumann(LinearSolver):
             product = matvec(r)
             num_matvecs += 1
             if k == 0:
-                healthy = healthy & product.isfinite().all(-1)
+                healthy = healthy & all_finite(product)
             r = select(active, r - a.unsqueeze(-1) * product, r)
             steps = steps + active
             new = norm(r)
@@ -107,7 +108,7 @@ class Neumann(LinearSolver):
         codes = mark(codes, residual <= threshold, Status.CONVERGED)
         codes = mark(codes, growing, Status.DIVERGED)
         x = x * unit
-        finite = residual.isfinite() & x.isfinite().all(-1)
+        finite = residual.isfinite() & all_finite(x)
         codes = mark(codes, ~finite, Status.DIVERGED)
         codes = mark(codes, ~finite & ~healthy, Status.NON_FINITE)
         residual = residual * unit.squeeze(-1)

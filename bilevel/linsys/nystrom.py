@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.isolation import precise
-from bilevel.linsys.base import LinearSolver, Matvec, check_system, in_own_unit, mark, norm, not_reduced
+from bilevel.linsys.base import LinearSolver, Matvec, all_finite, check_system, in_own_unit, mark, norm, not_reduced
 from bilevel.linsys.low_rank import nystrom_approximation
 from bilevel.result import Result
 from bilevel.status import Status
@@ -67,7 +67,7 @@ class Nystrom(LinearSolver):
         wanted = torch.maximum(self.rtol * norm(b), self.atol / unit.squeeze(-1))
         codes = mark(codes, residual <= wanted, Status.CONVERGED)
         u = u * unit
-        codes = mark(codes, ~(residual.isfinite() & u.isfinite().all(-1)), Status.NON_FINITE)
+        codes = mark(codes, ~(residual.isfinite() & all_finite(u)), Status.NON_FINITE)
         return Result(
             value=u,
             codes=codes,

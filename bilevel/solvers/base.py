@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import largest, norm, select
+from bilevel.linsys.base import all_finite, largest, norm, select
 from bilevel.result import Result
 from bilevel.solvers.line_search import not_above
 from bilevel.solvers.masks import choose, compact_batch, gather_rows, nowhere, scatter_rows
@@ -79,7 +79,7 @@ class Run:
         """The result with its status, from the gradient ``(*batch, d)`` at phi."""
         # the norm squares its entries; where that underflows, the largest entry counts
         residual = torch.maximum(norm(grad), largest(grad))
-        finite = residual.isfinite() & self.phi.isfinite().all(-1)
+        finite = residual.isfinite() & all_finite(self.phi)
         # a start at the solution has a gradient of next to nothing, of which any rounding is a large multiple
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))

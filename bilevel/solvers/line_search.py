@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel.derivatives import Objective
-from bilevel.linsys.base import dot, norm, select
+from bilevel.linsys.base import all_finite, dot, norm, select
 
 SUFFICIENT_DECREASE = 1e-4
 """A trial must lower the objective by this part of what its slope at the start promises (Armijo).
@@ -51,7 +51,7 @@ def initial_step_size(objective: Objective, phi: Tensor) -> Tensor:
     size = norm(direction)
     eps = torch.finfo(phi.dtype).eps ** 0.5 * (1 + norm(phi)) / size
     _, ahead = objective.value_and_grad(phi - eps.unsqueeze(-1) * direction)
-    curvature = norm(select(ahead.isfinite().all(-1), ahead, grad) - grad) / (eps * size)
+    curvature = norm(select(all_finite(ahead), ahead, grad) - grad) / (eps * size)
     usable = curvature > 0
     step = 1 / torch.where(usable, curvature, 1)
     return torch.where(usable & (step > 0) & step.isfinite(), step, 1.0)
