@@ -17,7 +17,7 @@ import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import MAX_SEED, Config, ConfigError, option_name, refuse_without_effect
-from applications.meta_learning.demo import Plan, demo_config, run_demo
+from applications.meta_learning.demo import Plan, demo_config, refuse_other_files, run_demo
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import (
     PAPER,
@@ -524,7 +524,9 @@ def info(
 
 @app.command("demo")
 def demo_command(
-    folder: Annotated[Path, typer.Option("--out", help="where figures and numbers go")] = Path("demo-results"),
+    folder: Annotated[
+        Path, typer.Option("--out", help="where figures and numbers go, in the place of those of an earlier demo")
+    ] = Path("demo-results"),
     seconds: Annotated[float, typer.Option(help="time for all of it, 30 at least", min=30)] = Plan.seconds,
     seed: Annotated[int, typer.Option(help="of the characters, the network and the tasks", min=0)] = 0,
 ) -> None:
@@ -537,6 +539,7 @@ def demo_command(
     """
     with reported_errors():
         require_writable(folder)
+        refuse_other_files(folder)
         first_order, imaml = (replace(config, seed=seed) for config in demo_config())
         try:
             above = run_demo(first_order, imaml, Plan(seconds=seconds), folder, out)

@@ -6,6 +6,7 @@ first-order MAML, whose steps are cheaper, goes on alone until it has had as muc
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +27,11 @@ from applications.meta_learning.method import REGIME, conditions
 from applications.meta_learning.presets import preset
 from applications.meta_learning.problem import Theta, batched_outputs
 from applications.meta_learning.report import comparison_figure, contact_sheet
+from applications.meta_learning.run import RunError
 from applications.meta_learning.tasks import load_source
 from applications.meta_learning.train import Trainer, load_theta
 
+RESULTS, CURVES, TASK = "results.json", "curves.png", "task.png"
 UNTRAINED, FIRST_ORDER, IMAML = "untrained", "first-order MAML", "iMAML"
 
 
@@ -73,6 +76,28 @@ def demo_config() -> tuple[Config, Config]:
     return replace(config, linear="identity", steihaug=False, damping=0.0), config
 
 
+def refuse_other_files(folder: Path) -> None:
+    """A demo replaces what an earlier one left, and nothing else.
+
+    Raises:
+        RunError: the folder has files of these names that are none of a demo.
+    """
+    found = [name for name in (RESULTS, CURVES, TASK) if (folder / name).exists()]
+    if found and not _is_a_demo(folder / RESULTS):
+        them = "it" if len(found) == 1 else "them"
+        raise RunError(
+            f"{folder} has {', '.join(found)} in it, and not from an earlier demo; this one would replace {them}. "
+            "Name another folder with --out"
+        )
+
+
+def _is_a_demo(path: Path) -> bool:
+    try:
+        return [row["method"] for row in json.loads(path.read_text())["rows"]][:1] == [UNTRAINED]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def run_demo(first_order: Config, imaml: Config, plan: Plan, folder: Path, console: Console) -> bool:
     """Train both, print the table, write figures and results.json to `folder`.
 
@@ -111,20 +136,19 @@ def run_demo(first_order: Config, imaml: Config, plan: Plan, folder: Path, conso
             ]
             for method in arms
         }
-    comparison_figure(
-        curves, folder / "curves.png", f"generated characters, {imaml.ways}-way {imaml.shots}-shot, held out"
-    )
+    comparison_figure(curves, folder / CURVES, f"generated characters, {imaml.ways}-way {imaml.shots}-shot, held out")
     final = {UNTRAINED: start, FIRST_ORDER: snapshots[FIRST_ORDER][-1], IMAML: snapshots[IMAML][-1]}
-    _draw_task(arms[IMAML], final, folder / "task.png")
+    _draw_task(arms[IMAML], final, folder / TASK)
     _write(folder, rows, arms[IMAML])
     seconds = time.perf_counter() - began
     console.print(_table(rows))
     for line in verdict(rows):
         console.print(line, highlight=False)
     console.print(
-        f"Figures (curves.png, task.png) and results.json: {folder}. All of it took {seconds:.0f} s.",
+        f"Figures ({CURVES}, {TASK}) and {RESULTS}: {folder}. All of it took {seconds:.0f} s.",
         markup=False,
         highlight=False,
+        soft_wrap=True,  # a name that is cut cannot be copied
     )
     return all(row.result.mean > untrained.mean for row in rows[1:])
 
@@ -240,7 +264,7 @@ def _write(folder: Path, rows: list[Row], trainer: Trainer) -> None:
         for row in rows
     ]
     write_json(
-        folder / "results.json",
+        folder / RESULTS,
         {
             "rows": table,
             "config": trainer.config.to_dict(),

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from applications.meta_learning import demo
+from applications.meta_learning.cli import app
 from applications.meta_learning.demo import (
     FIRST_ORDER,
     IMAML,
@@ -18,10 +20,12 @@ from applications.meta_learning.demo import (
     Row,
     Snapshot,
     demo_config,
+    refuse_other_files,
     run_demo,
     verdict,
 )
 from applications.meta_learning.evaluate import Evaluation
+from applications.meta_learning.run import RunError
 from tests.meta_learning.tiny import TINY
 
 PLAN = Plan(seconds=6.0, tasks=40, query_shots=2, points=3, point_tasks=10)
@@ -52,6 +56,7 @@ def test_equal_steps_and_equal_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     console = Console(file=(tmp_path / "console.txt").open("w"), width=80)
     imaml = replace(TINY, outer_rate=5e-3, glyph_classes=40, train_classes=30, meta_batch=4)
     above = run_demo(replace(imaml, linear="identity"), imaml, PLAN, tmp_path, console)
+    refuse_other_files(tmp_path)  # of a demo
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["method"], row["at"]): row for row in results["rows"]}
     assert set(rows) == {(UNTRAINED, ""), (FIRST_ORDER, "equal steps"), (FIRST_ORDER, "equal time"), (IMAML, "both")}
@@ -68,6 +73,26 @@ def test_equal_steps_and_equal_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = (tmp_path / "console.txt").read_text()
     for words in (UNTRAINED, FIRST_ORDER, IMAML, "At equal steps:", "At equal time:", "transductive"):
         assert words in text
+
+
+def test_it_replaces_what_an_earlier_demo_left_and_nothing_else(tmp_path: Path) -> None:
+    refuse_other_files(tmp_path / "missing")
+    refuse_other_files(tmp_path)
+    figure = tmp_path / "curves.png"
+    figure.write_bytes(b"mine")
+    outcome = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert outcome.exit_code == 2 and figure.read_bytes() == b"mine"
+    assert " ".join(outcome.stderr.split()).endswith(
+        f"{tmp_path} has curves.png in it, and not from an earlier demo; this one would replace it. Name another folder with --out"
+    )
+    for mine in ("", "[1]", "[]", "7", '{"rows": 3}', '{"rows": [{"method": "mine"}]}', '{"rows": []}'):
+        (tmp_path / "results.json").write_text(mine)
+        with pytest.raises(
+            RunError, match=r"has results\.json, curves\.png in it, .* would replace them\. Name another"
+        ):
+            refuse_other_files(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"rows": [{"method": UNTRAINED}, {"method": FIRST_ORDER}]}))
+    refuse_other_files(tmp_path)
 
 
 def test_without_a_terminal_it_says_now_and_then_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
