@@ -19,6 +19,8 @@ from applications.meta_learning.tasks import TEST_SEED_OFFSET, load_source
 from applications.meta_learning.train import Trainer
 from tests.meta_learning.tiny import SINUSOID
 
+FACTOR = e6.LONGER[10][-1]
+
 
 def request(tmp_path: Path, *, quick: bool = True) -> Request:
     return Request(quick=quick, seed=0, data_dir=None, parts=tmp_path)
@@ -150,15 +152,17 @@ def test_reported_runs_have_other_seeds_than_the_search(tmp_path: Path, monkeypa
     assert lengths.count(e6.OUTER_STEPS) == len(e6.ROWS) * len(e6.RATES)
     assert reported == {0, 1, 2} and not searched & reported
     steps = [run["factor"] for run in result["runs"]]
-    assert steps.count(1) == len(e6.ROWS) * 2 * 3 == len(steps) / 2
-    assert all(steps.count(factor) == len(e6.ROWS) * 3 for factor in e6.LONGER.values())
-    factors = (1, *e6.LONGER.values(), e6.LONGEST)
+    lengths = [1, 1, *e6.LONGER[5], *e6.LONGER[10]]
+    assert all(steps.count(factor) == len(e6.ROWS) * 3 * lengths.count(factor) for factor in {*lengths, *steps})
+    factors = (*lengths, e6.LONGEST)
     assert {c.outer_steps for c in configs["trained"]} == {n * e6.OUTER_STEPS for n in factors}
     longest = [c for c in configs["trained"] if c.outer_steps == e6.LONGEST * e6.OUTER_STEPS]
     assert [one["row"] for one in result["longest"]] == list(e6.ROWS) and {c.seed for c in longest} == {0}
     assert {c.shots for c in longest} == {10}
-    longer = [(c.shots, c.seed) for c in configs["trained"] if c.outer_steps == e6.LONGER[c.shots] * e6.OUTER_STEPS]
-    assert sorted(longer) == sorted((k, seed) for k in (5, 10) for seed in range(3) for _ in e6.ROWS)
+    for k in (5, 10):
+        for factor in (1, *e6.LONGER[k]):
+            seeds = [c.seed for c in configs["trained"] if (c.shots, c.outer_steps) == (k, factor * e6.OUTER_STEPS)]
+            assert sorted(seeds) == sorted(len(e6.ROWS) * [0, 1, 2])
     assert {c.meta_batch for c in configs["trained"]} == {25} and {c.channels for c in configs["trained"]} == {40}
     again = configs["trained"].copy()
     e6.E6().run(request(tmp_path, quick=False))  # all parts are there
@@ -203,7 +207,7 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     settings = {row: {"inner_steps": 1} for row in e6.ROWS}
     short = [made_up(row, seed, (3.0 + seed, 1.0 + seed)) for row in e6.ROWS for seed in range(3)]
     gains = dict(zip(e6.ROWS, (0.5, 0.6, 0.7, 0.9, 0.8), strict=True))
-    long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), e6.LONGER[10]) for row in e6.ROWS for seed in range(3)]
+    long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), FACTOR) for row in e6.ROWS for seed in range(3)]
     other = [{**run, "shots": 10} for run in short]  # not trained longer
     lines = e6._convergence({"runs": short + long + other, "settings": settings})
     assert (
@@ -212,8 +216,13 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     )
     assert "the change is clear of 0 for 0 of 5 algorithms" in lines[0]  # 2 ± 2.5 in the units of each
     assert "Single seeds end at between 50 and 90 % of their error after the shorter training" in lines[0]
-    steady = [made_up("fo", r["seed"], (2.0, 0.5 + r["seed"]), e6.LONGER[10]) if r["row"] == "fo" else r for r in long]
+    steady = [made_up("fo", r["seed"], (2.0, 0.5 + r["seed"]), FACTOR) if r["row"] == "fo" else r for r in long]
     assert "clear of 0 for 1 of 5 algorithms" in e6._convergence({"runs": short + steady, "settings": settings})[0]
+    low, high = scipy.stats.t.interval(
+        0.95, 14, loc=(logs := np.log([*gains.values()] * 3)).mean(), scale=scipy.stats.sem(logs)
+    )
+    together = f"(geometric mean of 15 runs; 95 % interval {np.exp(low):.2f} to {np.exp(high):.2f})."
+    assert f"the error is {np.exp(logs.mean()):.2f} times that after the shorter training {together}" in lines[0]
     width = e6.half_width([1.0, 2.0, 3.0])
     change = f"-1 ± {width / 2:.2g}"  # of 1, 2, 3 to 0.5, 1, 1.5: -0.5, -1, -1.5
     assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} | {change} |" in lines
@@ -225,12 +234,19 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     )
     told = [line for line in both if "Had it converged" in line]
     assert len(told) == 2 and "K = 5," in told[0] and "K = 10," in told[1]
+    middle = [made_up(row, seed, (2.0, (1.0 + seed) * 0.95), 2) for row in e6.ROWS for seed in range(3)]
+    steps = [
+        line for line in e6._convergence({"runs": long + middle + short, "settings": settings}) if "Had it" in line
+    ]
+    assert ["after 10 outer steps and after 20," in line for line in steps] == [True, False]
+    assert ["after 20 outer steps and after 40," in line for line in steps] == [False, True]
+    assert "gains between 5 and 5 %" in steps[0] and "gains between 5 and 47 %" in steps[1]
 
 
 def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
     """Errors proportional to steps to the power of -1/2: 1, 1/2 and 1/4 after 10, 40 and 160."""
     settings = {"hf": {"inner_steps": 1}}
-    factors = (1, e6.LONGER[10])
+    factors = (1, FACTOR)
     runs = [made_up("hf", s, (9.0, (2.0 + s) / factor**0.5), factor) for s in range(3) for factor in factors]
     runs, longest = (
         [{**run, "shots": 10} for run in some] for some in (runs, [made_up("hf", 0, (9.0, 0.5), e6.LONGEST)])
@@ -245,7 +261,7 @@ def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
 
 def test_the_longest_training_is_reported() -> None:
     short = [made_up(row, seed, (3.0, 1.0)) for row in e6.ROWS for seed in range(3)]
-    long = [made_up(row, seed, (2.0, 0.5), e6.LONGER[10]) for row in e6.ROWS for seed in range(3)]
+    long = [made_up(row, seed, (2.0, 0.5), FACTOR) for row in e6.ROWS for seed in range(3)]
     other = [{**made_up(row, seed, (7.0, 6.0)), "shots": 10} for row in e6.ROWS for seed in range(3)]
     result = {"runs": short + long + other}
     assert e6.select(result, "gd", 5) == [run for run in long if run["row"] == "gd"]

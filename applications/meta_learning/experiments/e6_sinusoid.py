@@ -1,8 +1,8 @@
 """E6: sinusoid regression, the error after adaptation over the number of inner steps at meta-test (author response, point 4).
 
 The settings of every algorithm are found by a search of its own, with a seed and tasks that are not reported; then all of them get
-the same number of outer steps. All of them are trained again, several times as long: these runs are reported, and what they gain says
-whether training had converged. One seed is trained once more with the larger K, sixteen times as long, which takes hours.
+the same number of outer steps. All of them are trained again, several times as long: the longest runs are reported, and what they gain
+says whether training had converged. One seed is trained once more with the larger K, sixteen times as long, which takes hours.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import NullFormatter
+from scipy.special import stdtrit
 
 from applications.meta_learning.config import Config
 from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
-from applications.meta_learning.experiments.e4_omniglot import T95
 from applications.meta_learning.experiments.training import train
 from applications.meta_learning.logs import environment
 from applications.meta_learning.presets import preset
@@ -41,7 +41,7 @@ IMAML = ("gd", "hf")
 
 SHOTS, SEEDS = (5, 10), 3
 OUTER_STEPS, SEARCH_STEPS = 8000, 2000
-LONGER = {5: 2, 10: 4}  # times as long, for each number of shots
+LONGER = {5: (2, 4), 10: (4,)}  # times as long, for each number of shots
 LONGEST = 16  # one seed, with the last number of shots: does the error come to a floor at all?
 TASKS, QUERY_SHOTS, SEARCH_TASKS = 200, 50, 100
 SEARCH_SEED = 100  # added to the seed asked for: neither the networks nor the tasks of the search are reported
@@ -92,10 +92,11 @@ class E6(Experiment):
             config = self._config(request, row, settings[row]["chosen"], k, request.seed + seed)
             measured = self._trained(request, f"{row}-{k}-{seed}", config)
             runs.append({"row": row, "shots": k, "seed": seed, "factor": 1, **measured})
-        for seed, k, row in itertools.product(range(0 if quick else seeds), shots, ROWS):
+        lengths = [(k, factor) for k in (() if quick else shots) for factor in LONGER[k]]
+        for seed, (k, factor), row in itertools.product(range(seeds), lengths, ROWS):
             config = self._config(request, row, settings[row]["chosen"], k, request.seed + seed)
-            measured = self._trained(request, f"{row}-{k}-long-{seed}", longer(config, LONGER[k]))
-            runs.append({"row": row, "shots": k, "seed": seed, "factor": LONGER[k], **measured})
+            measured = self._trained(request, f"{row}-{k}-times{factor}-{seed}", longer(config, factor))
+            runs.append({"row": row, "shots": k, "seed": seed, "factor": factor, **measured})
         longest: list[Numbers] = []
         for row in () if quick else ROWS:
             config = self._config(request, row, settings[row]["chosen"], SHOTS[-1], request.seed)
@@ -159,7 +160,7 @@ class E6(Experiment):
             figure.legend(
                 *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS), fontsize=8
             )
-            long = LONGER[shots[-1]]
+            long = LONGER[shots[-1]][-1]
             dashes = {1: "-", long: ":", LONGEST: "-."}
             for run in result["runs"] + result.get("longest", []):
                 if run["shots"] == shots[-1] and run["seed"] == 0:
@@ -266,7 +267,8 @@ def across(runs: list[Numbers]) -> tuple[list[int], list[float], list[float], li
 
 def half_width(values: list[float]) -> float | None:
     """Half of the 95 % interval of the mean, from Student's quantile; None for a single value."""
-    return T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    n = len(values)
+    return float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def _shown(values: Iterable[float]) -> str:
@@ -381,58 +383,68 @@ def _ends(runs: list[Numbers], steps: int) -> list[tuple[float, float]]:
     return [(next(p["mean"] for p in run["curve"] if p["steps"] == steps), run["curve"][-1]["mean"]) for run in runs]
 
 
-def _listed(steps: list[int]) -> str:
-    return ", ".join(str(s) for s in steps)
+def _listed(things: Iterable[object]) -> str:
+    return ", ".join(map(str, things))
 
 
 def _convergence(result: Numbers) -> list[str]:
-    """What the longer training gains, for each number of shots that was trained longer."""
+    """What longer training gains: for each number of shots, from each length to the next."""
     lines = []
     for k in _shots(result):
-        runs = {row: (select(result, row, k, 1), select(result, row, k)) for row in ROWS}
-        (first, *_), (last, *_) = runs["maml"]
-        if first["factor"] == last["factor"]:
-            continue
-        rows, means, clear, factors = [], [], 0, []
-        for row, name in ROWS.items():
-            steps = result["settings"][row]["inner_steps"]
-            (here, far), (later_here, later_far) = (zip(*_ends(some, steps), strict=True) for some in runs[row])
-            changes_by_seed = [b - a for a, b in zip(far, later_far, strict=True)]
-            width = half_width(changes_by_seed)
-            factors += [b / a for a, b in zip(far, later_far, strict=True)]
-            clear += width is not None and abs(statistics.mean(changes_by_seed)) > width
-            rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes_by_seed))])
-            means.append((statistics.mean(far), statistics.mean(later_far)))
-        changes = [1 - after / before for before, after in means]
-        orders = [[row for _, row in sorted(zip(errors, ROWS, strict=True))] for errors in zip(*means, strict=True)]
-        same = "is the same after both" if orders[0] == orders[1] else "is not the same after both"
-        most = last["curve"][-1]["steps"]
-        lines += [
-            f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
-            f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
-            f"seed. After {most} inner steps the longer training gains between {100 * min(changes):.0f} and {100 * max(changes):.0f} % of "
-            f"the error of an algorithm, and the 95 % interval of the change is clear of 0 for {clear} of {len(ROWS)} algorithms; the "
-            f"order of the algorithms there {same}. Single seeds end at between {100 * min(factors):.0f} and {100 * max(factors):.0f} % of "
-            "their error after the shorter training: an interval that holds 0 says that so few seeds cannot tell, not that training had "
-            "converged.",
-            "",
-            *table(
-                [
-                    "algorithm",
-                    "inner steps",
-                    *(f"after {run['outer_steps']}" for run in (first, last)),
-                    *(f"{most} inner steps, after {run['outer_steps']}" for run in (first, last)),
-                    "change",
-                ],
-                rows,
-            ),
-            "",
-        ]
+        factors = sorted({run["factor"] for run in result["runs"] if run["shots"] == k})
+        for pair in itertools.pairwise(factors):
+            lines += _gain(result, k, *pair)
     remark = (
         "The rate goes down to 0 in every run, so that all curves end flat; what tells is what the longer training gains. The targets "
         "have no noise, so that no error above 0 is a floor."
     )
     return [*lines, remark, ""] if lines else []
+
+
+def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
+    """What training ``later`` times as long has gained over ``factor`` times."""
+    runs = {row: (select(result, row, k, factor), select(result, row, k, later)) for row in ROWS}
+    (first, *_), (last, *_) = runs["maml"]
+    rows, means, clear, logarithms = [], [], [], []
+    for row, name in ROWS.items():
+        steps = result["settings"][row]["inner_steps"]
+        (here, far), (later_here, later_far) = (zip(*_ends(some, steps), strict=True) for some in runs[row])
+        changes = [b - a for a, b in zip(far, later_far, strict=True)]
+        width = half_width(changes)
+        if width is not None and abs(statistics.mean(changes)) > width:
+            clear.append(name)
+        logarithms += [math.log(b / a) for a, b in zip(far, later_far, strict=True)]
+        rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes))])
+        means.append((statistics.mean(far), statistics.mean(later_far)))
+    gains = [100 * (1 - after / before) for before, after in means]
+    orders = [[row for _, row in sorted(zip(errors, ROWS, strict=True))] for errors in zip(*means, strict=True)]
+    same = "is the same after both" if orders[0] == orders[1] else "is not the same after both"
+    most = last["curve"][-1]["steps"]
+    centre, width = statistics.mean(logarithms), half_width(logarithms) or math.inf
+    together = " to ".join(f"{math.exp(centre + shift):.2f}" for shift in (-width, width))
+    return [
+        f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
+        f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
+        f"seed. After {most} inner steps the longer training gains between {min(gains):.0f} and {max(gains):.0f} % of the error of an "
+        f"algorithm, and the 95 % interval of the change is clear of 0 for {len(clear)} of {len(ROWS)} algorithms"
+        f"{f' ({_listed(clear)})' if clear else ''}; the order of the algorithms there {same}. Single seeds end at between "
+        f"{100 * math.exp(min(logarithms)):.0f} and {100 * math.exp(max(logarithms)):.0f} % of their error after the shorter training: "
+        "for one algorithm an interval that holds 0 says that so few seeds cannot tell. All algorithms and seeds together: the error is "
+        f"{math.exp(centre):.2f} times that after the shorter training (geometric mean of {len(logarithms)} runs; 95 % interval "
+        f"{together}).",
+        "",
+        *table(
+            [
+                "algorithm",
+                "inner steps",
+                *(f"after {run['outer_steps']}" for run in (first, last)),
+                *(f"{most} inner steps, after {run['outer_steps']}" for run in (first, last)),
+                "change",
+            ],
+            rows,
+        ),
+        "",
+    ]
 
 
 def _longest(result: Numbers) -> list[str]:
@@ -443,7 +455,7 @@ def _longest(result: Numbers) -> list[str]:
     for run in longest:
         row = run["row"]
         all_runs = [
-            *(select(result, row, run["shots"], factor)[run["seed"]] for factor in (1, LONGER[run["shots"]])),
+            *(select(result, row, run["shots"], factor)[run["seed"]] for factor in (1, LONGER[run["shots"]][-1])),
             run,
         ]
         ends = [_ends([one], result["settings"][row]["inner_steps"])[0][1] for one in all_runs]
