@@ -221,7 +221,7 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     low, high = scipy.stats.t.interval(
         0.95, 14, loc=(logs := np.log([*gains.values()] * 3)).mean(), scale=scipy.stats.sem(logs)
     )
-    together = f"(geometric mean of 15 runs; 95 % interval {np.exp(low):.2f} to {np.exp(high):.2f})."
+    together = f"(geometric mean, runs: 15; 95 % interval {np.exp(low):.2f} to {np.exp(high):.2f})."
     assert f"the error is {np.exp(logs.mean()):.2f} times that after the shorter training {together}" in lines[0]
     width = e6.half_width([1.0, 2.0, 3.0])
     change = f"-1 ± {width / 2:.2g}"  # of 1, 2, 3 to 0.5, 1, 1.5: -0.5, -1, -1.5
@@ -256,6 +256,10 @@ def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
     words = f"One seed, 160 outer steps ({absent}: not run so long); the error after 10 inner steps."
     assert words in lines[0] and "from 40 to 160" in lines[0]
     assert lines[-2] == "| iMAML, Hessian-free | 2 | 1 | 0.5 | -0.50 |"
+    assert (
+        "the error is 0.50 times that after the shorter training (geometric mean, runs: 1; 95 % interval 0.00 to inf)"
+        in lines[0]
+    )
     assert e6._longest({"runs": runs, "settings": settings}) == []
 
 

@@ -420,8 +420,6 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
     orders = [[row for _, row in sorted(zip(errors, ROWS, strict=True))] for errors in zip(*means, strict=True)]
     same = "is the same after both" if orders[0] == orders[1] else "is not the same after both"
     most = last["curve"][-1]["steps"]
-    centre, width = statistics.mean(logarithms), half_width(logarithms) or math.inf
-    together = " to ".join(f"{math.exp(centre + shift):.2f}" for shift in (-width, width))
     return [
         f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
         f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
@@ -430,8 +428,7 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
         f"{f' ({_listed(clear)})' if clear else ''}; the order of the algorithms there {same}. Single seeds end at between "
         f"{100 * math.exp(min(logarithms)):.0f} and {100 * math.exp(max(logarithms)):.0f} % of their error after the shorter training: "
         "for one algorithm an interval that holds 0 says that so few seeds cannot tell. All algorithms and seeds together: the error is "
-        f"{math.exp(centre):.2f} times that after the shorter training (geometric mean of {len(logarithms)} runs; 95 % interval "
-        f"{together}).",
+        f"{_times(logarithms)}.",
         "",
         *table(
             [
@@ -447,11 +444,21 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
     ]
 
 
+def _times(logarithms: list[float]) -> str:
+    """The factor between the errors of the same runs after two lengths of training, from its logarithms."""
+    centre, width = statistics.mean(logarithms), half_width(logarithms) or math.inf
+    low, high = (math.exp(centre + shift) for shift in (-width, width))
+    return (
+        f"{math.exp(centre):.2f} times that after the shorter training (geometric mean, runs: {len(logarithms)}; 95 % interval "
+        f"{low:.2f} to {high:.2f})"
+    )
+
+
 def _longest(result: Numbers) -> list[str]:
     """One seed: what the error does where training goes on and on."""
     if not (longest := result.get("longest", [])):
         return []
-    rows = []
+    rows, logarithms = [], []
     for run in longest:
         row = run["row"]
         all_runs = [
@@ -459,7 +466,8 @@ def _longest(result: Numbers) -> list[str]:
             run,
         ]
         ends = [_ends([one], result["settings"][row]["inner_steps"])[0][1] for one in all_runs]
-        slope = math.log(ends[-1] / ends[-2]) / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
+        logarithms.append(math.log(ends[-1] / ends[-2]))
+        slope = logarithms[-1] / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
         rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
     missing = [name for row, name in ROWS.items() if row not in {run["row"] for run in longest}]
@@ -468,7 +476,7 @@ def _longest(result: Numbers) -> list[str]:
         f"Does it come to a floor at all? One seed, {steps[-1]} outer steps{without}; the error after {most} inner steps. The last "
         "column is the "
         f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would "
-        "be 0, and above 0 it rose.",
+        f"be 0, and above 0 it rose. From {steps[-2]} to {steps[-1]}, all algorithms together: the error is {_times(logarithms)}.",
         "",
         *table(["algorithm", *(f"after {step}" for step in steps), "power"], rows),
         "",
