@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bilevel.derivatives.guards import refuse_captured, transforms_active, versions
 
 SAME = 1000
-"""Sums of the same losses may differ by so many eps of their sizes: in another order, or cut into other pieces."""
+"""Sums of the same numbers in another order may differ by so many eps of their sizes."""
 
 
 def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments: Any) -> Tensor:
@@ -32,15 +32,15 @@ def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments
     Args:
         loss: of the arguments and one part; a scalar. It must be the same function each time, so without chance.
         parts: pieces of data, such as ``zip(x.split(1000), y.split(1000))``. An iterator is read once and its items are kept; anything
-            else is iterated anew for each gradient and product, so that it may load its pieces then: the same data each time, in any
-            order.
+            else is iterated anew for each gradient and product, so that it may load its pieces then: the same data each time. A loader
+            may shuffle them if the loss is a sum over the examples of its part, and not a mean.
         arguments: what derivatives are wanted of, such as phi and theta, and whatever else the loss needs. Trees of tensors: of a module
             ``dict(module.named_parameters())``, with ``torch.func.functional_call`` in the loss.
 
     Raises:
         TypeError: the loss cannot be called, or the parts are none.
         ValueError: there is no part; a value is no scalar; the loss or a part has a gradient that is not among the arguments; data were
-            written to between a gradient and a product, or what was iterated anew had others then.
+            written to between a gradient and a product, or were others when they were iterated anew.
 
     Example:
         >>> def inner_objective(phi, theta, data):
@@ -95,13 +95,13 @@ class _Sum:
     own: list[int]
     casts: list[_Cast]
     versions: list[int] = field(default_factory=list)
-    total: Tensor | None = None  # of the value and gradient
+    seen: _Tally | None = None  # the data of the value and gradient, where they are iterated anew
 
     def __post_init__(self) -> None:
         """Autograd saves those that derivatives are wanted of, and notices where they are written to."""
         self.leaves = [None if i in self.own else leaf for i, leaf in enumerate(self.leaves)]
 
-    def each(self, inputs: list[Tensor], *, only_data: bool = False) -> Iterator[Tensor]:
+    def each(self, inputs: list[Tensor], *, only_data: bool = False, tally: _Tally | None = None) -> Iterator[Tensor]:
         """Part after part."""
         leaves = self.leaves.copy()
         for i, tensor in zip(self.own, inputs, strict=True):
@@ -115,6 +115,8 @@ class _Sum:
                     "sum_over_parts: expected parts that are data, got one that carries a gradient, which would not be seen. Pass what it "
                     "was made of after the parts, as theta, and make it in the loss."
                 )
+            if tally is not None:
+                tally.add(_tensors(part))
             # neither it nor the part has a name here while the next ones are made
             yield _scalar(self.loss(*arguments, part))
             del part
@@ -135,17 +137,16 @@ class _Sum:
         """One graph at a time."""
         total: Tensor | None = None
         gradients: list[Tensor | None] = [None] * len(inputs)
-        self.versions = self._versions()
+        self.versions, self.seen = self._versions(), self._tally()
         with torch.enable_grad(), self._autocast():
             inputs = [x.detach().requires_grad_() for x in inputs]
-            for value in self.each(inputs, only_data=True):
+            for value in self.each(inputs, only_data=True, tally=self.seen):
                 _refuse_captured(value, inputs)
                 if value.requires_grad:
                     _add(gradients, torch.autograd.grad(value, inputs, allow_unused=True))
                 total = value.detach().clone() if total is None else total + value.detach()
                 del value
         assert total is not None
-        self.total = total.clone()  # what is returned is the caller's
         return total, gradients
 
     def products(self, inputs: list[Tensor], used: list[int], v: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -157,31 +158,25 @@ class _Sum:
             )
         keep = torch.is_grad_enabled()
         found: list[Tensor | None] = [None] * len(inputs)
-        values: list[Tensor] = []
+        tally = None if self.seen is None else self._tally()
         with torch.enable_grad(), self._autocast():
             # of each alone: one may be made of another, or be passed twice; and hooks are for the sum
             inputs = [x.view_as(x) for x in inputs]
-            for value in self.each(inputs):
+            for value in self.each(inputs, tally=tally):
                 if value.requires_grad:
                     _add(found, _product(value, inputs, used, v, keep))
-                values.append(value.detach())
                 del value
-        self._compare(values)
+        if tally is not None and self.seen is not None and tally.differs(self.seen):
+            raise ValueError(
+                "sum_over_parts: expected the same data for the gradient and for each product, got others when the parts were iterated "
+                "anew. Let them be the same each time (no drop_last with shuffling, no sampling, no random augmentation), or pass a list "
+                "of them."
+            )
         return found
 
-    def _compare(self, values: list[Tensor]) -> None:
-        """What is iterated anew may be something else each time: a loader that draws, drops or distorts."""
-        assert self.total is not None
-        kept = isinstance(self.parts, tuple | list)  # which are watched by their versions
-        if kept or self.total.device.type == "meta" or torch._C._len_torch_dispatch_stack() > 0:
-            return
-        total, size = float(sum(values)), float(sum(value.abs() for value in values))
-        if abs(total - float(self.total)) > SAME * torch.finfo(self.total.dtype).eps * size:
-            raise ValueError(
-                "sum_over_parts: expected the same parts for the gradient and for each product, got others: the losses add up to "
-                f"{total:.9g}, and before to {float(self.total):.9g}. Let the pieces be the same data each time (no drop_last with "
-                "shuffling, no random augmentation, a loss without chance), or pass a list of them."
-            )
+    def _tally(self) -> _Tally | None:
+        """None of what is kept, and watched by its versions, and where nobody may look at numbers."""
+        return _Tally() if not self._kept and torch._C._len_torch_dispatch_stack() == 0 else None
 
     def _autocast(self) -> ExitStack:
         stack = ExitStack()
@@ -193,7 +188,41 @@ class _Sum:
 
     def _versions(self) -> list[int]:
         """Of all that is kept from the gradient to the products."""
-        return versions(_tensors([self.leaves, self.parts if isinstance(self.parts, tuple | list) else []]))
+        return versions(_tensors([self.leaves, self.parts if self._kept else []]))
+
+    @property
+    def _kept(self) -> bool:
+        return isinstance(self.parts, tuple | list | Tensor)
+
+
+@dataclass
+class _Tally:
+    """What a loader has given, whatever the order: how many numbers, their sum and the sum of their squares."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, tensors: list[Tensor]) -> None:
+        for x in tensors:
+            if x.device.type == "meta" or x.layout is not torch.strided:
+                continue
+            x = torch.view_as_real(x.detach()) if x.is_complex() else x.detach()
+            x = x.cpu() if x.device.type == "mps" else x  # which has no double
+            numbers = x.to(torch.float64).flatten()
+            self.count += len(numbers)
+            self.total += float(numbers.sum())
+            self.squares += float(numbers.dot(numbers))
+
+    def differs(self, other: _Tally) -> bool:
+        """More than by rounding. NaN is no difference: it is in the sums as well."""
+        rounding = SAME * torch.finfo(torch.float64).eps
+        size = (self.count * max(self.squares, other.squares)) ** 0.5
+        return (
+            self.count != other.count
+            or abs(self.total - other.total) > rounding * size
+            or abs(self.squares - other.squares) > rounding * max(self.squares, other.squares)
+        )
 
 
 def _product(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -240,6 +241,27 @@ def test_a_task_of_nan_ends_at_once() -> None:
     found = bilevel.solve(problem, torch.ones(2), torch.tensor([1.0, torch.nan]), solver=solver, batched=True)
     assert found.codes.tolist() == [int(Status.CONVERGED), int(Status.NON_FINITE)] and found.steps.tolist() == [1, 1]
     assert len(calls) < 50
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("tol", [0.0, 1e-4])
+def test_nobody_is_asked_at_nan_because_one_start_is_none(name: str, tol: float) -> None:
+    """exp overflows at one start: G is infinite there, its gradient NaN. At a phi of NaN the factorisation raises for the whole batch."""
+
+    def inner(phi: Tensor, theta: Tensor, data: Tensor) -> Tensor:
+        matrix = torch.eye(3) + phi.square().tanh().diag()
+        return torch.linalg.cholesky(matrix).logdet() + phi.exp().sum().log() + theta * phi.square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(inner, lambda phi, theta, data: phi.sum())
+    init, theta = torch.zeros(4, 3), torch.tensor(0.1)
+    init[2] = 1000.0
+    solver = replace(SOLVERS[name](tol), max_steps=60)
+    result = bilevel.solve(problem, theta, torch.ones(4), init=init, batched=True, solver=solver)
+    alone = bilevel.solve(problem, theta, torch.ones(()), init=init[0], solver=solver)
+    assert [Status(int(code)) for code in result.status][2] is Status.NON_FINITE
+    assert torch.equal(result.value[2], init[2]) and not result.failed[[0, 1, 3]].any()
+    torch.testing.assert_close(result.value[[0, 1, 3]], alone.value.expand(3, 3), rtol=1e-4, atol=1e-5)
+    assert alone.value.abs().min() > 0.1
 
 
 def test_tasks_that_are_done_cost_no_gradients() -> None:

@@ -139,7 +139,6 @@ def run_demo(first_order: Config, imaml: Config, plan: Plan, folder: Path, conso
     comparison_figure(curves, folder / CURVES, f"generated characters, {imaml.ways}-way {imaml.shots}-shot, held out")
     final = {UNTRAINED: start, FIRST_ORDER: snapshots[FIRST_ORDER][-1], IMAML: snapshots[IMAML][-1]}
     _draw_task(arms[IMAML], final, folder / TASK)
-    _write(folder, rows, arms[IMAML])
     seconds = time.perf_counter() - began
     console.print(_table(rows))
     for line in verdict(rows):

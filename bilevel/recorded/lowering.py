@@ -23,14 +23,15 @@ _SWAPPED: dict[Any, tuple[Any, tuple[int, ...]]] = {
 
 def leave_out_transposed_copies(graph: fx.Graph) -> None:
     """A copy of (A B)^T as B^T A^T: the gradient of the weights of a linear layer, where vmap has made it. In place. The numbers are the
-    same but for rounding, strides are kept.
+    same but for rounding, strides are kept. Not of single products: what is skinny would not be in front any more, and autograd makes no
+    such copies of them.
     """
     for node in list(graph.nodes):
         if node.target is not _aten.clone.default or node.kwargs.get("memory_format") is not torch.contiguous_format:
             continue
         view: Any = node.args[0]
         product: Any = view.args[0] if view.args else None
-        if not isinstance(product, fx.Node) or product.target not in _SWAPPED:
+        if not isinstance(product, fx.Node) or product.target is not _aten.bmm.default:
             continue
         if not _is_transposed(view, product) or len(view.users) > 1 or len(product.users) > 1:
             continue
@@ -46,7 +47,7 @@ def put_skinny_factors_in_front(graph: fx.Graph) -> None:
     (benchmarks/NOTES.md). In place; the nodes know their shapes. The numbers are the same but for rounding, strides are kept.
     """
     for node in list(graph.nodes):
-        # the transposed factors that are made here do not know their shape, and they are in front already
+        # the transposed factors that are made above do not know their shapes
         if node.target not in LARGE or not all(map(is_known, node.args)):
             continue
         a, b = node.args

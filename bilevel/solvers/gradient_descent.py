@@ -22,7 +22,7 @@ GROW, SHRINK = 1.25, 0.5
 class _State(State):
     step_size: Tensor
     value: Tensor  # G at phi; infinite before the first evaluation
-    grad: Tensor  # dG/dphi at phi
+    grad: Tensor  # dG/dphi at phi; zeros before
     square: Tensor  # its square, and its norm: not the root of `square`, which rounds otherwise, and of one entry underflows
     size: Tensor
 
@@ -77,9 +77,9 @@ class GradientDescent(IterativeSolver):
     def init(self, objective: Objective, phi: Tensor) -> State:
         if self.step_size is not None:
             return State.start(phi)
-        infinite = torch.full_like(phi, torch.inf)
-        step_size, first = initial_step_size(objective, phi), infinite[..., 0]
-        return _State(phi, phi, nowhere(phi), step_size, first, infinite, first, first)
+        infinite = torch.full_like(phi[..., 0], torch.inf)
+        step_size, grad = initial_step_size(objective, phi), torch.zeros_like(phi)
+        return _State(phi, phi, nowhere(phi), step_size, infinite, grad, infinite, infinite)
 
     def ceiling(self, state: State) -> Tensor | None:
         if not isinstance(state, _State):
@@ -115,11 +115,12 @@ class GradientDescent(IterativeSolver):
         moves = state.step_size * state.size > hidden
         falls = falls | ((dot(trial.grad, state.grad) >= state.square) & moves & (trial.value <= state.value))
         enough = trial.value <= state.value - SUFFICIENT_DECREASE * slope
-        accept = first | (torch.where(at_floor, falls, enough) & usable)
+        # a start where G is no number keeps a gradient of zeros: not NaN, which would be the next point that G is asked at
+        accept = usable & (first | torch.where(at_floor, falls, enough))
         step_size = torch.where(
             first, state.step_size, torch.where(accept, GROW * state.step_size, SHRINK * state.step_size)
         )
-        phi = select(accept, state.point, state.phi)
+        phi = select(accept, state.point, state.phi)  # at first they are the same
         grad = select(accept, trial.grad, state.grad)
         square = torch.where(accept, dot(trial.grad, trial.grad), state.square)
         value, size = torch.where(accept, trial.value, state.value), torch.where(accept, size, state.size)

@@ -10,7 +10,7 @@ from torch import Tensor
 from bilevel.checks import check_count, check_number, keep_python_numbers
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
-from bilevel.linsys.base import Matvec, as_operator, dot, largest, norm, select, unit_of
+from bilevel.linsys.base import Matvec, all_finite, as_operator, dot, largest, norm, select, unit_of
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
 from bilevel.linsys.single import is_single, single_cg
 from bilevel.solvers.base import IterativeSolver, State
@@ -116,6 +116,9 @@ class NewtonCG(IterativeSolver):
 
     def step(self, objective: Objective, state: _State, local: Linearisation) -> _State:
         direction, negative = self._direction(objective, state.point, local)
+        lost = ~all_finite(direction)
+        if bool(lost.any()):  # G is not asked at NaN: some raise there, for the whole batch
+            direction = select(lost, torch.zeros_like(direction), direction)
         slope = dot(local.grad, direction)
         point, stalled = self._line_search(objective, state, local, direction, slope)
         return _State(point, point, stalled, state.negative_curvature + negative)

@@ -413,20 +413,21 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
         width = half_width(changes)
         if width is not None and abs(statistics.mean(changes)) > width:
             clear.append(name)
-        logarithms += [math.log(b / a) for a, b in zip(far, later_far, strict=True)]
+        logarithms.append([math.log(b / a) for a, b in zip(far, later_far, strict=True)])
         rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes))])
         means.append((statistics.mean(far), statistics.mean(later_far)))
     gains = [100 * (1 - after / before) for before, after in means]
     orders = [[row for _, row in sorted(zip(errors, ROWS, strict=True))] for errors in zip(*means, strict=True)]
     same = "is the same after both" if orders[0] == orders[1] else "is not the same after both"
     most = last["curve"][-1]["steps"]
+    least, largest = (100 * math.exp(end(map(end, logarithms))) for end in (min, max))
     return [
         f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
         f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
         f"seed. After {most} inner steps the longer training gains between {min(gains):.0f} and {max(gains):.0f} % of the error of an "
         f"algorithm, and the 95 % interval of the change is clear of 0 for {len(clear)} of {len(ROWS)} algorithms"
         f"{f' ({_listed(clear)})' if clear else ''}; the order of the algorithms there {same}. Single seeds end at between "
-        f"{100 * math.exp(min(logarithms)):.0f} and {100 * math.exp(max(logarithms)):.0f} % of their error after the shorter training: "
+        f"{least:.0f} and {largest:.0f} % of their error after the shorter training: "
         "for one algorithm an interval that holds 0 says that so few seeds cannot tell. All algorithms and seeds together: the error is "
         f"{_times(logarithms)}.",
         "",
@@ -444,14 +445,17 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
     ]
 
 
-def _times(logarithms: list[float]) -> str:
-    """The factor between the errors of the same runs after two lengths of training, from its logarithms."""
-    centre, width = statistics.mean(logarithms), half_width(logarithms) or math.inf
-    low, high = (math.exp(centre + shift) for shift in (-width, width))
-    return (
-        f"{math.exp(centre):.2f} times that after the shorter training (geometric mean, runs: {len(logarithms)}; 95 % interval "
-        f"{low:.2f} to {high:.2f})"
-    )
+def _times(logarithms: list[list[float]]) -> str:
+    """The factor between the errors of the same runs after two lengths of training, from its logarithms for each algorithm and seed.
+
+    The interval is over the seeds. Another algorithm would have another factor: it is that of these ones.
+    """
+    by_seed = [statistics.mean(one) for one in zip(*logarithms, strict=True)]
+    centre, width = statistics.mean(by_seed), half_width(by_seed)
+    words = f"{math.exp(centre):.2f} times that after the shorter training (geometric mean"
+    if width is None:
+        return f"{words}, one seed)"
+    return f"{words}; 95 % interval over the seeds {math.exp(centre - width):.2f} to {math.exp(centre + width):.2f})"
 
 
 def _longest(result: Numbers) -> list[str]:
@@ -466,8 +470,8 @@ def _longest(result: Numbers) -> list[str]:
             run,
         ]
         ends = [_ends([one], result["settings"][row]["inner_steps"])[0][1] for one in all_runs]
-        logarithms.append(math.log(ends[-1] / ends[-2]))
-        slope = logarithms[-1] / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
+        logarithms.append([math.log(ends[-1] / ends[-2])])
+        slope = logarithms[-1][0] / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
         rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
     missing = [name for row, name in ROWS.items() if row not in {run["row"] for run in longest}]
