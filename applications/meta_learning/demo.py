@@ -136,6 +136,7 @@ def run_demo(first_order: Config, imaml: Config, plan: Plan, folder: Path, conso
             ]
             for method in arms
         }
+    _write(folder, rows, arms[IMAML])  # first: by these results the next demo knows the figures for those of a demo
     comparison_figure(curves, folder / CURVES, f"generated characters, {imaml.ways}-way {imaml.shots}-shot, held out")
     final = {UNTRAINED: start, FIRST_ORDER: snapshots[FIRST_ORDER][-1], IMAML: snapshots[IMAML][-1]}
     _draw_task(arms[IMAML], final, folder / TASK)

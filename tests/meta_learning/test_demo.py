@@ -95,6 +95,20 @@ def test_it_replaces_what_an_earlier_demo_left_and_nothing_else(tmp_path: Path) 
     refuse_other_files(tmp_path)
 
 
+def test_an_interrupted_demo_does_not_lock_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.Arm, "step", timed_step)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "_draw_task", interrupted)
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(replace(TINY, linear="identity"), TINY, replace(PLAN, points=1), tmp_path, console)
+    assert (tmp_path / "curves.png").exists()
+    refuse_other_files(tmp_path)
+
+
 def test_without_a_terminal_it_says_now_and_then_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a pipe or into a file it was silent until the table, for minutes."""
     clock = [0.0]
