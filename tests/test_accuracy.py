@@ -413,6 +413,28 @@ def test_failed_tasks_start_cold():
     assert int(warm.linear.steps[1]) == int(cold.linear.steps[1]) > 0
 
 
+def test_the_linear_solve_of_a_failed_task_starts_from_zero():
+    """Also where what it found is of use: the second task runs away from a point next to its solution, and its system was solved."""
+    slopes = t([1.0, 0.5, 0.2])
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, h: 0.5 * h * (slopes * (phi - theta).square()).sum(),
+        lambda phi, theta, h: (phi.exp() * slopes.flip(0)).sum(),
+        lambda theta, h: theta + 1e-9,
+    )
+    h, theta, options = t([1.0, 2.5]), t([0.3, -0.2, 0.1]), {"batched": True, "reduction": "none"}
+    before = bilevel.hypergradient(
+        problem, theta, h, solver=GradientDescent(step_size=1.0, max_steps=45), linsys=Exact(), **options
+    )
+    assert (
+        before.ok.tolist() == [True, False] and not before.linear.failed.any() and (before.phi - theta).abs().max() < 1
+    )
+    one_step = {"solver": NewtonCG(max_steps=10, tol=1e-12), "linsys": CG(max_steps=1, rtol=0.0)} | options
+    cold = bilevel.hypergradient(problem, theta, h, **one_step)
+    warm = bilevel.hypergradient(problem, theta, h, **one_step, warm_start=before)
+    assert not torch.allclose(warm.grad[0], cold.grad[0], rtol=1e-3)
+    assert torch.equal(warm.grad[1], cold.grad[1])
+
+
 def test_chunks_start_from_their_own_tasks():
     ridge = Ridge(tasks=5)
     before = ridge.run(**TIGHT)

@@ -7,6 +7,7 @@ import gc
 import re
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -296,6 +297,28 @@ def test_rounding_of_data_much_larger_than_phi_is_counted():
         assert error <= float(result.error_bound)
         worst = max(worst, float(error))
     assert worst > 1e-12  # it is there to be counted
+
+
+def test_rounding_that_hides_in_the_inner_gradient_is_counted():
+    """Data so large that the gradient as computed is a staircase: it vanishes on whole steps, far from where the exact one does."""
+    worst = 0.0
+    for seed in range(10):
+        a, b, theta, centre = np.random.default_rng(seed).standard_normal(4)
+        y = np.array([1e8 + a, b - 1e8])
+        data, ct = t(y), t([centre])
+        problem = bilevel.ProximalProblem.from_losses(
+            lambda phi, y: 0.5 * (phi - y).square().sum(), lambda phi, _, ct=ct: 0.5 * (phi - ct).square().sum(), 1.0
+        )
+        problem.constants = Constants(mu=3.0, rho=0.0, L=1.0, everywhere=True)
+        result = bilevel.hypergradient(
+            problem, t([theta]), data, solver=GradientDescent(step_size=1 / 3, max_steps=200, tol=1e-13), linsys=Exact()
+        )
+        exact = (sum(map(Fraction, (*y, theta))) / 3 - Fraction(centre)) / 3
+        error = abs(float(Fraction(result.grad.item()) - exact))
+        assert error <= float(result.error_bound)
+        if result.inner.residual <= 1e-13:
+            worst = max(worst, error)
+    assert worst > 1e-10  # where the gradient as computed says that nothing is left
 
 
 def dense(case):

@@ -783,12 +783,15 @@ def test_indefinite_in_all_tasks() -> None:
         got.unwrap()
 
 
-def test_a_diverged_inner_solve_is_no_gradient() -> None:
+@pytest.mark.parametrize("max_steps", [40, 2000])
+def test_a_diverged_inner_solve_is_no_gradient(max_steps: int) -> None:
     case = PROBLEMS[0]
     got = hypergradient(
-        case.problem, case.theta, case.data, solver=GradientDescent(step_size=1.0, max_steps=2000), linsys=Exact()
+        case.problem, case.theta, case.data, solver=GradientDescent(step_size=1.0, max_steps=max_steps), linsys=Exact()
     )
     assert got.inner.status is Status.DIVERGED
+    if max_steps == 40:  # after so few, nothing else has failed
+        assert not got.linear.failed and got.inner.residual.isfinite()
     assert got.ok is False and got.num_ok == 0
     assert got.grad.isnan().all() and got.outer.isnan()
     with pytest.raises(SolverError, match=r"inner solve: DIVERGED after \d+ steps.*Reduce step_size"):

@@ -265,6 +265,19 @@ def test_cg_singular() -> None:
     assert kept.value.tolist() == [2.0, 2.0]
 
 
+def test_cg_starts_where_the_energy_is_lower_though_the_residual_is_not() -> None:
+    """What is left of that start is one eigenvector, so that it takes one step from there, and many from zero."""
+    system = build(spectrum(12, 100.0, 1.0), seed=3)
+    eigenvalues, vectors = np.linalg.eigh(system.a.numpy())
+    solution = system.solution()
+    start = solution + 1.5 * np.linalg.norm(system.b.numpy()) / eigenvalues[-1] * vectors[:, -1]
+    assert np.linalg.norm(system.b.numpy() - system.a.numpy() @ start) > np.linalg.norm(system.b.numpy())
+    assert 0.5 * start @ system.a.numpy() @ start < system.b.numpy() @ start  # the energy, which is 0 at zero
+    result = CG(max_steps=30, rtol=1e-9).solve(system.matvec, system.b, init=torch.tensor(start))
+    assert result.status is Status.CONVERGED and result.steps == 1
+    assert CG(max_steps=30, rtol=1e-9).solve(system.matvec, system.b).steps > 5
+
+
 # --- Neumann -------------------------------------------------------------------------------------
 
 
@@ -325,6 +338,16 @@ def test_neumann_reports_divergence(rtol: float) -> None:
     assert status_of(result.codes) == [first, Status.DIVERGED, Status.DIVERGED]
     assert result.failed.tolist() == [False, True, True]
     np.testing.assert_allclose(result.value[0].numpy(), good.solution(), rtol=1e-8)
+
+
+def test_neumann_that_grows_out_of_rounding_has_not_diverged() -> None:
+    """The step is a little too long for an eigenvector that b has next to nothing of."""
+    a, b = torch.tensor([0.5, 2.05], dtype=torch.float64), torch.tensor([1.0, 1e-16], dtype=torch.float64)
+    result = Neumann(num_terms=60, step_size=1.0).solve(lambda v: a * v, b)
+    assert result.residual > 1e-15 > 0.5**60  # it has grown: the first entry alone would have left less
+    assert not result.failed, result.describe()
+    np.testing.assert_allclose(result.value.numpy(), b.numpy() / a.numpy(), atol=1e-14)
+    assert Neumann(num_terms=700, step_size=1.0).solve(lambda v: a * v, b).status is Status.DIVERGED
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +45,7 @@ class Flat:
         """What the log has been told of this problem."""
         return self.problem.__dict__.setdefault("_said", set())
 
-    @property
+    @cached_property
     def num_theta(self) -> int:
         """The number of leaves of theta."""
         return len(self.theta.paths())

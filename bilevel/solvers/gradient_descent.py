@@ -96,7 +96,7 @@ class GradientDescent(IterativeSolver):
             return self._backtrack(state, local)
         phi = torch.add(state.point, local.grad, alpha=-self.step_size)  # type: ignore[operator]
         if self.tol == 0:  # NaN spreads by itself
-            return replace(state, phi=phi, point=phi)
+            return State(phi, phi, state.stalled)
         return replace(state, phi=phi, point=phi, stalled=state.stalled | ~local.value.isfinite())
 
     @staticmethod
