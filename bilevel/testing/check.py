@@ -199,9 +199,9 @@ def _examine(task: _Task, choices: Choices, rtol: float | None) -> Report:
             remark=remark,
         )
         return Report(parts=(nowhere,), rtol=allowed, setting=f"{task.title}{start.numel()} numbers in phi")
-    parts = derivative_parts(seen, points, theta, allowed)
+    parts, notes = derivative_parts(seen, points, theta, allowed)
     wrong = {part.name for part in parts if part.verdict is Verdict.FAULT}
-    notes, kappa = [], None
+    kappa = None
     if wrong & {"dG/dphi", "d2G/dphi2"}:
         parts += [not_judged(name) for name in ("implicit formula", "inner solve", "linear solve", "hypergradient")]
     else:
@@ -224,9 +224,13 @@ def _examine(task: _Task, choices: Choices, rtol: float | None) -> Report:
 
 
 def _after(derivatives: list[Part], others: list[Part]) -> list[Part]:
-    """Where a derivative is at fault, so is what is made of it; the two solves have faults of their own."""
-    made = ("implicit formula", "Newton step", "hypergradient") if any(part.is_at_fault for part in derivatives) else ()
-    return [part.following() if part.name in made else part for part in others]
+    """Where a derivative is at fault, so is what is made of it; the two solves have faults of their own, but none by its NaN."""
+    wrong = [part for part in derivatives if part.is_at_fault]
+    made = ("implicit formula", "Newton step", "hypergradient") if wrong else ()
+    spread = any(not math.isfinite(part.error) for part in wrong)
+    return [
+        part.following() if part.name in made or (spread and not math.isfinite(part.error)) else part for part in others
+    ]
 
 
 def _name(dtype: torch.dtype) -> str:

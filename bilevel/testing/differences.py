@@ -17,6 +17,7 @@ RESOLVED = 1e-3  # a leaf whose derivative is this well known is judged by itsel
 ENOUGH = 1e-7  # a relative error with which no further level is spent
 EVERY_COORDINATE = 50  # up to so many variables each of them is a direction of its own
 RANDOM_DIRECTIONS = 16  # for more variables
+MOST_LEAVES = 128  # up to so many, each leaf has a direction of its own
 
 
 def difference(f: Callable[[float], Tensor], size: float, at: Tensor, noise: float) -> tuple[Tensor, float]:
@@ -67,12 +68,14 @@ class Directions:
         weights: ``(k,)``.
         sizes: the size of the variable along each.
         names: the name of the leaf that is moved; '' where all of them are.
+        alone: the name of what is judged by itself: an entry where it is moved alone, else the leaf.
     """
 
     vectors: Tensor
     weights: Tensor
     sizes: Sequence[float]
     names: Sequence[str]
+    alone: Sequence[str]
 
 
 def directions(
@@ -90,18 +93,23 @@ def directions(
         like: the variable, ``(n,)``.
         lengths, names, sizes: the number of entries, the name and the typical size of an entry of each leaf.
         every: see above.
-        count: about so many random directions: within one leaf each, or over all leaves if there are more leaves than this.
+        count: about so many random directions, within one leaf each and at least one for each leaf. Over all leaves if there are very many.
     """
     n, generator = like.numel(), torch.Generator().manual_seed(0)
     if n <= every:
         repeat = [i for i, length in enumerate(lengths) for _ in range(length)]
+        entries = [i for length in lengths for i in range(length)]
         return Directions(
             torch.eye(n, device=like.device).to(like),
             like.new_ones(n),
             [sizes[i] for i in repeat],
             [names[i] for i in repeat],
+            [
+                names[i] if lengths[i] == 1 else f"entry {entry} of {names[i]}"
+                for i, entry in zip(repeat, entries, strict=True)
+            ],
         )
-    if len(lengths) > count:
+    if len(lengths) > MOST_LEAVES:
         lengths, names, sizes = [n], [""], [max(min(sizes), 1e-3 * max(sizes))]
     each = math.ceil(count / len(lengths))
     vectors, start = [], 0
@@ -113,8 +121,8 @@ def directions(
         vectors.append(block)
         start += length
     repeat = [i for i in range(len(lengths)) for _ in range(each)]
-    weights = like.new_full((len(repeat),), 1 / each)
-    return Directions(torch.cat(vectors).to(like), weights, [sizes[i] for i in repeat], [names[i] for i in repeat])
+    weights, moved = like.new_full((len(repeat),), 1 / each), [names[i] for i in repeat]
+    return Directions(torch.cat(vectors).to(like), weights, [sizes[i] for i in repeat], moved, moved)
 
 
 def relative(error: float, size: float) -> float:
@@ -131,15 +139,16 @@ class Gap:
         uncertainty: norm of the error of the differences themselves.
         size: norm of the derivative by differences, or the smallest derivative that rounding lets them see.
         where: the name of the leaf with the largest deviation.
-        leaf: the name of the leaf that is furthest off relative to itself, and that error and its uncertainty: a small leaf may be
-            wrong altogether without a trace in the norm of all. Leaves that differences do not see are left out.
+        alone: the name of the leaf, or of the entry where it was moved alone, that is furthest off relative to itself, and that error
+            and its uncertainty: a small one may be wrong altogether without a trace in the norm of all. What differences do not see is
+            left out.
     """
 
     error: float
     uncertainty: float
     size: float
     where: str = ""
-    leaf: tuple[str, float, float] = ("", 0.0, 0.0)
+    alone: tuple[str, float, float] = ("", 0.0, 0.0)
 
     @property
     def relative(self) -> tuple[float, float]:
@@ -148,10 +157,10 @@ class Gap:
 
     def over(self, other: Gap) -> Gap:
         """The worst of both."""
-        worst = self if self.error >= other.error else other
+        worst = other if other.error > self.error or math.isnan(other.error) else self
         uncertainty = max(self.uncertainty, other.uncertainty)
-        leaf = self.leaf if self.leaf[1] >= other.leaf[1] else other.leaf
-        return Gap(worst.error, uncertainty, max(self.size, other.size), worst.where, leaf)
+        alone = self.alone if self.alone[1] >= other.alone[1] else other.alone
+        return Gap(worst.error, uncertainty, max(self.size, other.size), worst.where, alone)
 
 
 @dataclass(frozen=True)
@@ -184,16 +193,17 @@ class Differences:
     def gap(self, rows: Tensor) -> Gap:
         """To a Jacobian ``(k, n)``, or the gradient ``(n,)`` of a scalar f."""
         leaves = {name: [0.0, 0.0, 0.0] for name in self.along.names}  # squares of error, uncertainty and size
+        single = {name: [0.0, 0.0, 0.0] for name in self.along.alone}
         for i, (column, weight) in enumerate(zip(self.columns, self.along.weights.tolist(), strict=True)):
-            squares = leaves[self.along.names[i]]
-            squares[0] += weight * float((rows @ self.along.vectors[i] - column).square().sum())
-            squares[1] += weight * self.uncertainties[i] * self.uncertainties[i]  # ** raises where this overflows
-            squares[2] += weight * float(column.square().sum())
+            for squares in (leaves[self.along.names[i]], single[self.along.alone[i]]):
+                squares[0] += weight * float((rows @ self.along.vectors[i] - column).square().sum())
+                squares[1] += weight * self.uncertainties[i] * self.uncertainties[i]  # ** raises where this overflows
+                squares[2] += weight * float(column.square().sum())
         error, uncertainty, size = (sum(squares) ** 0.5 for squares in zip(*leaves.values(), strict=True))
         own = [("", 0.0, 0.0)]
-        for name, squares in leaves.items():
+        for name, squares in single.items():
             off, unsure, large = (square**0.5 for square in squares)
             if large > self.floor and unsure < RESOLVED * large:
                 own.append((name, off / large, unsure / large))
         where = max(leaves, key=lambda name: leaves[name][0])
-        return Gap(error, uncertainty, max(size, self.floor), where, max(own, key=lambda leaf: leaf[1]))
+        return Gap(error, uncertainty, max(size, self.floor), where, max(own, key=lambda one: one[1]))

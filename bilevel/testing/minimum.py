@@ -85,7 +85,8 @@ def _judge(phi: Tensor, values: Tensor, step: float) -> Minimum:
     if not step <= max(eps**0.5, min(10 * eps * kappa, 1e-2)) * (1 + float(phi.norm())):
         return Minimum(
             phi,
-            f"no minimum of G was found in {NEWTON_STEPS} Newton steps: it may not be bounded below, or not be smooth",
+            f"no minimum of G was found in {NEWTON_STEPS} Newton steps: it may not be bounded below, not be smooth, or be very "
+            "ill-conditioned",
         )
     if low < -least:
         return Minimum(phi, f"the descent ends at a saddle of G (smallest eigenvalue {low:.1e})")

@@ -6,6 +6,7 @@ in which they are used: as products. What is detached, has a wrong sign or a wro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,17 @@ from bilevel.testing.reference import Point
 from bilevel.testing.report import Part, Verdict, judged
 from bilevel.testing.view import View, aside, moves_of_phi, moves_of_theta
 
-LEAF = 1e-2  # a leaf of its own is judged for what is wrong in it, and not for its last digits
+ALONE = 1e-2  # a leaf or an entry of its own is judged for what is wrong in it, and not for its last digits
 
 FIRST_ORDER = (
     "the gradient by autograd is not that of the values. Look in {function} for .detach(), .data, torch.no_grad() or a tensor made "
     "anew from numbers, for a torch.autograd.Function whose backward has a wrong sign, factor or transpose, or for a kink (abs, max) "
     "exactly here."
+)
+NOT_A_NUMBER = (
+    "autograd gives NaN or infinity where the values are finite. Look in {function} for a torch.where, or a mask, over something that has "
+    "no finite derivative where it is not used (sqrt, log, a power, a quotient: its zero is multiplied by infinity, so make the argument "
+    "harmless there before), or for sqrt, norm or abs(x) ** p at exactly zero."
 )
 SECOND_ORDER = (
     "the first derivative is right and its derivative is not. Look in inner_objective for a torch.autograd.Function whose backward is "
@@ -30,23 +36,29 @@ SECOND_ORDER = (
 )
 
 
-def derivative_parts(view: View, phis: Sequence[Tensor], theta: Tensor, rtol: float) -> list[Part]:
-    """The five comparisons, each at its worst over the points ``phis``; the first is the point that was solved for."""
+KINK_AT_START = "Differences give no reliable dG/dphi where the inner solve starts (a kink, as of abs or norm at zero): not judged there."
+
+
+def derivative_parts(view: View, phis: Sequence[Tensor], theta: Tensor, rtol: float) -> tuple[list[Part], list[str]]:
+    """The five comparisons, each at its worst over the points where it is used, and notes. ``phis``: the point that was solved for, and
+    the start, where the solver asks for dG/dphi and nobody for anything else.
+    """
     points = [*phis, *aside(view, phis, theta)]
     along_phi, along_theta = moves_of_phi(view, points, theta), moves_of_theta(view, points[0], theta)
     firsts = [_first(view, phi, theta, along_phi, along_theta) for phi in points]
     # at the solution, and at the point without special zeros
     seconds = [_second(view, phi, theta, along_phi, along_theta) for phi in [points[0], *points[len(phis) :]]]
-    slope, outer_slope, direct = (_worst(gaps) for gaps in zip(*firsts, strict=True))
+    rough = [i for i in range(1, len(phis)) if _is_unclear(firsts[i][0], rtol)]
+    slope = _worst([gaps[0] for i, gaps in enumerate(firsts) if i not in rough])
+    used = [firsts[0], *firsts[len(phis) :]]
+    outer_slope, direct = (_worst(gaps) for gaps in zip(*(gaps[1:] for gaps in used), strict=True))
     hessian, cross = (_worst(gaps) for gaps in zip(*(gaps for gaps, _ in seconds), strict=True))
     skew = max(skew for _, skew in seconds)
     symmetry = f" The Hessian by autograd is not symmetric: |H - H^T| = {skew:.1e} |H|." if skew > rtol else ""
     parts = [
-        _part("dG/dphi", slope, rtol, "autograd with differences of G", FIRST_ORDER.format(function="inner_objective")),
-        _part(
-            "dL/dphi", outer_slope, rtol, "autograd with differences of L", FIRST_ORDER.format(function="outer_loss")
-        ),
-        _part("dL/dtheta", direct, rtol, "autograd with differences of L", FIRST_ORDER.format(function="outer_loss")),
+        _part("dG/dphi", slope, rtol, "autograd with differences of G", FIRST_ORDER, "inner_objective"),
+        _part("dL/dphi", outer_slope, rtol, "autograd with differences of L", FIRST_ORDER, "outer_loss"),
+        _part("dL/dtheta", direct, rtol, "autograd with differences of L", FIRST_ORDER, "outer_loss"),
         _part(
             "d2G/dphi2",
             hessian,
@@ -62,9 +74,15 @@ def derivative_parts(view: View, phis: Sequence[Tensor], theta: Tensor, rtol: fl
             SECOND_ORDER.format(detached=", and for theta.detach()"),
         ),
     ]
-    if parts[0].verdict is Verdict.FAULT:
+    if parts[0].is_at_fault:
         parts = [part.following() if part.name.startswith("d2G") else part for part in parts]
-    return parts
+    return parts, [KINK_AT_START] * bool(rough)
+
+
+def _is_unclear(gap: Gap, rtol: float) -> bool:
+    """Whether the differences are too uncertain to judge by, and show no fault all the same."""
+    error, uncertainty = gap.relative
+    return judged("", error, rtol, uncertainty, "", "").verdict is Verdict.UNCLEAR
 
 
 def _first(
@@ -100,12 +118,13 @@ def _worst(gaps: Sequence[Gap]) -> Gap:
     return worst
 
 
-def _part(name: str, gap: Gap, rtol: float, compared: str, remark: str) -> Part:
+def _part(name: str, gap: Gap, rtol: float, compared: str, remark: str, function: str = "inner_objective") -> Part:
     where = f"largest in {gap.where}; " if gap.where not in ("", "phi", "theta") else ""
     error, uncertainty = gap.relative
+    remark = (remark if math.isfinite(gap.error) else NOT_A_NUMBER).format(function=function)
     found = judged(name, error, rtol, uncertainty, compared, where + remark)
-    leaf, error, uncertainty = gap.leaf
-    if found.verdict is Verdict.OK and error > LEAF + uncertainty:
-        remark = f"in {leaf}, which is small beside the others, and relative to that leaf alone; {remark}"
-        found = judged(name, error, LEAF, uncertainty, compared, remark)
+    alone, error, uncertainty = gap.alone
+    if found.verdict is Verdict.OK and error > ALONE + uncertainty:
+        remark = f"in {alone}, which is small beside the others, and relative to it alone; {remark}"
+        found = judged(name, error, ALONE, uncertainty, compared, remark)
     return found

@@ -39,9 +39,14 @@ ANOTHER = (
     "torch.autograd.Function whose vmap is wrong, code that depends on the precision). "
 )
 ASYMMETRIC = "the Hessian by autograd is not symmetric at phi*."
+NO_INVERSE = (
+    "Identity() takes the problem at its word: its curvature_inverse (or curvature_scale), with the damping, is not the inverse of its "
+    "curvature_product. ({told})"
+)
 ARITHMETIC = (
     "grad is not dL/dtheta - C^T u for the phi and u that came with it. In float32: rounding, or code that does something else in "
-    "float32 than in float64. In a batch: a torch.autograd.Function whose vmap is wrong."
+    "float32 than in float64. In a batch: a torch.autograd.Function whose vmap is wrong. In a problem with a split or a curvature_scale of "
+    "its own: these are not those of inner_objective."
 )
 
 
@@ -206,6 +211,8 @@ class Sum:
         product = point.chosen(choices.curvature, choices.damping, choices.linsys)
         residual, claimed = float((point.b - product(answer.u)).norm()), float(answer.linear.residual)
         told = answer.linear.describe(repr(choices.linsys))
+        if choices.linsys.needs_known_inverse:
+            return NO_INVERSE.format(told=told)
         if residual > 10 * claimed + 1e3 * torch.finfo(point.b.dtype).eps * float(point.b.norm()):
             return f"{told} That is not so: |b - A u| = {residual:.1e}, with |b| = {float(point.b.norm()):.1e}."
         return f"{told} Allow more steps, or ask for a smaller residual."

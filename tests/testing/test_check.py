@@ -806,3 +806,149 @@ def test_a_composition_that_is_not_the_objective_is_refused(right: bool) -> None
     else:
         with pytest.raises(ValueError, match="composition: expected what inner_objective is"):
             check_hypergradient(Mine(), theta, **options)
+
+
+def failed_check(*args: Any, **options: Any) -> bilevel.testing.Report:
+    with pytest.raises(CheckFailed) as caught:
+        check_hypergradient(*args, **options)
+    return caught.value.report
+
+
+NEWTON = {"solver": NewtonCG(max_steps=20, cg_steps=6, tol=1e-5), "linsys": CG(max_steps=6)}
+
+
+def test_a_small_leaf_among_many_that_is_wrong_altogether() -> None:
+    """Of a network with more leaves than there are random directions."""
+    names = [f"layer{i}.{kind}" for i in range(9) for kind in ("weight", "bias")]
+
+    def problem(seen: Any) -> BilevelProblem:
+        def inner(phi: Any, theta: Any, data: Any) -> Tensor:
+            penalty = seen(theta["log_penalty"]).exp()
+            fit = sum(0.5 * (phi[k] - theta["centre"][k]).square().sum() for k in names)
+            return fit + 0.5 * penalty * sum(phi[k].square().sum() for k in names)
+
+        def outer(phi: Any, theta: Any, data: Any) -> Tensor:
+            return sum((phi[k] - 1).square().sum() for k in names) + 1e-6 * theta["log_penalty"]
+
+        return BilevelProblem.from_functions(inner, outer, lambda theta, data: theta["centre"])
+
+    torch.manual_seed(0)
+    centre = {k: torch.randn(2, 2) if k.endswith("weight") else torch.randn(3) for k in names}
+    theta = {"centre": centre, "log_penalty": torch.tensor(-10.0)}
+    assert check_hypergradient(problem(lambda x: x), theta, **NEWTON).ok
+    report = failed_check(problem(torch.Tensor.detach), theta, **NEWTON)
+    assert report.at_fault == ("d2G/dphi dtheta",) and "log_penalty" in report["d2G/dphi dtheta"].remark
+
+
+def test_a_small_entry_of_a_leaf_that_is_wrong_altogether() -> None:
+    torch.manual_seed(0)
+    data = {"x": torch.randn(40, 6) + 0.5, "y": torch.randn(40), "x_valid": torch.randn(30, 6) + 0.5}
+
+    def problem(seen: Any) -> BilevelProblem:
+        def inner(phi: Any, theta: Any, data: Any) -> Tensor:
+            penalty = torch.stack([theta[0], seen(theta[1])]).exp().repeat_interleave(3)
+            return 0.5 * (data["x"] @ phi - data["y"]).square().mean() + 0.5 * (penalty * phi.square()).sum()
+
+        return BilevelProblem.from_functions(
+            inner,
+            lambda phi, theta, data: 0.5 * (data["x_valid"] @ phi - 1).square().mean(),
+            lambda theta, data: data["x"].new_zeros(6),
+        )
+
+    theta = torch.tensor([0.0, -10.0])
+    assert check_hypergradient(problem(lambda x: x), theta, data, **NEWTON).ok
+    report = failed_check(problem(torch.Tensor.detach), theta, data, **NEWTON)
+    assert report.at_fault == ("d2G/dphi dtheta",)
+    assert report["d2G/dphi dtheta"].remark.startswith("in entry 1 of theta, which is small beside the others")
+
+
+@pytest.mark.parametrize(
+    "kink", [lambda p: p.topk(3).values.mean(), lambda p: (p - 1e-9 * p.detach()).norm(), lambda p: p[p.argmax()]]
+)
+def test_a_kink_of_the_outer_loss_at_the_start_is_nobodys_business(kink: Any) -> None:
+    """Nobody asks for dL/dphi there."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 5, dtype=F64) + 0.5
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            torch.nn.functional.softplus(-data @ phi).mean() + 0.5 * (theta.exp() * phi.square()).sum()
+        ),
+        lambda phi, theta, data: kink(data[:20] @ phi),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    report = check_hypergradient(problem, torch.full((5,), -1.0, dtype=F64), x, **accurate(F64), rtol=1e-4)
+    assert report.ok and not report.notes
+
+
+def test_a_kink_of_the_inner_objective_at_the_start_is_noted() -> None:
+    """Group lasso: the norm has a kink at zero, and none where the solution is."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + 0.1 * phi.norm(),
+        lambda phi, theta, data: (phi - 1).square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    report = check_hypergradient(problem, torch.tensor([1.0, -2.0, 0.5], dtype=F64), **accurate(F64))
+    assert report.ok and "where the inner solve starts (a kink" in report.notes[0]
+
+
+@pytest.mark.parametrize("where", ["outer", "cross"])
+def test_a_derivative_that_is_nan_is_the_only_part_at_fault(where: str) -> None:
+    """The branch of a torch.where that is not taken."""
+
+    def root(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x.sqrt(), x)
+
+    def inner(phi: Any, theta: Any, data: Any) -> Tensor:
+        return 0.5 * (phi - (root(theta) if where == "cross" else theta)).square().sum() + 0.1 * phi.pow(4).sum()
+
+    def outer(phi: Any, theta: Any, data: Any) -> Tensor:
+        return root(phi).sum() if where == "outer" else phi.sum()
+
+    problem = BilevelProblem.from_functions(inner, outer, lambda theta, data: torch.zeros_like(theta))
+    theta = torch.tensor([1.0, -1.0], dtype=F64)
+    report = failed_check(problem, theta, solver=NewtonCG(max_steps=60, tol=1e-11), linsys=Exact())
+    part = {"outer": "dL/dphi", "cross": "d2G/dphi dtheta"}[where]
+    assert report.at_fault == (part,)
+    function = {"outer": "outer_loss", "cross": "inner_objective"}[where]
+    assert f"NaN or infinity where the values are finite. Look in {function} for a torch.where" in report[part].remark
+
+
+def test_identity_with_an_inverse_that_is_none_is_told_so() -> None:
+    weights = torch.tensor([1.0, 10.0, 100.0, 0.1], dtype=F64)
+
+    class Weighted(ProximalProblem):
+        def train_loss(self, phi: Any, data: Any) -> Tensor:
+            return 0.5 * (phi - 1).square().sum()
+
+        def test_loss(self, phi: Any, data: Any) -> Tensor:
+            return 0.5 * (phi - 2).square().sum()
+
+        def regulariser(self, phi: Any, theta: Any) -> Tensor:
+            return 0.5 * (weights.to(phi) * (phi - theta).square()).sum()
+
+        def curvature_product(self, v: Any, theta: Any = None) -> Any:
+            return weights.to(v) * v
+
+        def curvature_inverse(self, v: Any, theta: Any = None, damping: float = 0.0) -> Any:
+            return v * weights.to(v)  # should be v / (weights + damping)
+
+    theta = torch.tensor([0.3, -0.2, 0.1, 0.5], dtype=F64)
+    report = failed_check(Weighted(1.0), theta, solver=accurate(F64)["solver"], linsys=Identity())
+    assert report.at_fault == ("linear solve",)
+    assert (
+        "its curvature_inverse (or curvature_scale), with the damping, is not the inverse"
+        in report["linear solve"].remark
+    )
+
+
+def test_second_derivatives_of_a_first_one_that_is_unclear_are_not_blamed() -> None:
+    """The lasso, with its solution on the kink."""
+    problem = BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - 0.1).square().sum() + theta.exp().sum() * phi.abs().sum(),
+        lambda phi, theta, data: (phi - 1).square().sum(),
+        lambda theta, data: torch.zeros(2, dtype=F64),
+    )
+    report = failed_check(
+        problem, torch.zeros(1, dtype=F64), solver=GradientDescent(step_size=0.1, max_steps=50), linsys=Exact()
+    )
+    assert not any(name.startswith("d2G") for name in report.at_fault)
