@@ -21,11 +21,12 @@ from bilevel.derivatives import (
     transforms_active,
     versions,
 )
+from bilevel.isolation import without_checkpoints
 from bilevel.linsys.base import LinearSolver, norm
 from bilevel.linsys.neumann import some_direction
 from bilevel.problem import BilevelProblem
 from bilevel.quadratic import QuadraticObjective
-from bilevel.recorded import Programs, TracedObjective
+from bilevel.recorded import Programs, Session, TracedObjective
 from bilevel.residual import Residual, RootFlat
 from bilevel.result import Result
 from bilevel.trees import Layout, Structure, Tree, flatten, how_to_tree, layout_of, unflatten
@@ -53,7 +54,7 @@ class Call:
     sizes: tuple[int, ...]
     phi: Tensor
     u: Tensor | None = None
-    programs: Programs | None = None
+    programs: Programs | Session | None = None
 
     def chunks(self, chunk_size: int | None) -> list[Call]:
         """The call cut along the task axis into pieces of at most ``chunk_size`` tasks."""
@@ -68,8 +69,10 @@ class Call:
             pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi, u, self.programs))
         return pieces
 
-    def objective(self) -> Objective:
-        """G over the tasks of this call."""
+    def objective(self, *, trusting: bool = True) -> Objective:
+        """G over the tasks of this call. ``trusting``: with what was recorded, and what the problem says of itself, in its place."""
+        if not trusting and not isinstance(self.flat, RootFlat):
+            return Objective(self.flat, self.levels, self.tensors, self.sizes)
         if self.programs is None:
             return objective_of(self.flat, self.levels, self.tensors, self.sizes)
         traced = TracedObjective(self.flat, self.levels, self.tensors, self.sizes, self.programs)
@@ -138,6 +141,7 @@ def prepare(
             f"{phi_name}: expected at least one number, got tensors without entries: there is nothing to solve for."
         )
     start = layout.ravel(phi_leaves).detach().contiguous()  # what all tasks share is a view, which forward mode refuses
+    start = start.clone() if phi is not None and len(phi_leaves) == 1 else start  # the caller's own stays as it is
     programs = Programs.of(problem) if compile else None
     return Call(replace(flat, phi=layout), tensors, levels, sizes, start, programs=programs)
 
@@ -322,11 +326,11 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
     return count
 
 
+@without_checkpoints()
 def run_solver(objective: Objective, phi: Tensor, solver: Any) -> Result:
     """The result of an inner solver, its value a vector ``(*batch, d)``."""
     run = solver.run(objective, phi.detach())
-    _, grad = objective.measure(run.phi)
-    return run.result(grad, run.phi, objective.num_grads, objective.num_matvecs)
+    return run.result(*objective.measure(run.phi), run.phi, objective.num_grads, objective.num_matvecs)
 
 
 def check_solver(solver: Any) -> None:

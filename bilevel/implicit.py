@@ -37,7 +37,7 @@ from bilevel.certificates import Certificate
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, refuse_unused, run_solver
 from bilevel.gradient import Hypergradient
-from bilevel.isolation import isolated
+from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
 from bilevel.problem import BilevelProblem
 from bilevel.recorded import with_programs
@@ -227,6 +227,7 @@ class _Options:
         check_number("damping", self.damping)
 
 
+@without_checkpoints()
 def _hypergradient(
     call: Call,
     solver: Any,
@@ -268,7 +269,7 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     inner_grads = objective.num_grads
     outer, b, direct = call.outer_gradient(phi, options.outer_chunk_size)
     local = objective.linearise(phi, options.curvature, options.damping, with_theta=True)
-    inner = None if run is None else run.result(local.grad, phi, inner_grads + 1, objective.num_matvecs)
+    inner = None if run is None else run.result(local.value, local.grad, phi, inner_grads + 1, objective.num_matvecs)
     linear = options.linsys.solve(
         local.matvec, b, init=call.u, preconditioner=objective.curvature_inverse(options.damping)
     )

@@ -31,7 +31,7 @@ from bilevel.derivatives import (
     with_axis,
 )
 from bilevel.entry import Call, has_changed, objective_of, run_solver
-from bilevel.isolation import isolated
+from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import LinearSolver, Operator, norm
 from bilevel.result import Result
 from bilevel.status import Check, failed
@@ -189,6 +189,7 @@ class _LinearSolve(torch.autograd.Function):
     """(b, phi, *tensors) -> u with A(phi, tensors) u = b, or A^T u = b."""
 
     @staticmethod
+    @without_checkpoints()
     def forward(mapped: _Mapped, b: Tensor, phi: Tensor, *tensors: Tensor) -> Tensor:
         rule, levels, sizes = mapped.rule, mapped.levels, mapped.sizes
         b = _expand(b, [flags[0] for flags in levels], sizes)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -67,6 +67,22 @@ OLD_FUNCTION = (
     "bilevel: torch.func is used here (for batched=True, argmin, root and fixed_point). An autograd.Function needs setup_context and "
     "generate_vmap_rule = True for it; torch.utils.checkpoint(use_reentrant=True) is such a function, and has no other form."
 )
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Within it, ``torch.utils.checkpoint(use_reentrant=False)`` around the call packs nothing: for each of the graphs that a solve makes
+    and throws away, it would compute its region anew from the start.
+    """
+    hooks, found = torch._C._autograd, []
+    while (top := hooks._top_saved_tensors_default_hooks(True)) and top[0].__module__ == "torch.utils.checkpoint":
+        hooks._pop_saved_tensors_default_hooks()
+        found.append(top)
+    try:
+        yield
+    finally:
+        for pair in reversed(found):
+            hooks._push_saved_tensors_default_hooks(*pair)
 
 
 def precise(function: Callable[P, R]) -> Callable[P, R]:

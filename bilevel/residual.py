@@ -19,6 +19,7 @@ from bilevel.derivatives import (
     refuse_writes,
     with_axis,
 )
+from bilevel.linsys.base import all_finite
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Structure, Tree, flatten
 
@@ -117,7 +118,7 @@ class Residual(Objective):
         else:
             with torch.no_grad():
                 residual = self._zero(phi.detach(), self._given(phi.detach(), *self.tensors))
-        return 0.5 * torch.linalg.vecdot(residual, residual), residual
+        return _half_square(residual), residual
 
     def linearise(  # type: ignore[override]  # what a solver of equations needs of it
         self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False
@@ -165,7 +166,7 @@ class ResidualLinearisation:
                 else None
             )
         self.grad = self._value.detach()
-        self.value = 0.5 * torch.linalg.vecdot(self.grad, self.grad)
+        self.value = _half_square(self.grad)
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v for v ``(*batch, d)`` or ``(k, *batch, d)``."""
@@ -176,3 +177,9 @@ class ResidualLinearisation:
         """A^T v."""
         self._residual.num_matvecs += 1
         return backward_product(self._value, self._phi, v)
+
+
+def _half_square(residual: Tensor) -> Tensor:
+    """|F|^2 / 2 ``(*batch,)``; the largest number where only the square is too large to be one."""
+    value = 0.5 * torch.linalg.vecdot(residual, residual)
+    return torch.where(value.isinf() & all_finite(residual), torch.finfo(value.dtype).max, value)

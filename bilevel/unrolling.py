@@ -24,7 +24,7 @@ from bilevel.curvature import Hessian
 from bilevel.derivatives import Levels, alike, jvp, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare, refuse_unused
 from bilevel.gradient import Hypergradient
-from bilevel.isolation import isolated
+from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import check_count, dot, select
 from bilevel.path import PathObjective
 from bilevel.problem import BilevelProblem
@@ -85,6 +85,7 @@ def unrolled(
     return gather(call, part_of, theta_batched, reduction, chunk_size, "unrolled").hypergradient(call, reduction)
 
 
+@without_checkpoints()
 def _part(
     call: Call, solver: IterativeSolver, fixed_start: bool, truncate: int | None, forward_mode: bool, allow_unused: bool
 ) -> Part:
@@ -115,8 +116,8 @@ def _part(
         (torch.zeros_like(x) if a is None else a) + (0 if b is None else b)
         for x, a, b in zip(theta, direct, through, strict=True)
     ]
-    _, residual = objective.value_and_grad(phi)  # also refuses captured tensors
-    inner = replace(run, phi=phi, start=run.start.detach()).result(residual, phi, num_grads + 1, num_matvecs)
+    level, residual = objective.value_and_grad(phi)  # also refuses captured tensors
+    inner = replace(run, phi=phi, start=run.start.detach()).result(level, residual, phi, num_grads + 1, num_matvecs)
     ok = ok_where_finite(~inner.failed, outer, grads)
     inner = replace(inner, codes=torch.where(ok | inner.failed, inner.codes, int(Status.NON_FINITE)))
     return Part(phi, outer, nan_where_not(ok, [grad.detach() for grad in grads]), inner, None, ok)

@@ -598,3 +598,17 @@ def test_a_graph_serves_calls_with_the_autocast_of_its_capture() -> None:
         for _ in range(5):
             assert step(x).dtype == torch.bfloat16
     assert step(x).dtype == torch.float32
+
+
+def test_what_is_returned_as_it_is_is_a_copy_too() -> None:
+    """A history that is collected on the CPU is the one that a graph would give."""
+    total = torch.zeros(2)
+
+    def step(x: Tensor) -> dict[str, Tensor]:
+        total.sub_(x)
+        return {"total": total}
+
+    captured = CapturedStep(step, mutates=[total])
+    found = [captured(torch.ones(2))["total"][0].item() for _ in range(3)]
+    history = [captured(torch.ones(2))["total"] for _ in range(3)]
+    assert found == [-1.0, -2.0, -3.0] and [float(h[0]) for h in history] == [-4.0, -5.0, -6.0]

@@ -559,3 +559,23 @@ def test_nan_in_theta_is_a_failed_result_and_no_endless_loop() -> None:
         got = hypergradient(problem(uses_theta), theta, solver=solver, linsys=CG(max_steps=5))
         assert got.ok is False and got.grad.isnan().all()
         assert got.inner.status.failed
+
+
+@pytest.mark.parametrize("which", ["inner_objective", "outer_loss"])
+@pytest.mark.parametrize("options", [{}, {"batched": True}, {"compile": True}], ids=str)
+def test_functions_that_write_to_phi(which: str, options: dict[str, Any]) -> None:
+    """Their values and derivatives would be those of another point than the solver asked for. The start stays the caller's."""
+
+    def projected(phi: Tensor, theta: Any, data: Any) -> Tensor:
+        with torch.no_grad():
+            phi.clamp_(min=0)
+        return pull(phi, theta, data) + 0 * theta.sum()
+
+    wrong = problem(projected) if which == "inner_objective" else problem(uses_theta, projected)
+    batched = "batched" in options
+    start = torch.full((3, 2) if batched else (2,), -0.5, dtype=F64)
+    with pytest.raises(ValueError, match=f"{which} writes to phi in place.*work on a clone"):
+        hypergradient(
+            wrong, ONES, torch.zeros(3, 1) if batched else None, solver=SOLVER, linsys=LINSYS, init=start, **options
+        )
+    assert bool((start == -0.5).all())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import bilevel
-from bilevel import Status
-from bilevel.solvers import LBFGS, GradientDescent, NesterovAGD, NewtonCG, ScipyMinimize
+from bilevel import BilevelProblem, Status
+from bilevel.linsys import CG
+from bilevel.solvers import LBFGS, BlackBox, GradientDescent, NesterovAGD, NewtonCG, ScipyMinimize, TorchOptim
 from bilevel.solvers.base import InnerSolver
 
 Make = Callable[[float], InnerSolver]
@@ -313,3 +315,49 @@ def test_a_gradient_that_stays_the_same_is_no_smaller_one() -> None:
     solver = GradientDescent(step_size=None, max_steps=200, tol=1e-30)
     result = bilevel.solve(problem, torch.ones(1), directions, solver=solver, batched=True)
     assert set(result.codes.tolist()) == {int(Status.LINE_SEARCH_FAILED)} and int(result.steps.max()) < 20
+
+
+def walled(bad: float) -> BilevelProblem:
+    """No number, and no slope, beyond 1, as a domain is usually written down."""
+    return BilevelProblem.from_functions(
+        lambda phi, theta, data: torch.where((phi < 1).all(), (phi - theta).square().sum(), bad),
+        lambda phi, theta, data: phi.square().sum(),
+    )
+
+
+HARD_WALL = [
+    GradientDescent(step_size=0.3, max_steps=50, tol=1e-6),
+    GradientDescent(step_size=0.3, max_steps=50),
+    GradientDescent(step_size=None, max_steps=50, tol=1e-6),
+    NesterovAGD(step_size=0.3, max_steps=50, tol=1e-6),
+    NesterovAGD(step_size=None, max_steps=50, tol=1e-6),
+    LBFGS(max_steps=50, tol=1e-6),
+    NewtonCG(max_steps=20, cg_steps=5, tol=1e-6),
+    ScipyMinimize(method="BFGS"),
+    ScipyMinimize(method="SLSQP"),
+    TorchOptim(lambda parameters: torch.optim.SGD(parameters, lr=0.3), max_steps=50, tol=1e-6),
+    BlackBox(lambda problem, theta, data, init: init + 2),
+]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("start", [[0.0, 0.5], [2.0, 0.5]], ids=["inside", "outside"])
+@pytest.mark.parametrize("solver", HARD_WALL, ids=lambda solver: f"{type(solver).__name__}{HARD_WALL.index(solver)}")
+def test_a_point_where_g_is_no_number_is_no_minimum(solver: Any, start: list[float], bad: float) -> None:
+    """Its gradient is zero."""
+    problem, theta, begin = (
+        walled(bad),
+        torch.full((2,), 2.0, dtype=torch.float64),
+        torch.tensor(start, dtype=torch.float64),
+    )
+    found = bilevel.solve(problem, theta, solver=solver, init=begin)
+    defined = bool((found.value < 1).all())
+    assert found.status is not Status.CONVERGED
+    if start[0] < 1:
+        unknown = isinstance(solver, BlackBox)  # where it began
+        assert defined or found.status is (Status.NON_FINITE if unknown else Status.DIVERGED)
+    else:
+        assert not defined and found.status in (Status.NON_FINITE, Status.DIVERGED)
+    if not defined:
+        gradient = bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=5), init=begin)
+        assert not gradient.ok and gradient.grad.isnan().all()

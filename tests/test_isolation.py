@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -640,3 +641,45 @@ def test_what_several_tasks_at_once_cannot_do_is_said(term: Any, advice: str) ->
 
 
 LSTM = nn.LSTM(1, 2).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", ["argmin", "hypergradient", "compiled", "root"])
+def test_a_checkpoint_around_a_call_costs_one_more_call(name: str) -> None:
+    """And not, for every gradient of the solve, all that came before it again."""
+    evaluations = []
+
+    def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        evaluations.append(1)
+        return 0.5 * (phi - 1).square().sum() + 0.5 * (theta.exp() * phi.square()).sum()
+
+    def slope(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        evaluations.append(1)
+        return phi - 1 + theta.exp() * phi
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.sum(), lambda theta, data: torch.zeros_like(theta)
+    )
+    steps, linsys = GradientDescent(step_size=0.3, max_steps=40), CG(max_steps=5)
+
+    def run(theta: Tensor) -> Tensor:
+        if name == "argmin":
+            return bilevel.argmin(problem, theta, solver=steps, linsys=linsys).sum()
+        if name == "root":
+            solver = Newton(max_steps=20, tol=1e-10)
+            return bilevel.root(slope, theta, init=torch.zeros(2), solver=solver, linsys=Exact()).sum()
+        found = bilevel.hypergradient(problem, theta, solver=steps, linsys=linsys, compile=name == "compiled")
+        return (found.grad * theta).sum()
+
+    plain, checkpointed = torch.zeros(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    run(plain).backward()
+    alone = len(evaluations)
+    evaluations.clear()
+    torch.utils.checkpoint.checkpoint(run, checkpointed, use_reentrant=False).backward()
+    assert len(evaluations) <= 2 * alone
+    torch.testing.assert_close(checkpointed.grad, plain.grad)
+    if name in ("argmin", "root"):  # which take no hooks of others
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x):  # they stay
+        before = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        torch.utils.checkpoint.checkpoint(run, plain, use_reentrant=False).backward()
+        assert torch._C._autograd._top_saved_tensors_default_hooks(True) == before

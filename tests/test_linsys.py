@@ -859,3 +859,26 @@ def test_all_finite(shape: tuple[int, ...], dtype: torch.dtype) -> None:
             y = y.reshape(shape)
             for found in (all_finite(y), torch.func.vmap(all_finite)(y) if len(shape) > 1 else all_finite(y)):
                 assert torch.equal(found, y.isfinite().all(-1))
+
+
+@pytest.mark.parametrize(
+    "solver", [CG(max_steps=10), MINRES(max_steps=10), GMRES(max_steps=10), BiCGStab(max_steps=10), Exact()], ids=repr
+)
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 3e-39), (torch.float64, 1e-310)], ids=str)
+def test_right_hand_sides_that_are_subnormal(solver: LinearSolver, dtype: torch.dtype, size: float) -> None:
+    """Of a saturated loss: such a task must not fail beside the others."""
+    b = torch.tensor([[1.0, 2.0], [size, 2 * size]], dtype=dtype)
+    found = solver.solve(lambda v: 2 * v, b)
+    assert not found.failed.any(), found.describe()
+    np.testing.assert_allclose(found.value[0].numpy(), b[0].numpy() / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.value[1].double().numpy() / size, [0.5, 1.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e-20), (torch.float64, 1e-160)], ids=str)
+def test_cg_calls_a_small_matrix_no_singular_one(dtype: torch.dtype, scale: float) -> None:
+    """Nor where the length of the answer has a square that is no number."""
+    d = 30
+    a = scale * torch.tensor(2.1 * np.eye(d) - np.eye(d, k=1) - np.eye(d, k=-1), dtype=dtype)
+    for steps, rtol in ((1, 1e-6), (2, 1e-6), (2, 0.0)):
+        found = CG(max_steps=steps, rtol=rtol).solve(lambda v: a @ v, torch.ones(d, dtype=dtype))
+        assert found.status is Status.MAX_STEPS, found.describe()

@@ -323,3 +323,20 @@ def test_gauss_newton_and_damping() -> None:
             for one in (case, plain)
         )
         assert_close(found.grad, expected.grad, 1e-9)
+
+
+def test_the_estimate_of_what_is_not_quadratic_after_all() -> None:
+    """A soft variable hides from the check behind a stiff one; the estimate asks G itself, and sees it."""
+    problem = BilevelProblem.from_functions(
+        lambda p, t, d: 0.5 * 1e4 * (p[0] - 1) ** 2 + 0.5 * (p[1] - t[0]) ** 2 + 0.25 * p[1] ** 4,
+        lambda p, t, d: p.sum(),
+        lambda t, d: torch.zeros(2),
+        quadratic=True,
+    )
+    result = bilevel.hypergradient(
+        problem, torch.tensor([1.0]), solver=NewtonCG(max_steps=30, cg_steps=10, tol=1e-3), linsys=Exact()
+    )
+    exact = 1 / (1 + 3 * 0.6823278038280193**2)  # at the root of p + p^3 = 1
+    error = abs(float(result.grad) - exact)
+    assert error > 0.5 and 0.5 * error < float(result.error_estimate) < 2 * error
+    assert "The inner solve limits the accuracy" in result.explain()

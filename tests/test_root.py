@@ -1358,3 +1358,58 @@ def test_a_mask_that_was_drawn_anew_before_the_derivative_is_refused(solve: Any)
     slope = 1 - z.square()  # of tanh; the condition is a system of three equations on their own
     kept = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(expected, slope / (1 - 0.5 * kept * slope))
+
+
+SHIFTS: list[Callable[[Tensor, Tensor], Tensor]] = [
+    lambda x, t: x + 0.3 + 0 * t,
+    lambda x, t: x.flip(-1) + x.new_tensor([1.0, 0.5]) + 0 * t,
+    lambda x, t: x + 1 + x.sin() / 2 + 0 * t,
+]
+
+
+@pytest.mark.parametrize("shift", SHIFTS, ids=["shift", "reflection", "sine"])
+def test_anderson_finds_no_fixed_point_in_the_rounding_of_a_large_one(shift: Any) -> None:
+    """There is none; but x + 1 is x where x is large enough."""
+    told: list[Any] = []
+    size = 2 if shift(torch.zeros(2), torch.zeros(1)).std() > 0 else 1
+    fixed_point(
+        lambda x, t, d: shift(x, t),
+        torch.zeros(1, dtype=F64),
+        solver=Anderson(max_steps=60, tol=1e-9),
+        linsys=Exact(),
+        init=torch.zeros(size, dtype=F64),
+        report=told.append,
+    )
+    assert told[0].failed or (told[0].status is Status.MAX_STEPS and told[0].residual > 0.1), told[0].describe()
+
+
+def test_anderson_goes_far_where_the_fixed_point_is_far() -> None:
+    for far in (1e8, 1e12):
+        told: list[Any] = []
+        found = fixed_point(
+            lambda x, t, d, far=far: (1 - 1 / far) * x + t,
+            torch.ones(1, dtype=F64),
+            solver=Anderson(max_steps=50, tol=1e-9 + 4e-16 * far),
+            linsys=Exact(),
+            init=torch.zeros(1, dtype=F64),
+            report=told.append,
+        )
+        assert told[0].status is Status.CONVERGED, told[0].describe()
+        torch.testing.assert_close(found, torch.full((1,), far, dtype=F64), rtol=1e-1, atol=0)
+
+
+@pytest.mark.parametrize(
+    "solver", [FixedPointIteration(max_steps=200, tol=1e15), Anderson(max_steps=50, tol=1e15)], ids=repr
+)
+def test_maps_whose_square_is_too_large_to_be_a_number(solver: Any) -> None:
+    told: list[Any] = []
+    found = fixed_point(
+        lambda x, t, d: 0.5 * x + t,
+        torch.full((2,), 1e20),
+        solver=solver,
+        linsys=Exact(),
+        init=torch.zeros(2),
+        report=told.append,
+    )
+    assert told[0].status is Status.CONVERGED, told[0].describe()
+    torch.testing.assert_close(found, torch.full((2,), 2e20), rtol=1e-5, atol=0)

@@ -109,7 +109,7 @@ class CapturedStep:
         if self._why_not is None:
             self._consider(leaves)
         if self._why_not is not None or self._is_one_too_many(key):
-            return _detached(self._fn(*inputs))
+            return self._as_it_is(inputs)
         self._calls[key] = self._calls.get(key, 0) + 1
         if self._calls[key] < self._warmup:
             return _copied(self._graphs.aside(lambda: _detached(self._fn(*inputs))))
@@ -168,7 +168,12 @@ class CapturedStep:
             restore()
             lines = str(error).strip().splitlines() or [""]
             self._give_up(f"{type(error).__name__}: {lines[0]}")
-        return _detached(self._fn(*inputs))
+        return self._as_it_is(inputs)
+
+    def _as_it_is(self, inputs: tuple[Tree, ...]) -> Tree:
+        """The call itself. A copy, as always: what it returns may be memory that the next call writes to."""
+        found = _detached(self._fn(*inputs))
+        return found if self._static_outputs else _copied(found)
 
     def _captured(self, key: Any, leaves: list[Any], structure: Structure) -> Tree:
         """Capture, and replay for the first time: capturing executes nothing."""

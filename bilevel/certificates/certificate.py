@@ -17,7 +17,7 @@ from bilevel.certificates.explanation import Spectrum, explain
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import CHANGED, Call, has_changed
 from bilevel.gradient import Diagnosis, Hypergradient
-from bilevel.isolation import isolated
+from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import norm
 from bilevel.linsys.lanczos import ritz_values, spread
 
@@ -155,6 +155,7 @@ class Certificate:
         return explain(result, self.call.flat.problem, self.spectrum, self.solves, self.doubts)
 
     @isolated
+    @without_checkpoints()
     def _each(self, ask: Callable[[Evaluation, Any], Any]) -> list[Any]:
         """Chunk by chunk: what is asked of the evaluation of the chunk, and of where its tasks are."""
         if not self.fresh:
@@ -165,7 +166,8 @@ class Certificate:
         found, start = [], 0
         for piece in self.call.chunks(self.chunk_size):
             tasks = slice(start, start + len(piece.phi)) if self.call.sizes else ...
-            here = Evaluation(piece, piece.objective(), piece.phi, self.curvature, self.damping, self.outer_chunk_size)
+            objective = piece.objective(trusting=False)
+            here = Evaluation(piece, objective, piece.phi, self.curvature, self.damping, self.outer_chunk_size)
             self._require_same(here, tasks)
             found.append(ask(here, tasks))
             start += len(piece.phi)

@@ -52,6 +52,15 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
+def refuse_moves(before: list[int], phi: Tensor, name: str) -> None:
+    """The solver knows where it asked. ``before``: the :func:`versions` of phi."""
+    if versions([phi]) != before:
+        raise ValueError(
+            f"{name} writes to phi in place, so that what it computes belongs to another point than the one that was asked for. Let it "
+            "work on a clone (nn.Embedding: without max_norm). A bound on phi is no part of a function: see fixed_point with a projection."
+        )
+
+
 def refuse_writes(before: list[int], tensors: Sequence[Tensor], name: str) -> None:
     """The tensors are the caller's own. ``before``: their :func:`versions`."""
     if versions(tensors) != before:

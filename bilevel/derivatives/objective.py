@@ -17,7 +17,7 @@ from bilevel.derivatives.fall_back import FALL_BACK, FallBack
 from bilevel.derivatives.flat import Flat
 from bilevel.derivatives.forward import alike, jvp
 from bilevel.derivatives.gauss_newton import GaussNewtonProduct
-from bilevel.derivatives.guards import refuse_captured, refuse_writes, versions
+from bilevel.derivatives.guards import refuse_captured, refuse_moves, refuse_writes, versions
 from bilevel.derivatives.levels import Levels, over_levels, with_axis
 
 
@@ -68,7 +68,9 @@ class Objective:
         """G ``(*batch,)`` and dG/dphi ``(*batch, d)``."""
         with torch.enable_grad():
             phi = phi.detach().requires_grad_()
+            before = versions([phi])
             value = self._remainder(phi, *self.tensors)
+            refuse_moves(before, phi, "inner_objective")
             self._check(value, [phi])
             grad = self._gradient(value, phi)
         self.num_grads += 1
@@ -94,7 +96,9 @@ class Objective:
             phi = phi.detach().requires_grad_()
             theta = self.theta_per_task()
             levels = tuple((True,) * (1 + n) + flags[n:] for flags in self.levels)
+            before = versions([phi])
             value = over_levels(self.flat.outer, levels)(phi, *theta, *self.tensors[n:])
+            refuse_moves(before, phi, "outer_loss")
             refuse_writes(self._versions, self.tensors, "outer_loss")
             if not value.requires_grad:
                 return value.detach(), torch.zeros_like(phi), [None] * n
@@ -226,7 +230,9 @@ class Linearisation:
                 self._theta = objective.theta_per_task()
                 tensors = [*self._theta, *tensors[n:]]
                 levels = tuple((True,) * n + flags[n:] for flags in levels)
+            before = versions([self._phi])
             value = over_levels(flat.remainder, with_axis(levels))(self._phi, *tensors)
+            refuse_moves(before, self._phi, "inner_objective")
             objective._check(value, [self._phi, *self._theta])
             self._grad = objective._gradient(value, self._phi, create_graph=True)
             self._gauss_newton = objective._gauss_newton(self._phi) if isinstance(curvature, GaussNewton) else None

@@ -148,7 +148,16 @@ def unit_of(size: Tensor) -> Tensor:
     """Numbers ``(*batch,)`` rounded down to powers of two ``(*batch, 1)``; 1 for 0 and what is not finite."""
     size = size.detach()
     size = torch.where((size > 0) & size.isfinite(), size, 1)
-    return torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1).unsqueeze(-1)
+    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent - 1)
+    return unit.clamp_min(torch.finfo(size.dtype).tiny).unsqueeze(
+        -1
+    )  # of subnormal numbers: there is nothing to divide by
+
+
+def long_norm(v: Tensor) -> Tensor:
+    """The norm ``(*batch,)`` of vectors whose squares may be too large to be numbers."""
+    unit = unit_of(largest(v))
+    return norm(v / unit) * unit.squeeze(-1)
 
 
 def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:

@@ -12,6 +12,9 @@ from bilevel.linsys.base import dot, norm, select
 from bilevel.linsys.krylov import KrylovSolver, Outcome, System
 from bilevel.status import Status
 
+MOST_GROWTH = 1e3
+"""So far may the residual of the recurrence rise above |b|, and be believed without a product: an error of as many eps."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BiCGStab(KrylovSolver):
@@ -41,6 +44,7 @@ class BiCGStab(KrylovSolver):
         r_hat = p = v = r
         size = torch.zeros_like(r[..., 0])
         rho = alpha = omega = torch.ones_like(r[..., 0])
+        peak = norm(r)
         for _ in range(system.max_steps):
             if system.finished(active):
                 break
@@ -77,6 +81,9 @@ class BiCGStab(KrylovSolver):
             u, r = select(active, u + step, u), select(active, left, r)
             steps = steps + active
             fresh = weak | slow
+            peak = torch.maximum(peak, norm(r))
             active = system.going(active, norm(r), steps)
-        flags = ((broken, Status.BREAKDOWN), (singular, Status.SINGULAR))
+        # a residual that was so large has left its rounding, of which the recurrence knows nothing; where it is measured, that tells
+        lost = (norm(r) <= system.threshold) & (peak > MOST_GROWTH * norm(system.b))
+        flags = ((lost, Status.MAX_STEPS), (broken, Status.BREAKDOWN), (singular, Status.SINGULAR))
         return Outcome(value=u, residual=norm(r), steps=steps, flags=flags, size=size)

@@ -20,6 +20,7 @@ from bilevel.linsys.base import (
     dot,
     in_own_unit,
     left_by,
+    long_norm,
     mark,
     norm,
     not_reduced,
@@ -238,6 +239,7 @@ class KrylovSolver(LinearSolver):
     def _without_answer(self, system: System, end: Outcome, codes: Tensor) -> Tensor:
         """Where u is so long that A is singular as far as rounding lets it be told ``(*batch,)``."""
         u, residual, size, eps = end.value, end.residual, norm(system.b), torch.finfo(end.value.dtype).eps
+        length = long_norm(u)
         if end.size is None:
             return torch.zeros_like(residual, dtype=torch.bool)
         if not self.reduces_residual:
@@ -245,14 +247,14 @@ class KrylovSolver(LinearSolver):
             # answer, which A in other units may have; without a preconditioner it counts only if it is measured
             unmeasured = system.fixed_steps and system.preconditioner is None
             left = torch.full_like(residual, torch.inf) if unmeasured else residual
-            return (size <= CLOSE * eps * end.size * norm(u)) & (left > LITTLE * size)
+            return (size <= CLOSE * eps * end.size * length) & (left > LITTLE * size)
         # |A u| <= |b| + |r|: so the least singular value is at most that over |u|
         stuck = (codes == int(Status.MAX_STEPS)) & (residual > MUCH * size)
         most = size + torch.where(stuck, 0, residual)
         bound = torch.where(stuck, STUCK * eps, ROUNDING * eps)
         # what has diverged has failed by any name: the usual bound of the rank tells why
         bound = torch.where(codes == int(Status.DIVERGED), max(ROUNDING * eps, rank_rounding(u)), bound)
-        return most <= bound * end.size * norm(u)
+        return most <= bound * end.size * length
 
     def _result(self, system: System, end: Outcome, start: Tensor) -> Result:
         if not system.fixed_steps and end.not_definite is not None and bool(end.not_definite.any()):

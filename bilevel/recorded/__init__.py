@@ -10,7 +10,7 @@ that the user's functions captured. Whether those are still the same is checked 
 autograd takes. The products are compared with those of autograd when they are recorded.
 """
 
-from bilevel.recorded.programs import Programs, with_programs
+from bilevel.recorded.programs import Programs, Session, with_programs
 from bilevel.recorded.tracing import TracedObjective
 
-__all__ = ["Programs", "TracedObjective", "with_programs"]
+__all__ = ["Programs", "Session", "TracedObjective", "with_programs"]

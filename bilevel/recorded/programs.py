@@ -8,7 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -35,8 +35,16 @@ more. A recording takes as much memory as a small model.
 """
 
 
+MOST_FAILURES = 2
+"""So many calls in a row whose recordings were of no use, and further ones are made without: each would take as long as the recording."""
+
+
 class Stale(Exception):
-    """What was recorded is not what the problem does now."""
+    """What was recorded is not what the problem does now. ``by_chance``: two evaluations of it differ, too."""
+
+    def __init__(self, by_chance: bool = False) -> None:
+        super().__init__("what was recorded does not give the same numbers")
+        self.by_chance = by_chance
 
 
 class Programs:
@@ -46,8 +54,9 @@ class Programs:
         self._problem = weakref.ref(problem)
         self._programs: dict[Any, Any] = {}  # the one used last at the end
         self._told, self._lock = False, threading.Lock()
-        self.old = False
-        """Whether there may be some that an earlier call has recorded."""
+        self._refused: dict[Any, int] = {}  # how often a recording has failed
+        self.failures = 0
+        """Calls in a row whose recordings were of no use."""
 
     @staticmethod
     def of(problem: BilevelProblem) -> Programs:
@@ -70,9 +79,13 @@ class Programs:
             self._programs.clear()
 
     def get(self, key: Any, record: Callable[[], P]) -> P | None:
-        """The program, recorded if it is not there yet; None if it cannot be recorded."""
+        """The program, recorded if it is not there yet; None if it cannot be recorded. What fails is tried once more: the first evaluation
+        of an objective may be another one than those that follow.
+        """
         if (found := self._kept(key)) is not self:
             return found
+        if torch.is_anomaly_enabled():  # which cannot be recorded
+            return None
         with alone():
             if (found := self._kept(key)) is not self:  # by another thread, meanwhile
                 return found
@@ -81,16 +94,22 @@ class Programs:
             except Exception as error:
                 # whatever it is, the same function without recording works, or says what is wrong
                 reason = str(error).strip().splitlines() or [""]
-                _logger.warning(
-                    "compile=True: could not record the %s (%s: %s); it is computed without.",
-                    key[0],
-                    type(error).__name__,
-                    reason[0],
-                )
+                first = key not in self._refused
+                if first:
+                    _logger.warning(
+                        "compile=True: could not record the %s (%s: %s); it is computed without.",
+                        key[0],
+                        type(error).__name__,
+                        reason[0],
+                    )
+                self._refused[key] = 1
+                if first:
+                    return None
                 program = None
-        with self._lock:
-            self._make_room()
-            self._programs[key] = program
+            with self._lock:  # before another thread may find that it is missing, and clear what is there
+                self._make_room()
+                self._programs[key] = program
+                self._refused.pop(key, None)
         return program
 
     def _kept(self, key: Any) -> Any:
@@ -113,6 +132,22 @@ class Programs:
             self._told = True
 
 
+@dataclass(frozen=True)
+class Session:
+    """The programs in one call of the library.
+
+    Attributes:
+        old: whether there may be some that an earlier call has recorded.
+    """
+
+    programs: Programs
+    old: bool
+
+    def get(self, key: Any, record: Callable[[], P]) -> P | None:
+        """See :class:`Programs`."""
+        return self.programs.get(key, record)
+
+
 class _Nothing:
     """In the place of the programs of another problem."""
 
@@ -128,33 +163,42 @@ def with_programs(call: C, run: Callable[[C], R]) -> R:
     Raises:
         ValueError: the objective is no function of its arguments.
     """
-    if call.programs is None:
-        return run(call)
-    call.programs.old = len(call.programs) > 0
+    programs = call.programs
+    if programs is None or programs.failures >= MOST_FAILURES:
+        return run(_with(call, None))
+    hint = "Does a shape depend on the numbers in data?"
+    failure: Exception
     try:
-        return run(call)
-    except Stale:
-        failure: Exception | None = None
+        try:
+            found = run(_with(call, Session(programs, old=len(programs) > 0)))
+        except Stale:
+            programs.clear()
+            found = run(_with(call, Session(programs, old=False)))
+        programs.failures = 0
+        return found
     except torch.OutOfMemoryError:
         raise
+    except Stale as error:
+        if error.by_chance:
+            raise ValueError(
+                "compile=True: expected an inner objective that is a function of phi, theta and data, but two evaluations at the same "
+                "point differ. Is there dropout in it, or another source of chance? bilevel.testing.check_deterministic tells."
+            ) from error
+        failure, hint = error, "Does the objective seed a generator of its own, or leave PyTorch, as by .numpy()?"
     except Exception as error:  # of a program, or the user's own: the same call without programs tells
         failure = error
-    call.programs.clear()
-    call.programs.old = False
-    if failure is not None:
-        found = run(replace(call, programs=None))  # type: ignore[type-var]
-        reason = str(failure).strip().splitlines() or [""]
-        _logger.warning(
-            "compile=True: what was recorded could not be replayed (%s: %s); the call was made without. Does a shape depend on the "
-            "numbers in data?",
-            type(failure).__name__,
-            reason[0],
-        )
-        return found
-    try:
-        return run(call)
-    except Stale as error:
-        raise ValueError(
-            "compile=True: expected an inner objective that is a function of phi, theta and data, but two evaluations at the same "
-            "point differ. Is there dropout in it, or another source of chance? bilevel.testing.check_deterministic tells."
-        ) from error
+    programs.clear()
+    found = run(_with(call, None))
+    programs.failures += 1
+    _logger.warning(
+        "compile=True: what was recorded could not be replayed (%s: %s); the call was made without%s. %s",
+        type(failure).__name__,
+        (str(failure).strip().splitlines() or [""])[0],
+        "" if programs.failures < MOST_FAILURES else ", and so are all that follow",
+        hint,
+    )
+    return found
+
+
+def _with(call: C, programs: Session | None) -> C:
+    return replace(call, programs=programs)  # type: ignore[type-var]

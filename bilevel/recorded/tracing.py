@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Flat, Levels, Linearisation, Objective
-from bilevel.recorded.programs import Programs, Stale
+from bilevel.linsys.base import all_finite
+from bilevel.recorded.programs import Programs, Session, Stale
 from bilevel.recorded.recording import Function, recorded, split_constants, split_linearisation
 
 FEWEST = 64
@@ -47,7 +48,12 @@ class TracedObjective(Objective):
     """An objective that records its derivatives at their first use and replays them from then on."""
 
     def __init__(
-        self, flat: Flat, levels: Levels, tensors: Sequence[Tensor], sizes: tuple[int, ...], programs: Programs
+        self,
+        flat: Flat,
+        levels: Levels,
+        tensors: Sequence[Tensor],
+        sizes: tuple[int, ...],
+        programs: Programs | Session,
     ) -> None:
         super().__init__(flat, levels, tensors, sizes)
         self._programs = programs
@@ -55,10 +61,12 @@ class TracedObjective(Objective):
         static = tuple((type(leaf), leaf) for leaf in flat.data_static)  # 1, 1.0 and True are equal
         self._key = (flat.phi, flat.theta, flat.data, static, levels, sizes, layout)
         self._of_phi: dict[str, Function | None] = {}
+        self._verified: tuple[Function, Function] | None = None  # the parts of the gradient that is replayed here
 
     def value(self, phi: Tensor) -> Tensor:
         """See the base class."""
-        self._gradient_program(phi)
+        if self._gradient_program(phi) is None:
+            return super().value(phi)
         program = self._whole("value", lambda objective, phi: objective.value(phi), phi)
         return super().value(phi) if program is None else program(phi)
 
@@ -75,7 +83,8 @@ class TracedObjective(Objective):
     def gradient(self, phi: Tensor) -> Tensor:
         """See the base class. What only G needs is not computed."""
         phi = phi.detach()
-        self._gradient_program(phi)
+        if self._gradient_program(phi) is None:
+            return super().gradient(phi)
         program = self._whole("gradient alone", lambda objective, phi: objective.value_and_grad(phi)[1], phi)
         if program is None:
             return super().gradient(phi)
@@ -86,31 +95,38 @@ class TracedObjective(Objective):
         """Raise :class:`Stale` where the recorded gradient is not the one that autograd takes now: near phi and theta and not at them, so
         that a term whose gradient is zero there is seen by its derivatives.
         """
-        parts = self._parts("gradient", _value_and_grad, phi.detach())
-        if parts is None:
+        if self._gradient_program(phi) is None:  # nothing was replayed
             return
-        near, elsewhere, grad = self._gradient_nearby(phi)
-        before, rest = parts
-        found = rest(near, *before(*elsewhere))[1]
-        # a program of this very call is the objective's own but for chance; for an old one, a false alarm costs a recording
-        if not (_same_but_for_rounding(grad, found) if self._programs.old else _same(grad, found, 1.0)):
-            raise Stale
+        phi = phi.detach()
+        n, near, here = self.flat.num_theta, _near(phi, 0), list(self.tensors)
+        moved = [_near(leaf, 1 + i) for i, leaf in enumerate(here[:n])]
+        seen = self._compare(near, [*moved, *here[n:]])
+        if bool(seen.all()):
+            return
+        # where G is not defined there, next to the edge of its domain: one leaf of theta after the other, and phi alone
+        seen = seen | ~self._compare(phi, here)
+        if bool(seen.all()):
+            return
+        alone = [self._compare(near, [*here[:i], moved[i], *here[i + 1 :]]) for i in range(n)]
+        if not bool((seen | torch.stack(alone).all(0)).all()):
+            self._compare(near, here)
 
-    def _gradient_nearby(self, phi: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """A point near phi, tensors with a theta near this one, and the gradient there; phi and theta themselves may lie at the edge of
-        what G is defined for.
-        """
-        n, near = self.flat.num_theta, _near(phi, 0)
-        moved = [*(_near(leaf, 1 + i) for i, leaf in enumerate(self.tensors[:n])), *self.tensors[n:]]
-        here = list(self.tensors)
-        for point, tensors in ((near, moved), (near, here), (phi.detach(), here)):
-            try:
-                grad = self._over(tensors).value_and_grad(point)[1]
-            except (RuntimeError, ValueError):  # of a factorisation, or of a distribution
-                continue
-            if bool(grad.isfinite().all()):
-                return point, tensors, grad
-        return near, here, self._over(here).value_and_grad(near)[1]
+    def _compare(self, phi: Tensor, tensors: list[Tensor]) -> Tensor:
+        """For which tasks ``(*batch,)`` G has a gradient there. Raises :class:`Stale` where the recorded one is another."""
+        nowhere = torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
+        try:
+            grad = self._over(tensors).value_and_grad(phi)[1]
+        except (RuntimeError, ValueError):  # of a factorisation, or of a distribution
+            return nowhere
+        assert self._verified is not None
+        before, rest = self._verified
+        found = rest(phi, *before(*tensors))[1]
+        # a program of this very call is the objective's own but for chance; for an old one, a false alarm costs a recording
+        old = isinstance(self._programs, Session) and self._programs.old
+        if not (_same_but_for_rounding(grad, found) if old else _same(grad, found, 1.0)):
+            again = self._over(tensors).value_and_grad(phi)[1]
+            raise Stale(by_chance=not _same_but_for_rounding(grad, again))
+        return all_finite(grad)
 
     def only(self, rows: Tensor) -> Objective | None:
         """See the base class. Each size is recorded for itself, which few tasks do not earn back."""
@@ -125,7 +141,8 @@ class TracedObjective(Objective):
     def linearise(self, phi: Tensor, curvature: Curvature, damping: float, *, with_theta: bool = False) -> Any:
         """See the base class."""
         phi = phi.detach()
-        self._gradient_program(phi)
+        if self._gradient_program(phi) is None:
+            return super().linearise(phi, curvature, damping, with_theta=with_theta)
         program = self._programs.get(
             ("linearisation", curvature, damping, with_theta, *self._key),
             lambda: self._linearisation_program(phi, curvature, damping, with_theta),
@@ -143,6 +160,7 @@ class TracedObjective(Objective):
         """``function(objective, phi)`` as a program of phi; what does not depend on phi is computed once."""
         if name not in self._of_phi:
             parts = self._parts(name, function, phi)
+            self._verified = parts if name == "gradient" else self._verified
             if parts is None:
                 self._of_phi[name] = None
             else:
@@ -228,10 +246,11 @@ def _value_and_grad(objective: Objective, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _near(x: Tensor, number: int) -> Tensor:
-    """A point near x, with the same strides, in another direction for each number; x itself where entries share their memory."""
+    """A point near x, with the same strides, in another direction for each number."""
     x = x.detach()
-    if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
-        return x
+    if shared := [axis for axis in range(x.ndim) if x.shape[axis] > 1 and x.stride(axis) == 0]:  # as after expand
+        own = tuple(slice(0, 1) if axis in shared else slice(None) for axis in range(x.ndim))
+        return _near(x[own], number).expand(x.shape)
     found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     wave = _kept_wave if x.numel() <= SMALL else _wave
     return torch.addcmul(x, wave(x.shape, number, x.dtype, x.device), 1 + x.abs(), value=STEP, out=found)

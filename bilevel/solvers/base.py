@@ -74,12 +74,16 @@ class Run:
     """Of equations F(phi) = 0: what rounding may leave of ``|F|``. More, where the method can go no further, is no root."""
     singular: Tensor | None = None
     """Where a singular matrix is why the method can go no further ``(*batch,)``."""
+    hidden: Tensor | None = None
+    """Of equations: where phi has become so large that its rounding hides what F was at the start ``(*batch,)``. No root there is one."""
 
-    def result(self, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
-        """The result with its status, from the gradient ``(*batch, d)`` at phi."""
+    def result(self, level: Tensor, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
+        """The result with its status, from G ``(*batch,)`` and its gradient ``(*batch, d)`` at phi. Where G is no number, its gradient
+        may be zero all the same: a constant in a torch.where.
+        """
         # the norm squares its entries; where that underflows, the largest entry counts
         residual = torch.maximum(norm(grad), largest(grad))
-        finite = residual.isfinite() & all_finite(self.phi)
+        finite = residual.isfinite() & all_finite(self.phi) & level.isfinite()
         # a start at the solution has a gradient of next to nothing, of which any rounding is a large multiple
         floor = torch.finfo(residual.dtype).eps ** 0.5
         codes = torch.full_like(self.steps, int(Status.MAX_STEPS))
@@ -92,6 +96,7 @@ class Run:
             (converged, Status.CONVERGED),
             (~converged & (residual > self.growth * self.start.clamp_min(floor)), Status.DIVERGED),
             (stuck, Status.DIVERGED),
+            (torch.zeros_like(stuck) if self.hidden is None else self.hidden, Status.DIVERGED),
             (stuck & (False if self.singular is None else self.singular), Status.SINGULAR),
             (~finite & ~self.start.isfinite(), Status.NON_FINITE),
             (~finite & self.start.isfinite(), Status.DIVERGED),
@@ -194,6 +199,7 @@ class IterativeSolver(InnerSolver):
             objective.measures,
             self.rounding(objective, state, start),
             self.singular(state),
+            None if self.minimises else _hidden(phi, state.phi, start),
         )
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:
@@ -209,8 +215,9 @@ class IterativeSolver(InnerSolver):
             if self.tol > 0:
                 residual = norm(local.grad)
                 residual = torch.maximum(residual, largest(local.grad)) if exactly else residual
-                start = residual if start is None else start
-                done = active & (residual <= self.tol)
+                defined = local.value.isfinite()
+                start = torch.where(defined, residual, torch.inf) if start is None else start
+                done = active & (residual <= self.tol) & defined
                 ceiling = self.ceiling(state)
                 done = done if ceiling is None else done & not_above(local.value, ceiling)
                 converged = converged | done
@@ -246,6 +253,12 @@ class IterativeSolver(InnerSolver):
                 unbooked += 1
             del local  # with its graph, before the next one is built
         return _Progress(state, active, converged, steps + unbooked * active if unbooked else steps, start)
+
+
+def _hidden(begin: Tensor, end: Tensor, start: Tensor) -> Tensor:
+    """Whether a way from ``begin`` has led so far that rounding of phi is as large as F was there; not where it is that from the start."""
+    eps, far = torch.finfo(end.dtype).eps, norm(end)
+    return (eps * far >= start) & (eps**0.5 * far > norm(begin) + start)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class ScipyMinimize(TaskByTask):
     def find(self, objective: Objective, phi: Tensor) -> Answer:
         optimize = _scipy_optimize()
         calls = _Calls(objective, phi, self.tol)
-        start = calls.size(phi)
+        start = calls.size(phi) if calls.is_defined(phi) else torch.nan
         if not self.tol < start < torch.inf:  # nothing to do, or nothing that can be done
             return Answer(phi, 0, start)
         try:
@@ -115,19 +115,20 @@ class ScipyMinimize(TaskByTask):
             if error is calls.error or not calls.met_non_finite:
                 raise
             return calls.lowest, str(error)
-        return calls.tensor(found.x), str(found.message)
+        defined = np.isfinite(found.fun) or not calls.found_any
+        return calls.tensor(found.x) if defined else calls.lowest, str(found.message)
 
 
 def _scipy_optimize() -> Any:
     try:
         import scipy.optimize
     except ImportError as error:
-        raise ImportError('ScipyMinimize needs SciPy. Install it with: pip install "bilevel[scipy]"') from error
+        raise ImportError("ScipyMinimize needs SciPy. Install it with: pip install scipy") from error
     return scipy.optimize
 
 
 def _array(x: Tensor) -> Any:
-    return x.double().cpu().numpy()
+    return x.double().numpy(force=True)
 
 
 class _Reached(Exception):
@@ -158,12 +159,21 @@ class _Calls:
         self.met_non_finite = False
         self.error: Exception | None = None
 
+    @property
+    def found_any(self) -> bool:
+        """Whether G was a number somewhere."""
+        return self._value < torch.inf
+
     def tensor(self, x: Any) -> Tensor:
         return torch.tensor(x, device="cpu").to(self._phi)
 
     def size(self, phi: Tensor) -> float:
         """``|dG/dphi|``."""
         return norm(self._measured(phi)[1]).item()
+
+    def is_defined(self, phi: Tensor) -> bool:
+        """Whether G is a number there."""
+        return bool(self._measured(phi)[0].isfinite())
 
     def value(self, x: Any) -> float:
         phi = self.tensor(x)
@@ -178,7 +188,7 @@ class _Calls:
         lowest = value.new_tensor(self._value)
         seen = self._seen(phi, value, grad)
         # a trial that SciPy is about to reject may lie on a plateau uphill
-        if norm(grad) <= self._tol and not_above(value, lowest):
+        if value.isfinite() and norm(grad) <= self._tol and not_above(value, lowest):
             raise _Reached(phi)
         return seen, _array(grad)
 

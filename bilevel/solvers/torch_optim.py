@@ -76,7 +76,7 @@ class TorchOptim(TaskByTask):
         while k < self.max_steps:
             closure()
             size = norm(seen[2]).item()
-            start = size if k == 0 else start
+            start = size if k == 0 and seen[1].isfinite() else start
             if not self.tol < size < torch.inf:  # done, or NaN
                 break
             try:

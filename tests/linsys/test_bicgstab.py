@@ -193,3 +193,11 @@ def test_an_answer_worse_than_none_has_failed() -> None:
         result = BiCGStab(max_steps=steps, rtol=0.0).solve(system.matvec, b)
         worse = system.true_residual(result.value) >= float(b.norm())
         assert bool(result.failed) == worse or result.status is Status.BREAKDOWN
+
+
+def test_the_recurrence_is_not_believed_after_it_has_been_large() -> None:
+    """A permutation with a sign: the residual passes through 1e14, and a hundredth of the answer with it."""
+    a = torch.tensor([[0.0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, -1]], dtype=torch.float64)
+    b = torch.tensor([2.0, 2, -2, 2], dtype=torch.float64)
+    found = BiCGStab(max_steps=8, rtol=0.0).solve(Operator(lambda v: a @ v, symmetric=False), b)
+    assert (b - a @ found.value).norm() > 1e-3 and found.status is Status.MAX_STEPS
