@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bilevel.checks import check_count
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import Call, refuse_lost_gradients, refuse_transforms
 from bilevel.gradient import Hypergradient
-from bilevel.linsys.base import all_finite, check_count, select
+from bilevel.linsys.base import all_finite, select
 from bilevel.result import Result
 from bilevel.trees import unflatten
 

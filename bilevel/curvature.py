@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 from bilevel.checks import check_number, keep_python_numbers
 
+__all__ = [
+    "Curvature",
+    "FiniteDifference",
+    "ForwardOverReverse",
+    "GaussNewton",
+    "Hessian",
+    "HessianProduct",
+    "ReverseOverReverse",
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseOverReverse:

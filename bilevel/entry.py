@@ -22,8 +22,7 @@ from bilevel.derivatives import (
     versions,
 )
 from bilevel.isolation import without_checkpoints
-from bilevel.linsys.base import LinearSolver, norm
-from bilevel.linsys.neumann import some_direction
+from bilevel.linsys.base import LinearSolver, norm, some_direction
 from bilevel.problem import BilevelProblem
 from bilevel.quadratic import QuadraticObjective
 from bilevel.recorded import Programs, Session, TracedObjective

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bilevel.curvature import Curvature
 from bilevel.result import Result
-from bilevel.status import Check, SolverError, refused, require_check
+from bilevel.status import Check, SolverError, refused, require_check, summary
 from bilevel.trees import Tree, flatten, how_to_tree
 
 
@@ -170,6 +170,13 @@ class Hypergradient:
                 "from phi* it does not know."
             )
         return self.certificate
+
+    def __repr__(self) -> str:
+        ok = self.ok_per_task
+        tasks = f"{self.num_ok} of {ok.numel()} tasks ok" if ok.ndim else "ok" if bool(ok) else "not ok"
+        solves: tuple[tuple[str, Result | None], ...] = (("inner solve", self.inner), ("linear solve", self.linear))
+        words = [f"{what} {summary(s.codes, s.steps, s.residual)}" for what, s in solves if s is not None]
+        return f"Hypergradient({'; '.join([tasks, *words])})"
 
     def describe(self) -> str:
         """What happened in both solves, in sentences."""

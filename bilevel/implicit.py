@@ -34,11 +34,12 @@ from bilevel.batching import (
     ok_where_finite,
 )
 from bilevel.certificates import Certificate
+from bilevel.checks import check_count, check_number
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, refuse_unused, run_solver
 from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated, without_checkpoints
-from bilevel.linsys.base import LinearSolver, check_count, check_number, norm
+from bilevel.linsys.base import LinearSolver, norm
 from bilevel.problem import BilevelProblem
 from bilevel.recorded import with_programs
 from bilevel.result import Result

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.status import Check, SolverError, Status, describe, failed, refused, require_check
+from bilevel.status import Check, SolverError, Status, describe, failed, refused, require_check, summary
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +52,9 @@ class Result:
         """Which problems failed, booleans ``(*batch,)``."""
         return failed(self.codes)
 
+    def __repr__(self) -> str:
+        return f"Result({self.what}: {summary(self.codes, self.steps, self.residual)})"
+
     def describe(self, what: str | None = None) -> str:
         """What happened, in sentences."""
         return describe(self.codes, self.steps, self.residual, self.what if what is None else what)
@@ -65,8 +68,8 @@ class Result:
                 solve is then not to be used.
 
         Raises:
-            SolverError: the solve (in a batch: any of them) failed, or with "converged" did not meet its tolerance. It
-                has status, steps, residual and remedy.
+            SolverError: the solve (in a batch: any of them) failed, or with "converged" did not meet its tolerance. Its
+                text has status, steps, residual and remedy.
             ValueError: ``check`` is something else.
         """
         require_check(check, "unwrap")

@@ -33,12 +33,19 @@ class Status(IntEnum):
         member.message = message
         return member
 
+    def __str__(self) -> str:
+        """The name: a number says nothing to a reader."""
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(self.name, spec)
+
     CONVERGED = 0, False, "converged to the requested tolerance."
     MAX_STEPS = (
         1,
         False,
-        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps (a black box "
-        "has its own), or loosen the tolerance, if the residual is too large for you.",
+        "used all its steps (or reached the rounding floor) before the requested tolerance; raise max_steps (of GMRES, restart too; of "
+        "Nystrom, rank; a black box has its own), or loosen the tolerance, if the residual is too large for you.",
     )
     LINE_SEARCH_FAILED = (
         2,
@@ -63,8 +70,8 @@ class Status(IntEnum):
         5,
         True,
         "diverged: the residual grew instead of falling, did not fall at all, or stopped falling far from zero. "
-        "Reduce step_size (or leave it None), raise the regularisation, use Anderson or Newton for a map that is no "
-        "contraction, or a larger rank of Nystrom.",
+        "Reduce step_size (or leave it None) where the method has one, raise the regularisation, begin nearer to the solution, use Anderson "
+        "or Newton for a map that is no contraction, or a larger rank of Nystrom.",
     )
     NON_FINITE = (
         6,
@@ -127,6 +134,19 @@ def refused(codes: Tensor, check: Check) -> Tensor:
     return failed(codes) if check else torch.zeros_like(codes, dtype=torch.bool)
 
 
+def summary(codes: Tensor, steps: Tensor, residual: Tensor) -> str:
+    """A few words on one problem or a batch; none where nobody may look at numbers, as under ``vmap``."""
+    try:
+        if codes.ndim == 0:
+            return f"{Status(int(codes))} after {int(steps)} steps, residual {float(residual):.2e}"
+        counts = [
+            f"{int((codes == int(status)).sum())} {status}" for status in Status if bool((codes == int(status)).any())
+        ]
+        return f"{codes.numel()} problems: {', '.join(counts)}; at most {int(steps.max())} steps"
+    except RuntimeError:
+        return "..."
+
+
 class SolverError(RuntimeError):
     """A result was asked for its value, or a solve ended, and ``check`` does not let it pass."""
 
@@ -136,7 +156,10 @@ def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
     """One sentence for one problem, or the counts per status for a batch."""
     if codes.ndim == 0:
         status = Status(int(codes))
-        return f"{what}: {status.name} after {int(steps)} steps, residual {float(residual):.3e}: {status.message}"
+        message = status.message
+        if status is Status.MAX_STEPS and int(steps) == 0 and bool(residual.isnan()):
+            message = "took no step, and measured nothing: Identity() solves no system. CG does."
+        return f"{what}: {status.name} after {int(steps)} steps, residual {float(residual):.3e}: {message}"
     lines = [f"{what}: {codes.numel()} problems, {int(failed(codes).sum())} failed:"]
     for status in Status:
         hit = codes == int(status)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from bilevel.batching import Part, Reduction, gather, nan_where_not, ok_where_finite
+from bilevel.checks import check_count
 from bilevel.curvature import Hessian
 from bilevel.derivatives import Levels, alike, jvp, refuse_captured
 from bilevel.entry import Call, check_solver, initial, prepare, refuse_unused
 from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated, without_checkpoints
-from bilevel.linsys.base import check_count, dot, select
+from bilevel.linsys.base import dot, select
 from bilevel.path import PathObjective
 from bilevel.problem import BilevelProblem
 from bilevel.solvers.base import IterativeSolver, Run

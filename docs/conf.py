@@ -11,7 +11,9 @@ import bilevel
 
 for module in ("furo", "hypothesis", "latex2mathml", "myst_parser"):
     if find_spec(module) is None:
-        raise ConfigError(f'the pages need {module}, which is not installed: pip install "bilevel[docs]"')
+        raise ConfigError(
+            f'the pages need {module}, which is not installed: pip install ".[docs]" in the folder of the repository'
+        )
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 

@@ -1048,7 +1048,9 @@ def test_explain_says_what_happened_and_how_good_it_is():
         (
             (5, 0.0),
             Exact(),
-            ["The inner solve limits the accuracy: raise its number of steps, or lower its step size if"],
+            [
+                "The inner solve limits the accuracy: raise its number of steps, or lower its step size, where it has one, if"
+            ],
         ),
         ((400, 1e-2), Exact(), ["The inner solve limits the accuracy: lower its tol."]),
         ((400, 1e-12), CG(max_steps=90, rtol=1e-12), ["Nothing to change."]),

@@ -229,3 +229,17 @@ def test_a_tighter_linear_tolerance_is_more_accurate(quick: dict) -> None:
                 row["error"] for row in rows if "CONVERGED" in row.get("status", "") and "MAX" not in row["status"]
             ]
             assert errors == sorted(errors, reverse=True), label
+
+
+def test_the_words_of_the_readme_beside_other_libraries_are_those_of_the_numbers() -> None:
+    def times(page: str, one: str, other: str) -> float:
+        """How many times as long the one took."""
+        rows = json.loads((RESULTS / f"{page}.json").read_text())["rows"]
+        return rows[one]["milliseconds"] / rows[other]["milliseconds"]
+
+    hand, compiled = "PyTorch by hand", "bilevel, compile=True"
+    assert 0.45 < times("quadratic", compiled, hand) < 0.65  # about half
+    assert 1.35 < times("quadratic", "bilevel", hand) < 1.65  # half as much again
+    assert 1.35 < times("logistic", compiled, hand) < 1.65
+    for page, jax in (("quadratic", "JAXopt, jitted"), ("logistic", "jaxopt")):
+        assert 4.5 < times(page, compiled, jax) < 22.5

@@ -10,7 +10,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith(("applications", "bilevel")):
             raise  # a fault of ours, which no installation mends
-        sys.exit(f'imaml needs {error.name}, which is not installed: pip install "bilevel[meta-learning]"')
+        sys.exit(
+            f'imaml needs {error.name}, which is not installed: pip install ".[meta-learning]" in the folder of the repository'
+        )
     except KeyboardInterrupt:  # while PyTorch is loaded
         sys.exit(130)
     app()

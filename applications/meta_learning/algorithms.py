@@ -37,12 +37,6 @@ class MetaGradient:
     inner: Result
     linear: Result | None
 
-    @property
-    def failures(self) -> str:
-        """What went wrong, in sentences. Looks at numbers."""
-        solves = (("adaptation", self.inner), ("linear solve", self.linear))
-        return "\n".join(solve.describe(what) for what, solve in solves if solve is not None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:

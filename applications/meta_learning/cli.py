@@ -139,7 +139,7 @@ def train(
     \b
     imaml train                                          generated characters
     imaml train --dataset omniglot --download --out runs/mine
-    imaml train --preset omniglot-5w1s-hf --data-dir PATH
+    imaml train --preset omniglot-5w1s-hf --data-dir PATH    the paper's
     imaml train --dataset folder --data-dir PATH --ways 3    your own images
     imaml train --resume --out runs/mine
     """
@@ -230,6 +230,8 @@ def _train(
 ) -> None:
     progress, config = trainer.progress, trainer.config
     failure, began = None, progress.step
+    # what is said once and not stored
+    flags = ["--no-final-test"] * (not final_test) + ["--no-tensorboard"] * (not tensorboard)
     with (
         stop_on_signals() as stop,
         RunLog(folder, at_step=progress.step, tensorboard=tensorboard) as log,
@@ -260,24 +262,42 @@ def _train(
         raise typer.Exit(1)
     if ending is Ending.STOPPED:
         err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
-        err.print(f"  {_resume(folder)}", markup=False, highlight=False, soft_wrap=True)
+        err.print(f"  {_resume(folder, flags)}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
     if ending is Ending.DONE and progress.step == began:
         out.print("Nothing was left to do. For more steps, name their sum:", highlight=False)
         out.print(
-            f"  {_resume(folder)} --outer-steps {2 * progress.step}", markup=False, highlight=False, soft_wrap=True
+            f"  {_resume(folder, flags)} --outer-steps {2 * progress.step}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     if ending is Ending.TIME and progress.step == began:
         out.print("Its time is used up. For more, name the sum, or 0 for no limit:", highlight=False)
         out.print(
-            f"  {_resume(folder)} --minutes {2 * config.minutes:g}", markup=False, highlight=False, soft_wrap=True
+            f"  {_resume(folder, flags)} --minutes {2 * config.minutes:g}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
-    _finish(trainer, folder, final_test)
+    try:
+        _finish(trainer, folder, final_test)
+    except OSError:
+        err.print("Training is done and its checkpoint is written; what follows it failed:", highlight=False)
+        raise
+    if progress.step and progress.skipped_steps == progress.step:
+        err.print(
+            f"Nothing was learned: no task of any meta-step had a usable gradient. {trainer.last_failure}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
 
 
-def _resume(folder: Path) -> str:
-    return f"imaml train --resume --out {shlex.quote(str(folder))}"
+def _resume(folder: Path, flags: list[str]) -> str:
+    return " ".join(["imaml train --resume --out", shlex.quote(str(folder)), *flags])
 
 
 def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:

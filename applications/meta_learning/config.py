@@ -103,7 +103,12 @@ class Config:
         "gd", INNER, "gd: gradient descent; agd: accelerated; newton-cg: Hessian-free Newton"
     )
     inner_steps: int = setting(16, INNER, "steps of the inner solver", at_least=1)
-    inner_step_size: float = setting(0.1, INNER, "step size of gd and agd; 0: a line search for every task", at_least=0)
+    inner_step_size: float = setting(
+        0.1,
+        INNER,
+        "step size of gd and agd; 0: found for every task (gd: line search)",
+        at_least=0,
+    )
     inner_momentum: float = setting(
         0.0, INNER, "agd: fixed momentum, below 1; 0: Nesterov's own sequence with restarts", at_least=0
     )

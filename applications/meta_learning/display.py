@@ -90,7 +90,8 @@ class Display:
 
     def evaluated(self, entry: Entry, result: Evaluation) -> None:
         """An evaluation on held-out classes was done."""
-        words = f"held-out {result.metric} {result} ({result.tasks} tasks)"
+        failed = f", {result.failed} failed" if result.failed else ""
+        words = f"held-out {result.metric} {result} ({result.tasks} tasks{failed})"
         self._test = Text(f"step {entry['step']}: {words}", style="bold")
         if not self.console.is_terminal:
             self._print_plain(entry["step"], entry["seconds"], words)

@@ -46,7 +46,7 @@ class Ending(Enum):
 
 @dataclass
 class StopRequest:
-    """Whether SIGINT (Ctrl-C) or SIGTERM has come."""
+    """Whether SIGINT (Ctrl-C), SIGTERM or SIGHUP has come."""
 
     requested: bool = False
 
@@ -57,7 +57,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """The first Ctrl-C or SIGTERM asks to stop; a second one ends the program at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP asks to stop; a second one ends the program at once."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield request
@@ -68,7 +68,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.requested = True
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if (
+        hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ):  # of a lost terminal; nohup ignores it
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield request
     finally:

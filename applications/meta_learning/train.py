@@ -147,7 +147,7 @@ class Trainer:
             f"{self.progress.skipped_in_a_row} meta-steps in a row had no task with a usable gradient; "
             f"theta is what it was before them. The last one:\n{self.last_failure}\n"
             "What helps, in this order: --curvature gauss-newton (it cannot meet negative curvature); a larger --lam; "
-            "--damping 1; --steihaug (linear solver cg); a smaller --inner-step-size, or 0 for a line search. "
+            "--damping 1; --steihaug (linear solver cg); a smaller --inner-step-size, or 0, which finds one for every task. "
             "Add them to --resume to go on from here."
         )
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bilevel.captured.cuda_graphs import CudaGraphs, Graphs
 from bilevel.captured.mutated import Mutable, Mutated
+from bilevel.checks import check_count
 from bilevel.isolation import DEVICES
-from bilevel.linsys.base import check_count
 from bilevel.trees import Structure, Tree, flatten, tree_map, unflatten
 
 _logger = logging.getLogger("bilevel.captured")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bilevel.certificates.evaluation import Evaluation, Rounding
-from bilevel.linsys.base import Matvec, norm, select
+from bilevel.linsys.base import Matvec, long_norm, norm, select
 from bilevel.linsys.cg import CG
 from bilevel.result import Result
 from bilevel.status import converged
@@ -109,7 +109,7 @@ def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correc
     corrected = there.gradient(u + moved.value)
     lost_phi = newton.lost | moved.failed
     parts = [
-        torch.where(ok, torch.where(without, torch.inf, norm(part)), torch.nan)
+        torch.where(ok, torch.where(without, torch.inf, long_norm(part)), torch.nan)
         for part, without in ((after - before, lost), (corrected - after, lost_phi))
     ]
     total = select(lost | lost_phi, torch.full_like(before, torch.inf), corrected - before)
@@ -121,7 +121,7 @@ def correct(here: Evaluation, ok: Tensor, met: Tensor, per_task: bool) -> Correc
     doubts = Doubts(newton.ran_out & ~(lost | moved.failed), *hidden)
     return Correction(
         total if per_task else total.sum(0),
-        (*parts, norm(before), norm(slope), norm(residual), norm(here.b), *doubts),
+        (*parts, *(long_norm(v) for v in (before, slope, residual, here.b)), *doubts),
         here.objective.num_grads,
         here.objective.num_matvecs,
     )

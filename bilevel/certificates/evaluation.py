@@ -19,9 +19,8 @@ from torch import Tensor
 from bilevel.curvature import Curvature
 from bilevel.derivatives import Objective
 from bilevel.entry import Call
-from bilevel.linsys.base import norm
+from bilevel.linsys.base import norm, some_direction
 from bilevel.linsys.lanczos import ritz_values, spread
-from bilevel.linsys.neumann import some_direction
 
 TO_SPARE = 8
 """What the model of rounding is multiplied by. The root of the count is for one sum whose errors partly cancel, and

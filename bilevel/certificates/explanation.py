@@ -71,7 +71,10 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_singular(result, found, spectrum),
         *_bias(result),
     ]
-    advice += _accuracy(result, found, solves, doubts) or ([] if advice else ["Nothing to change."])
+    known = bool(
+        torch.stack([part[result.ok_per_task].isfinite().all() for part in (*_relative(found), found.size)]).all()
+    )
+    advice += _accuracy(result, found, solves, doubts) or ([] if advice or not known else ["Nothing to change."])
     return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
 
@@ -106,6 +109,10 @@ def _error(result: Hypergradient, found: Diagnosis, doubts: Doubts) -> list[str]
         lines.append(
             "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum "
             "in the steps that an estimate may take."
+        )
+    elif math.isnan(linear) or math.isnan(inner) or not bool(found.size[ok].isfinite().all()):
+        lines.append(
+            "There is no estimate of the error: its numbers are too large to be squared. Scale the outer loss."
         )
     elif math.isinf(linear):
         lines.append("There is no estimate of the error: H is singular at phi as far as rounding lets it be told.")
@@ -223,7 +230,11 @@ def _more(codes: Tensor, tolerance: str) -> str:
     advice = {
         Status.CONVERGED: f"lower its {tolerance}",
         Status.MAX_STEPS: "raise its number of steps"
-        + (", or lower its step size if |dG/dphi| does not fall with them" if tolerance == "tol" else ""),
+        + (
+            ", or lower its step size, where it has one, if |dG/dphi| does not fall with them"
+            if tolerance == "tol"
+            else ""
+        ),
         Status.LINE_SEARCH_FAILED: "its line search found nothing lower; either that is the rounding floor, then use float64, or G has a "
         "kink there or is no function of phi (chance in it)",
         Status.STOPPED_AT_NEGATIVE_CURVATURE: "it stopped at negative curvature, see there",
@@ -240,6 +251,8 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     at_phi = (linear.codes == int(Status.SOLVED_INDEFINITE)) | (linear.codes == int(Status.NEGATIVE_CURVATURE))
     if linear.negative_curvature is not None:
         at_phi = at_phi | ((linear.negative_curvature > 0) & (linear.codes != int(Status.SINGULAR)))
+    zero = at_phi & _is_zero(spectrum)  # there it may have been rounding
+    at_phi = at_phi & ~zero
     on_the_way = torch.zeros_like(at_phi)
     if inner is not None and inner.negative_curvature is not None:
         on_the_way = (inner.negative_curvature > 0) & ~_is_zero(
@@ -249,9 +262,16 @@ def _negative_curvature(result: Hypergradient, spectrum: Spectrum, problem: Bile
     if bool((at_phi | negative).any()):
         count = int((at_phi | negative).sum())
         where = "" if at_phi.ndim == 0 else f" in {count} of {at_phi.numel()} tasks"
-        seen = _remedy(result, spectrum, problem) if bool(negative.any()) else "Lanczos does not see how much."
+        known = bool(negative.any())
+        seen = f"{_remedy(result, spectrum, problem)} Or solve" if known else "Lanczos does not see how much. Solve"
         return [
             f"The curvature at phi is negative{where}, so phi is not a minimum of G: {seen} {_other_remedies(result, problem)}"
+        ]
+    if bool(zero.any()):
+        where = "" if zero.ndim == 0 else f" in {int(zero.sum())} of {zero.numel()} tasks"
+        return [
+            f"H is singular at phi{where}: an eigenvalue is zero but for rounding, and the linear solve took it for negative curvature. "
+            "Add a penalty on the variables that G does not depend on, or damping."
         ]
     if bool(on_the_way.any()):
         where = "" if on_the_way.ndim == 0 else f" in {int(on_the_way.sum())} of {on_the_way.numel()} tasks"
@@ -318,8 +338,9 @@ def _up(x: float) -> str:
 
 
 def _other_remedies(result: Hypergradient, problem: BilevelProblem) -> str:
-    ways = ["Or solve the inner problem further"]
+    ways = ["the inner problem further"]
     if problem.composition is not None and not isinstance(result.curvature, GaussNewton):
         ways.append("use GaussNewton(), which is never negative for a convex output loss")
-    ways.append("or let CG(steihaug=True) keep what it found before")
+    if not bool((result.linear.codes == int(Status.STOPPED_AT_NEGATIVE_CURVATURE)).any()):
+        ways.append("or let CG(steihaug=True) keep what it found before")
     return ", ".join(ways) + "."

@@ -15,8 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count as check_count
-from bilevel.checks import check_number as check_number
 from bilevel.result import Result
 from bilevel.status import Status
 
@@ -158,6 +156,16 @@ def long_norm(v: Tensor) -> Tensor:
     """The norm ``(*batch,)`` of vectors whose squares may be too large to be numbers."""
     unit = unit_of(largest(v))
     return norm(v / unit) * unit.squeeze(-1)
+
+
+def some_direction(b: Tensor) -> Tensor:
+    """Numbers in [-1, 1) ``(d,)`` that look random (the mixing of SplitMix64, Steele et al. 2014), the same on every device. Made where
+    they are needed: the host would wait for a copy.
+    """
+    k = torch.arange(1, b.shape[-1] + 1, device=b.device) * -0x61C8864680B583EB  # wraps, as it should
+    k = (k ^ (k >> 30)) * -0x40A7B892E31B1A47
+    k = (k ^ (k >> 27)) * -0x6B2FB644ECCEEE15
+    return ((k ^ (k >> 31)) % 2**24).to(b.dtype) / 2**23 - 1
 
 
 def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from bilevel.linsys.base import (
     from_columns,
     mark,
     norm,
+    some_direction,
     to_columns,
 )
-from bilevel.linsys.neumann import some_direction
 from bilevel.result import Result
 from bilevel.status import Status
 

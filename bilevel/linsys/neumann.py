@@ -20,6 +20,7 @@ from bilevel.linsys.base import (
     norm,
     not_reduced,
     select,
+    some_direction,
     unit_of,
 )
 from bilevel.result import Result
@@ -127,13 +128,3 @@ def largest_eigenvalue(matvec: Matvec, b: Tensor) -> Tensor:
         estimate = norm(v) * unit.squeeze(-1)
     # one for A = 0, where any step is as good
     return torch.where(estimate > 0, estimate, 1.0)
-
-
-def some_direction(b: Tensor) -> Tensor:
-    """Numbers in [-1, 1) ``(d,)`` that look random (the mixing of SplitMix64, Steele et al. 2014), the same on every device. Made where
-    they are needed: the host would wait for a copy.
-    """
-    k = torch.arange(1, b.shape[-1] + 1, device=b.device) * -0x61C8864680B583EB  # wraps, as it should
-    k = (k ^ (k >> 30)) * -0x40A7B892E31B1A47
-    k = (k ^ (k >> 27)) * -0x6B2FB644ECCEEE15
-    return ((k ^ (k >> 31)) % 2**24).to(b.dtype) / 2**23 - 1

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import bilevel
 from bilevel import BilevelProblem, Hessian, Hypergradient, Result
+from bilevel.checks import check_number
 from bilevel.curvature import Curvature
 from bilevel.entry import prepare
 from bilevel.isolation import isolated
-from bilevel.linsys.base import LinearSolver, check_number
+from bilevel.linsys.base import LinearSolver
 from bilevel.testing.determinism import check_deterministic
 from bilevel.testing.pieces import derivative_parts
 from bilevel.testing.report import CheckFailed, Part, Report, Verdict, not_judged

@@ -569,7 +569,7 @@ def test_without_its_packages_imaml_says_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.delitem(sys.modules, "applications.meta_learning.cli")
     monkeypatch.setitem(sys.modules, "typer", None)  # as if it were not installed
     with pytest.raises(
-        SystemExit, match=r'imaml needs typer, which is not installed: pip install "bilevel\[meta-learning\]"'
+        SystemExit, match=r'imaml needs typer, which is not installed: pip install "\.\[meta-learning\]"'
     ):
         main()
 

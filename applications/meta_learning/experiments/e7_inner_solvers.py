@@ -187,7 +187,7 @@ def solvers(budget: int, step_size: float) -> dict[str, InnerSolver]:
     return {
         "GD, fixed step": GradientDescent(step_size=step_size, max_steps=budget),
         "GD, line search": GradientDescent(step_size=None, max_steps=budget),
-        "AGD, line search": NesterovAGD(step_size=None, max_steps=budget),
+        "AGD, adaptive steps": NesterovAGD(step_size=None, max_steps=budget),
         "Newton-CG": NewtonCG(max_steps=newton, cg_steps=NEWTON_CG_STEPS),
         "L-BFGS": LBFGS(max_steps=budget),
         "L-BFGS of SciPy": ScipyMinimize(method="L-BFGS-B", options={"maxiter": budget}),

@@ -9,7 +9,7 @@ try:
     import hypothesis  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        'bilevel.testing.strategies needs hypothesis, which is not installed: pip install "bilevel[testing]".'
+        "bilevel.testing.strategies needs hypothesis, which is not installed: pip install hypothesis."
     ) from error
 
 from bilevel.testing.strategies.case import Case
