@@ -70,7 +70,7 @@ class Status(IntEnum):
         5,
         True,
         "diverged: the residual grew instead of falling, did not fall at all, or stopped falling far from zero. "
-        "Reduce step_size (or leave it None) where the method has one, raise the regularisation, begin nearer to the solution, use Anderson "
+        "Reduce step_size (or leave it None) where there is one, raise the regularisation, begin nearer to the solution, use Anderson "
         "or Newton for a map that is no contraction, or a larger rank of Nystrom.",
     )
     NON_FINITE = (

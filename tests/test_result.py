@@ -13,7 +13,8 @@ import torch
 
 import bilevel
 from bilevel import Hypergradient, Result, SolverError, Status
-from bilevel.linsys import CG
+from bilevel.linsys import CG, Exact, Identity
+from bilevel.solvers import GradientDescent
 from bilevel.status import converged, failed
 
 NOT_FAILED = {
@@ -388,3 +389,41 @@ def test_assign_grad_refuses_what_was_computed() -> None:
     exec(str(caught.value).split("Use ")[1].split(", or hand over")[0])  # what it says, as it stands
     expected = torch.autograd.grad(0.5 * (2 * raw + 3 * b).square().sum(), (raw, b))
     torch.testing.assert_close((raw.grad, b.grad), expected)
+
+
+def test_what_is_printed_is_short_and_has_names() -> None:
+    """And not a number, or every tensor."""
+    assert str(Status.CONVERGED) == f"{Status.CONVERGED}" == "CONVERGED" and f"{Status.SINGULAR:>10}" == "  SINGULAR"
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, data: (phi - data).square().sum(), lambda phi, data: phi.sum(), lam=1.0
+    )
+    data = torch.randn(5, 1000)
+    found = bilevel.hypergradient(
+        problem,
+        torch.zeros(1000),
+        data,
+        solver=GradientDescent(step_size=0.1, max_steps=4),
+        linsys=Exact(),
+        batched=True,
+    )
+    assert repr(found) == (
+        "Hypergradient(5 of 5 tasks ok; inner solve 5 problems: 5 MAX_STEPS; at most 4 steps; "
+        "linear solve 5 problems: 5 CONVERGED; at most 1 steps)"
+    )
+    assert repr(result(0)) == "Result(solve: CONVERGED after 7 steps, residual 2.50e-01)"
+    shown = []
+
+    def under_vmap(codes: torch.Tensor) -> torch.Tensor:
+        shown.append(repr(Result(value=None, codes=codes, steps=codes, residual=codes.float())))
+        return codes
+
+    torch.func.vmap(under_vmap)(torch.zeros(3, dtype=torch.int64))
+    assert shown == ["Result(solve: ...)"]
+
+
+def test_identity_is_not_told_to_take_more_steps() -> None:
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, data: (phi - 1).square().sum(), lambda phi, data: phi.sum(), lam=1.0
+    )
+    found = bilevel.implicit_gradient(problem, torch.zeros(2), torch.zeros(2), linsys=Identity())
+    assert "Identity() solves no system. CG does." in found.describe() and "raise max_steps" not in found.describe()
