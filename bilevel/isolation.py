@@ -75,7 +75,10 @@ def without_checkpoints() -> Iterator[None]:
     and throws away, it would compute its region anew from the start.
     """
     hooks, found = torch._C._autograd, []
-    while (top := hooks._top_saved_tensors_default_hooks(True)) and top[0].__module__ == "torch.utils.checkpoint":
+    innermost = getattr(
+        hooks, "_top_saved_tensors_default_hooks", lambda _: None
+    )  # before torch 2.8 there is no way to ask
+    while (top := innermost(True)) and getattr(top[0], "__module__", None) == "torch.utils.checkpoint":
         hooks._pop_saved_tensors_default_hooks()
         found.append(top)
     try:

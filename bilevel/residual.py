@@ -19,6 +19,7 @@ from bilevel.derivatives import (
     refuse_writes,
     with_axis,
 )
+from bilevel.derivatives.guards import refuse_moves, versions
 from bilevel.linsys.base import all_finite
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Structure, Tree, flatten
@@ -101,6 +102,7 @@ class Residual(Objective):
         super().__init__(flat, levels, tensors, sizes)
         assert isinstance(flat, RootFlat)
         self._zero, self._given = flat.zero, over_levels(flat.given, with_axis(levels))
+        self.is_displacement = isinstance(flat, FixedPointFlat)
 
     def value(self, phi: Tensor) -> Tensor:
         """|F|^2 / 2 ``(*batch,)``."""
@@ -109,6 +111,7 @@ class Residual(Objective):
     def value_and_grad(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """|F|^2 / 2 ``(*batch,)`` and F ``(*batch, d)``."""
         self.num_grads += 1
+        before = versions([phi])
         if not self._checked:
             with torch.enable_grad():
                 point = phi.detach().requires_grad_()
@@ -118,6 +121,7 @@ class Residual(Objective):
         else:
             with torch.no_grad():
                 residual = self._zero(phi.detach(), self._given(phi.detach(), *self.tensors))
+        refuse_moves(before, phi, self.flat.source)
         return _half_square(residual), residual
 
     def linearise(  # type: ignore[override]  # what a solver of equations needs of it
@@ -155,7 +159,9 @@ class ResidualLinearisation:
         self._residual = residual
         with torch.enable_grad():
             self._phi = phi.detach().requires_grad_()
+            before = versions([phi])
             given = residual._given(self._phi, *residual.tensors)
+            refuse_moves(before, phi, residual.flat.source)
             residual._check(given, [self._phi])
             self._value = residual._zero(self._phi, given)
             # A v is the derivative of w -> A^T w, which is linear: right for every operator that has a double backward

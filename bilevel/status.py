@@ -38,7 +38,7 @@ class Status(IntEnum):
         return self.name
 
     def __format__(self, spec: str) -> str:
-        return format(self.name, spec)
+        return format(int(self), spec) if spec[-1:] in tuple("bdoxXn") else format(self.name, spec)
 
     CONVERGED = 0, False, "converged to the requested tolerance."
     MAX_STEPS = (

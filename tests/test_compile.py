@@ -912,3 +912,23 @@ def test_chance_with_a_seed_is_computed_without_recordings(caplog: pytest.LogCap
     told = [message for message in caplog.messages if "the call was made without" in message]
     assert len(told) == 2 and "seed a generator of its own" in told[0] and "and so are all that follow" in told[1]
     assert not [message for message in caplog.messages if "chance in it" in message]
+
+
+def test_a_gradient_that_is_recorded_anew_leaves_nothing_older(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what is verified, for all that was recorded of its kind. Others had pushed it out."""
+    monkeypatch.setattr("bilevel.recorded.programs.MOST", 4)
+    captured = Captured()
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + captured.scale * 0.25 * phi.pow(4).sum(),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta, steps = torch.full((3,), 0.9, dtype=F64), GradientDescent(step_size=0.1, max_steps=400, tol=1e-8)
+    bilevel.hypergradient(problem, theta, solver=NEWTON, linsys=SOLVED, compile=True)
+    for n in (4, 5):
+        bilevel.solve(problem, torch.ones(n, dtype=F64), solver=steps, compile=True)
+    captured.scale = 4.0
+    compiled, plain = (
+        bilevel.hypergradient(problem, theta, solver=steps, linsys=SOLVED, compile=c).unwrap() for c in (True, False)
+    )
+    torch.testing.assert_close(compiled, plain)

@@ -683,3 +683,23 @@ def test_a_checkpoint_around_a_call_costs_one_more_call(name: str) -> None:
         before = torch._C._autograd._top_saved_tensors_default_hooks(True)
         torch.utils.checkpoint.checkpoint(run, plain, use_reentrant=False).backward()
         assert torch._C._autograd._top_saved_tensors_default_hooks(True) == before
+
+
+def test_hooks_of_any_kind_and_none_to_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of C have no module; before torch 2.8 nobody tells which hooks there are."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - theta).square().sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+
+    def run() -> Tensor:
+        found = bilevel.hypergradient(
+            problem, torch.ones(2), solver=GradientDescent(step_size=0.5, max_steps=5), linsys=CG(max_steps=2)
+        )
+        return found.unwrap()
+
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.cpu, torch.Tensor.cpu):
+        torch.testing.assert_close(run(), torch.ones(2))
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    torch.testing.assert_close(run(), torch.ones(2))

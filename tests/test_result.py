@@ -394,6 +394,7 @@ def test_assign_grad_refuses_what_was_computed() -> None:
 def test_what_is_printed_is_short_and_has_names() -> None:
     """And not a number, or every tensor."""
     assert str(Status.CONVERGED) == f"{Status.CONVERGED}" == "CONVERGED" and f"{Status.SINGULAR:>10}" == "  SINGULAR"
+    assert f"{Status.MAX_STEPS:d}" == "1"
     problem = bilevel.ProximalProblem.from_losses(
         lambda phi, data: (phi - data).square().sum(), lambda phi, data: phi.sum(), lam=1.0
     )

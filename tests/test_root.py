@@ -1413,3 +1413,25 @@ def test_maps_whose_square_is_too_large_to_be_a_number(solver: Any) -> None:
     )
     assert told[0].status is Status.CONVERGED, told[0].describe()
     torch.testing.assert_close(found, torch.full((2,), 2e20), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("solver", [Newton(max_steps=30, tol=1e-6), Newton(max_steps=30)], ids=["tol", "all steps"])
+def test_equations_in_units_of_their_own(solver: Any, dtype: torch.dtype) -> None:
+    """A residual without units of variables that are large: their rounding is not that of the residual."""
+    pressure = torch.tensor([1e7, 2e7], dtype=dtype)
+    found = root(lambda x, t, d: x / t - 1, pressure, init=torch.zeros(2, dtype=dtype), solver=solver, linsys=Exact())
+    torch.testing.assert_close(found, pressure)
+
+
+@pytest.mark.parametrize(
+    "solver", [Newton(max_steps=5, tol=1e-6), Anderson(max_steps=5), FixedPointIteration(max_steps=5)], ids=repr
+)
+def test_a_map_that_writes_to_phi(solver: Any) -> None:
+    def clamped(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        with torch.no_grad():
+            phi.clamp_(max=0.5)
+        return 0.5 * phi + 0.5 * theta
+
+    with pytest.raises(ValueError, match=r"fixed_point: T.* writes to phi in place|T writes to phi in place"):
+        fixed_point(clamped, torch.ones(3), init=torch.ones(3), solver=solver, linsys=Exact())

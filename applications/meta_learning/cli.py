@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -261,8 +261,9 @@ def _train(
         )
         raise typer.Exit(1)
     if ending is Ending.STOPPED:
-        err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
-        err.print(f"  {_resume(folder, flags)}", markup=False, highlight=False, soft_wrap=True)
+        with suppress(OSError):  # the terminal may be gone
+            err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
+            err.print(f"  {_resume(folder, flags)}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130)
     out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
     if ending is Ending.DONE and progress.step == began:

@@ -44,6 +44,9 @@ class Objective:
     measures: ClassVar[bool] = True
     """Whether its gradients are those of G; else what a solver has seen of them is not enough to call it converged."""
 
+    is_displacement: bool = False
+    """Whether its "gradient" is phi - T(phi), so that the rounding of phi is that of the gradient."""
+
     def begin_step(self, k: int) -> None:
         """Told by a solver at the start of its step k."""
 

@@ -54,7 +54,7 @@ class Programs:
         self._problem = weakref.ref(problem)
         self._programs: dict[Any, Any] = {}  # the one used last at the end
         self._told, self._lock = False, threading.Lock()
-        self._refused: dict[Any, int] = {}  # how often a recording has failed
+        self._refused: set[Any] = set()  # what could not be recorded the first time
         self.failures = 0
         """Calls in a row whose recordings were of no use."""
 
@@ -102,14 +102,16 @@ class Programs:
                         type(error).__name__,
                         reason[0],
                     )
-                self._refused[key] = 1
                 if first:
+                    self._refused = {key} if len(self._refused) >= MOST else {*self._refused, key}
                     return None
                 program = None
             with self._lock:  # before another thread may find that it is missing, and clear what is there
+                if key[0] == "gradient":  # which is verified for all of its kind: none of them may be older
+                    self._programs = {k: p for k, p in self._programs.items() if k[-len(key) + 1 :] != key[1:]}
                 self._make_room()
                 self._programs[key] = program
-                self._refused.pop(key, None)
+                self._refused.discard(key)
         return program
 
     def _kept(self, key: Any) -> Any:

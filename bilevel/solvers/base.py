@@ -75,7 +75,7 @@ class Run:
     singular: Tensor | None = None
     """Where a singular matrix is why the method can go no further ``(*batch,)``."""
     hidden: Tensor | None = None
-    """Of equations: where phi has become so large that its rounding hides what F was at the start ``(*batch,)``. No root there is one."""
+    """Of fixed points: where phi has become so large that its rounding hides what F was at the start ``(*batch,)``. None there is one."""
 
     def result(self, level: Tensor, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from G ``(*batch,)`` and its gradient ``(*batch, d)`` at phi. Where G is no number, its gradient
@@ -199,7 +199,7 @@ class IterativeSolver(InnerSolver):
             objective.measures,
             self.rounding(objective, state, start),
             self.singular(state),
-            None if self.minimises else _hidden(phi, state.phi, start),
+            _hidden(phi, state.phi, start) if objective.is_displacement else None,
         )
 
     def _loop(self, objective: Objective, begin: _Progress, first: int) -> _Progress:
