@@ -462,7 +462,9 @@ def test_train_and_evaluate(place: Path, tmp_path: Path) -> None:
     counts = {"train": {f"n{i:02d}": 2 for i in range(64)}, "test": {f"n{i:02d}": 2 for i in range(64, 84)}}
     write_label_pickles(place, pictures(counts, size=16))
     run = tmp_path / "run"
-    result = imaml("train", "--preset", "mini-imagenet-5w1s-gd", "--data-dir", place, "--out", run, *TINY)
+    result = imaml(
+        "train", "--preset", "mini-imagenet-5w1s-gd", "--data-dir", place, "--out", run, *TINY, "--linear", "identity"
+    )
     assert result.exit_code == 0, result.output
     stored = load_checkpoint(run)
     assert stored["split"] == {"name": "published", "train": list(range(64)), "test": list(range(64, 84))}
