@@ -104,7 +104,7 @@ class E7InnerSolvers(Experiment):
                 title="inner solvers on the same tasks",
             )
             accuracy.legend(fontsize=8)
-            residual.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+            residual.legend(fontsize=7, handlelength=4, loc="upper left", bbox_to_anchor=(1.01, 1))
             figure.savefig(path)
             plt.close(figure)
 
