@@ -1570,3 +1570,35 @@ def test_accuracy_of_a_loss_that_draws_is_refused() -> None:
                 linsys=CG(max_steps=9),
                 accuracy=1e-4,
             )
+
+
+# --- at the ends of the range of numbers, and of definiteness ----------------------------------------------------------
+
+
+def test_an_estimate_whose_squares_are_too_large_to_be_numbers():
+    """The error is a quarter of the gradient, in any unit of the outer loss; at the very end nothing is known, and that is said."""
+    said = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float32, 1e20), (F64, 1e200)):
+        theta = torch.tensor([1.0, 2.0], dtype=dtype)
+        problem = bilevel.BilevelProblem.from_functions(
+            lambda phi, theta, data: 0.5 * (phi - theta).square().sum() + phi.pow(4).sum(),
+            lambda phi, theta, data, scale=scale: scale * phi.sum(),
+        )
+        result = bilevel.implicit_gradient(problem, 0.4 * theta, theta, linsys=CG(max_steps=5))
+        found = result.diagnose()
+        said.append((float(found.inner / found.size), result.explain()))
+    assert said[0][0] > 0.1 and said[1][0] == pytest.approx(said[0][0], rel=1e-4)
+    assert all("phi limits the accuracy" in words for _, words in said[:2])
+    assert "There is no estimate of the error" in said[2][1] and "Nothing to change" not in said[2][1]
+
+
+def test_a_null_direction_is_no_negative_curvature():
+    """Where CG(steihaug=True) stopped at it; and it is not advised what is in use."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi[0] - theta[0]).square() + 0 * (phi[1] * theta[1]),
+        lambda phi, theta, data: phi.sum(),
+    )
+    theta = t([1.0, 2.0])
+    said = bilevel.implicit_gradient(problem, theta, theta, linsys=CG(max_steps=5, steihaug=True)).explain()
+    assert "H is singular at phi: an eigenvalue is zero but for rounding, and the linear solve took it for" in said
+    assert "no minimum" not in said and "steihaug" not in said

@@ -247,3 +247,13 @@ def test_the_short_cut_of_lbfgs_changes_nothing(problem: BilevelProblem, scale: 
             torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
         taken += int(state.search.rejected == 0)
     assert taken > 2
+
+
+@pytest.mark.parametrize("method", ["trust-exact", "Newton-CG", "trust-constr"])
+def test_scipy_gets_numbers_where_a_hessian_is_zero_by_itself(method: str) -> None:
+    """That of a sum of absolute values is a tensor without memory."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi - theta).abs().sum(), lambda phi, theta, data: phi.sum()
+    )
+    found = bilevel.solve(problem, torch.tensor([1.0, 2.0]), solver=ScipyMinimize(method=method), init=torch.zeros(2))
+    assert found.value.isfinite().all()

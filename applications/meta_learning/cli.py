@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 
 import bilevel
@@ -252,49 +253,34 @@ def _train(
     if failure is not None:
         _draw(folder, config)
         err.print("[bold red]Training ended:[/bold red] ", end="")
-        err.print(str(failure), markup=False, highlight=False, soft_wrap=True)
-        err.print(
-            f"The checkpoint is {folder / CHECKPOINT} (step {progress.step}).",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(err, str(failure))
+        _say(err, f"The checkpoint is {folder / CHECKPOINT} (step {progress.step}).")
         raise typer.Exit(1)
     if ending is Ending.STOPPED:
         with suppress(OSError):  # the terminal may be gone
-            err.print(f"Stopped at step {progress.step}; the checkpoint is written. Go on with:", highlight=False)
-            err.print(f"  {_resume(folder, flags)}", markup=False, highlight=False, soft_wrap=True)
+            _say(err, f"Stopped at step {progress.step}; the checkpoint is written. Go on with:")
+            _say(err, f"  {_resume(folder, flags)}")
         raise typer.Exit(130)
-    out.print(f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min", highlight=False)
+    _say(out, f"{ending.value}: {progress.step} steps in {progress.seconds / 60:.1f} min")
     if ending is Ending.DONE and progress.step == began:
-        out.print("Nothing was left to do. For more steps, name their sum:", highlight=False)
-        out.print(
-            f"  {_resume(folder, flags)} --outer-steps {2 * progress.step}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(out, "Nothing was left to do. For more steps, name their sum:")
+        _say(out, f"  {_resume(folder, flags)} --outer-steps {2 * progress.step}")
     if ending is Ending.TIME and progress.step == began:
-        out.print("Its time is used up. For more, name the sum, or 0 for no limit:", highlight=False)
-        out.print(
-            f"  {_resume(folder, flags)} --minutes {2 * config.minutes:g}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(out, "Its time is used up. For more, name the sum, or 0 for no limit:")
+        _say(out, f"  {_resume(folder, flags)} --minutes {2 * config.minutes:g}")
     try:
         _finish(trainer, folder, final_test)
     except OSError:
-        err.print("Training is done and its checkpoint is written; what follows it failed:", highlight=False)
+        _say(err, "Training is done and its checkpoint is written; what follows it failed:")
         raise
     if progress.step and progress.skipped_steps == progress.step:
-        err.print(
-            f"Nothing was learned: no task of any meta-step had a usable gradient. {trainer.last_failure}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        _say(err, f"Nothing was learned: no task of any meta-step had a usable gradient. {trainer.last_failure}")
         raise typer.Exit(1)
+
+
+def _say(console: Console, text: str) -> None:
+    """As it is: no markup in the names of folders, and whole lines, which can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _resume(folder: Path, flags: list[str]) -> str:
@@ -323,8 +309,8 @@ def _finish(trainer: Trainer, folder: Path, final_test: bool) -> None:
         )
     _draw(folder, config)
     out.print(counts_table(trainer))
-    out.print(f"Figures, log and checkpoint: {folder}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"Next: imaml evaluate {shlex.quote(str(folder))}", markup=False, highlight=False, soft_wrap=True)
+    _say(out, f"Figures, log and checkpoint: {folder}")
+    _say(out, f"Next: imaml evaluate {shlex.quote(str(folder))}")
 
 
 def _draw(folder: Path, config: Config) -> None:

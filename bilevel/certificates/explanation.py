@@ -71,9 +71,7 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_singular(result, found, spectrum),
         *_bias(result),
     ]
-    known = bool(
-        torch.stack([part[result.ok_per_task].isfinite().all() for part in (*_relative(found), found.size)]).all()
-    )
+    known = all(bool(part[result.ok_per_task].isfinite().all()) for part in _relative(found))
     advice += _accuracy(result, found, solves, doubts) or ([] if advice or not known else ["Nothing to change."])
     return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
@@ -109,10 +107,6 @@ def _error(result: Hypergradient, found: Diagnosis, doubts: Doubts) -> list[str]
         lines.append(
             "There is no estimate of the error: from phi, Newton's method meets negative curvature or comes no nearer to a minimum "
             "in the steps that an estimate may take."
-        )
-    elif math.isnan(linear) or math.isnan(inner) or not bool(found.size[ok].isfinite().all()):
-        lines.append(
-            "There is no estimate of the error: its numbers are too large to be squared. Scale the outer loss."
         )
     elif math.isinf(linear):
         lines.append("There is no estimate of the error: H is singular at phi as far as rounding lets it be told.")

@@ -75,7 +75,7 @@ class Run:
     singular: Tensor | None = None
     """Where a singular matrix is why the method can go no further ``(*batch,)``."""
     hidden: Tensor | None = None
-    """Of fixed points: where phi has become so large that its rounding hides what F was at the start ``(*batch,)``. None there is one."""
+    """Of fixed points: where phi has become so large that its rounding hides what F was at the start ``(*batch,)``: no solution."""
 
     def result(self, level: Tensor, grad: Tensor, value: Any, num_grads: int, num_matvecs: int) -> Result:
         """The result with its status, from G ``(*batch,)`` and its gradient ``(*batch, d)`` at phi. Where G is no number, its gradient
