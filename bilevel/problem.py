@@ -214,7 +214,12 @@ class _FunctionProblem(BilevelProblem):
         return self._outer(phi, theta, data)
 
     def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
-        return super().initial_phi(theta, data) if self._initial is None else self._initial(theta, data)
+        if self._initial is None:
+            raise ValueError(
+                "initial_phi: this problem was made without one, so the library does not know the shape of phi. Pass init=, a tree like "
+                "phi, to the call; or initial_phi=, a function of (theta, data), where the problem is made."
+            )
+        return self._initial(theta, data)
 
 
 class _ComposedProblem(_FunctionProblem):

@@ -194,7 +194,7 @@ def test_no_start(name: str) -> None:
     without = BilevelProblem.from_functions(uses_theta, pull)
     with pytest.raises(
         ValueError,
-        match=r"_FunctionProblem has no initial_phi, so the library does not know the shape of phi: pass init=",
+        match=r"initial_phi: this problem was made without one, .* Pass init=, a tree like phi, to the call; or initial_phi=, a function",
     ):
         FUNCTIONS[name](ONES, problem=without)
     FUNCTIONS[name](ONES, problem=without, init=ONES)

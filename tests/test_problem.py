@@ -620,8 +620,18 @@ def test_a_problem_without_a_start_asks_for_one() -> None:
         lambda phi, theta, data: ((phi - theta) ** 2).sum(), lambda phi, theta, data: phi.sum()
     )
     solver = solvers.NewtonCG(max_steps=3, tol=1e-6)
-    with pytest.raises(ValueError, match=r"has no initial_phi.*pass init=, or define initial_phi\(theta, data\)"):
+    with pytest.raises(ValueError, match="initial_phi: this problem was made without one.*Pass init="):
         bilevel.solve(problem, torch.ones(2), solver=solver)
+
+    class Own(BilevelProblem):
+        def inner_objective(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+            return (phi - theta).square().sum()
+
+        def outer_loss(self, phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+            return phi.sum()
+
+    with pytest.raises(ValueError, match=r"Own has no initial_phi.*pass init=, or define initial_phi\(theta, data\)"):
+        bilevel.solve(Own(), torch.ones(2), solver=solver)
     torch.testing.assert_close(
         bilevel.solve(problem, torch.ones(2), init=torch.zeros(2), solver=solver).unwrap(), torch.ones(2)
     )

@@ -295,7 +295,11 @@ def test_nan_is_the_same_as_nan() -> None:
     ("problem", "error", "words"),
     [
         (3, TypeError, "problem: expected a BilevelProblem"),
-        (BilevelProblem.from_functions(quadratic, quadratic), ValueError, "has no initial_phi"),
+        (
+            BilevelProblem.from_functions(quadratic, quadratic),
+            ValueError,
+            "initial_phi: this problem was made without one",
+        ),
         (
             functions(lambda phi, theta, data: phi),
             ValueError,

@@ -683,8 +683,12 @@ def test_more_limits_that_cannot_be_met() -> None:
         strategies.indefinite_matrices(min_dim=1)
     with pytest.raises(ValueError, match="expected max_kappa >= 2, got 1.5"):
         strategies.ridge_problems(max_kappa=1.5)
-    with pytest.raises(ValueError, match="expected 1 <= min_tasks <= max_tasks, got min_tasks=3, max_tasks=2"):
+    with pytest.raises(ValueError, match="expected min_tasks <= max_tasks, got min_tasks=3, max_tasks=2"):
         strategies.task_batches(min_tasks=3, max_tasks=2)
+    with pytest.raises(ValueError, match="min_tasks: expected at least 1, got 0"):
+        strategies.task_batches(min_tasks=0)
+    with pytest.raises(TypeError, match="max_tasks: expected an integer, got float 3.5"):
+        strategies.task_batches(max_tasks=3.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_leaves: expected at least 1, got 0"):
         trees(max_leaves=0)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from bilevel.checks import check_count
 from bilevel.testing.strategies.affine import nonquadratic, quadratic
 from bilevel.testing.strategies.case import Case, Model
 from bilevel.testing.strategies.draws import SCALES, SEEDS, SPECTRA, Limits, Setup, Source
@@ -175,8 +176,10 @@ def task_batches(
     Raises:
         ValueError: limits that contradict each other, or a condition number that the dtype cannot store.
     """
-    if not 1 <= min_tasks <= max_tasks:
-        raise ValueError(f"expected 1 <= min_tasks <= max_tasks, got min_tasks={min_tasks}, max_tasks={max_tasks}.")
+    check_count("min_tasks", min_tasks)
+    check_count("max_tasks", max_tasks)
+    if min_tasks > max_tasks:
+        raise ValueError(f"expected min_tasks <= max_tasks, got min_tasks={min_tasks}, max_tasks={max_tasks}.")
     limits = Limits(
         min_dim=min_dim, max_dim=max_dim, min_kappa=1.0, max_kappa=max_kappa, dtype=dtype, least_kappa=LEAST_KAPPA
     )
