@@ -63,6 +63,10 @@ ATTENTION = (
     "bilevel: the derivatives of argmin, root and fixed_point go through the model twice and more, which fused attention has no derivative "
     "for. Evaluate the model, in the call and its backward, under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)."
 )
+LEAF = (
+    "bilevel: torch.func is used here (for batched=True, argmin, root, fixed_point and unrolled). A derivative in an input, within a "
+    "function of the problem, is taken by torch.func.grad or torch.func.jvp."
+)
 OLD_FUNCTION = (
     "bilevel: torch.func is used here (for batched=True, argmin, root and fixed_point). An autograd.Function needs setup_context and "
     "generate_vmap_rule = True for it; torch.utils.checkpoint(use_reentrant=True) is such a function, and has no other form."
@@ -122,6 +126,7 @@ NOTES = (
     (("implemented for sparse tensors",), SPARSE_GRADIENTS),
     (("scaled_dot_product",), ATTENTION),
     (("setup_context staticmethod",), OLD_FUNCTION),
+    (("attempting to call Tensor.requires_grad_()",), LEAF),
     (("Sparse CSR", "Sparse CSC", "Sparse BSR", "Sparse BSC", "for Sparse tensors"), SPARSE),
 )
 """Words of PyTorch's, and what they mean here."""
@@ -140,8 +145,8 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
             return inner(*args, **kwargs)
         except RuntimeError as error:
             for words, note in NOTES:
-                if any(part in str(error) for part in words):
-                    error.add_note(note)
+                if note not in getattr(error, "__notes__", ()) and any(part in str(error) for part in words):
+                    error.add_note(note)  # once, of a call within a call too
             raise
 
     @functools.wraps(function)

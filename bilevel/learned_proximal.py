@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -34,7 +35,7 @@ class LearnedProximalProblem(RegularisedProblem):
         ValueError: (at use) theta is not of the form above.
     """
 
-    def __init__(self, train_loss: Loss, test_loss: Loss, kind: Kind) -> None:
+    def __init__(self, train_loss: Callable[..., Tensor], test_loss: Callable[..., Tensor], kind: Kind) -> None:
         require_functions_of("phi", "data", train_loss=train_loss, test_loss=test_loss)
         if not isinstance(kind, Kind):
             hint = f" Did you mean {kind.__name__}()?" if isinstance(kind, type) else ""

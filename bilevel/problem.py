@@ -33,10 +33,22 @@ class Split(NamedTuple):
     centre: Callable[..., Any]
 
 
+class _OwnSignature:
+    """The parameters of ``__init__``: :mod:`inspect`, and so ``help``, would show those of ``__new__``."""
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if owner.__init__ is object.__init__:  # type: ignore[misc]
+            return inspect.Signature()
+        whole = inspect.signature(owner.__init__)  # type: ignore[misc]
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
+
+
 class BilevelProblem(ABC):
     """Two scalar functions of phi (inner variable), theta (outer variable) and data, and a start for the inner
     solve.
     """
+
+    __signature__ = _OwnSignature()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Python's own words for an abstract class do not say that there are functions for this."""
@@ -107,6 +119,16 @@ class BilevelProblem(ABC):
     def composition(self) -> Composition | None:
         """G without the known part as a loss of a network's outputs, which ``GaussNewton()`` needs; None: not known."""
         return None
+
+    @property
+    def _composes_another(self) -> bool:
+        """Whether ``composition`` is older than G: a subclass, or the object, has redefined what it is a part of."""
+        at = self._definer("composition")
+        return any(self._definer(name) < at for name in ("inner_objective", "train_loss") if hasattr(type(self), name))
+
+    def _definer(self, name: str) -> int:
+        """How far from this object, along its bases, the method or property ``name`` is defined."""
+        return next(i for i, where in enumerate((self, *type(self).__mro__)) if name in vars(where))
 
     @property
     def split(self) -> Split | None:

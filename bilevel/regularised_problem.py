@@ -39,10 +39,6 @@ class RegularisedProblem(BilevelProblem):
         by_rule = self._knows_curvature is None and type(self).knows_curvature is RegularisedProblem.knows_curvature
         return by_rule and not self.knows_curvature
 
-    def _definer(self, name: str) -> int:
-        """How far from this object, along its bases, the method or property ``name`` is defined."""
-        return next(i for i, where in enumerate((self, *type(self).__mro__)) if name in vars(where))
-
     def _is_own(self, base: type, *names: str) -> bool:
         """Whether these are the methods, or properties, of ``base``."""
         return all(self._definer(name) == 1 + type(self).__mro__.index(base) for name in names)

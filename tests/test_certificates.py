@@ -869,6 +869,20 @@ def test_no_estimate_at_a_kink(theta):
     assert "comes no nearer to a minimum" in result.explain() and "lower its step size" in result.explain()
 
 
+def test_no_estimate_at_a_kink_from_anywhere():
+    """The same wherever phi is: shortened steps of Newton's method come near the kink, where the slope may be a tenth of
+    what it was, and have not arrived.
+    """
+    problem = bilevel.ProximalProblem.from_losses(lambda phi, data: (phi - 1).abs(), lambda phi, data: phi.clone(), 1.0)
+    theta, phi = torch.meshgrid(t(np.linspace(0.05, 1.95, 39)), t(np.linspace(0.025, 1.975, 40)), indexing="ij")
+    result = bilevel.implicit_gradient(
+        problem, phi.flatten(), theta.flatten(), linsys=Exact(), batched=True, theta_batched=True, reduction="none"
+    )
+    assert result.ok_per_task.all()
+    assert result.diagnose().inner.isinf().all()
+    assert "Nothing to change" not in result.explain()
+
+
 def test_the_theorem_holds_at_a_saddle_that_is_solved():
     """SOLVED_INDEFINITE at a stationary point: the gradient is that of the stationary point, and exact."""
     problem, a, theta = saddle()

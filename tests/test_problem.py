@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import numpy as np
@@ -811,3 +812,90 @@ def test_a_learned_problem_with_another_regulariser_does_not_know_its_curvature(
 
     for cls, knows in ((Other, False), (bilevel.LearnedProximalProblem, True)):
         assert cls(zero, zero, bilevel.regularisation.Scalar()).knows_curvature is knows
+
+
+class _Penalised(LearnedProximalProblem):
+    def inner_objective(self, phi: Any, theta: Any, data: Any = None) -> Tensor:
+        return super().inner_objective(phi, theta, data) + 5 * phi.square().sum()
+
+
+class _PenalisedAndComposed(_Penalised):
+    @property
+    def composition(self) -> Composition:
+        return Composition(
+            lambda phi, theta, data: phi,
+            lambda outputs, theta, data: 0.5 * (outputs - 1).square().sum(),
+            lambda phi, theta, data: 5 * phi.square().sum(),
+        )
+
+
+def test_gauss_newton_refuses_a_composition_that_is_older_than_the_inner_objective() -> None:
+    """G = |phi - 1|^2 / 2 + lam |phi - c|^2 / 2 + 5 |phi|^2, so phi* = (1 + lam c) / (11 + lam) and dphi*/dc = lam / (11 + lam)."""
+
+    def make(cls: type[LearnedProximalProblem]) -> LearnedProximalProblem:
+        return cls.from_model(
+            lambda phi, data: phi,
+            lambda outputs, data: 0.5 * (outputs - 1).square().sum(),
+            lambda phi, data: 0.5 * phi.square().sum(),
+            Scalar(),
+        )
+
+    centre = torch.tensor([0.3, -2.0], dtype=torch.float64)
+    solver = solvers.NewtonCG(max_steps=20, tol=1e-12)
+
+    def gradient(problem: LearnedProximalProblem, **options: Any) -> Tensor:
+        theta = problem.initial_theta(centre, lam=1.5)
+        return bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=5), **options).unwrap()[
+            "centre"
+        ]
+
+    exact = (1 + 1.5 * centre) / 12.5 * 1.5 / 12.5
+    torch.testing.assert_close(gradient(make(_Penalised)), exact)
+    torch.testing.assert_close(gradient(make(_PenalisedAndComposed), curvature=GaussNewton()), exact)
+    with pytest.raises(
+        TypeError, match=r"GaussNewton\(\): _Penalised has an inner objective or a train_loss of its own"
+    ):
+        gradient(make(_Penalised), curvature=GaussNewton())
+    torch.testing.assert_close(
+        gradient(make(LearnedProximalProblem), curvature=GaussNewton()), (1 + 1.5 * centre) / 2.5 * 1.5 / 2.5
+    )
+
+
+@pytest.mark.parametrize("way", ["hypergradient", "batched", "argmin", "jacrev"])
+def test_a_leaf_that_the_objective_makes_is_explained(way: str) -> None:
+    def inner(phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        x = torch.ones(3, dtype=torch.float64).requires_grad_()
+        (slope,) = torch.autograd.grad((phi * x.square()).sum(), x, create_graph=True)
+        return (slope - theta).square().sum()
+
+    def with_func(phi: Tensor, theta: Tensor, data: Any = None) -> Tensor:
+        slope = torch.func.grad(lambda x: (phi * x.square()).sum())(torch.ones(3, dtype=torch.float64))
+        return (slope - theta).square().sum()
+
+    def gradient(inner: Any) -> Any:
+        problem = BilevelProblem.from_functions(
+            inner, lambda phi, theta, data: phi.sum(), lambda theta, data: 0 * theta
+        )
+        theta = torch.ones(3, dtype=torch.float64)
+        options: Any = {"solver": solvers.NewtonCG(max_steps=9, tol=1e-9), "linsys": CG(max_steps=5)}
+        if way == "hypergradient":
+            return bilevel.hypergradient(problem, theta, **options).unwrap()
+        if way == "batched":
+            data = torch.zeros(2, 1)
+            return bilevel.hypergradient(problem, theta, data, batched=True, **options).unwrap()
+        if way == "argmin":
+            leaf = theta.requires_grad_()
+            return torch.autograd.grad(bilevel.argmin(problem, leaf, **options).sum(), leaf)[0]
+        return torch.func.jacrev(lambda t: bilevel.argmin(problem, t, **options).sum())(theta)
+
+    torch.testing.assert_close(gradient(with_func), torch.full((3,), 0.5, dtype=torch.float64))
+    with pytest.raises((ValueError, RuntimeError)) as refused:
+        gradient(inner)
+    text = str(refused.value) + "".join(getattr(refused.value, "__notes__", []))
+    assert "torch.func.grad or torch.func.jvp" in text
+
+
+def test_help_shows_the_parameters_of_a_class() -> None:
+    assert list(inspect.signature(ProximalProblem).parameters) == ["lam"]
+    assert list(inspect.signature(LearnedProximalProblem).parameters) == ["train_loss", "test_loss", "kind"]
+    assert not inspect.signature(BilevelProblem).parameters

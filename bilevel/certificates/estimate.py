@@ -161,7 +161,8 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
         here, slope = there, norm(there.local.grad)
         cut = far & solved.ran_out & ~(slope <= 0.5 * torch.minimum(start, before))
         lost, ran_out = lost | cut, ran_out | cut  # as many products again would most likely not help either
-        far = far & ~cut & (slope > torch.maximum(FAR_LESS * start, rounding.possible))
+        # nor has it arrived while its steps overshoot
+        far = far & ~cut & (slope > rounding.possible) & ((slope > FAR_LESS * start) | shortened)
         if not bool(far.any()):
             break
     # where it could not even halve the gradient, or a full step still overshoots, at a kink say, its step says nothing of

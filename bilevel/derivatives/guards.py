@@ -22,7 +22,8 @@ class Probed(Protocol):
 
 _CAPTURED = (
     "{name} uses a tensor that carries {what} but is no part of theta or data, so no derivative would reach it. "
-    "Pass it through theta or data, or detach it."
+    "Pass it through theta or data, or detach it. If the function makes it, for a derivative in an input: use torch.func.grad or "
+    "torch.func.jvp there."
 )
 
 

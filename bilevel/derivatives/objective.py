@@ -199,6 +199,11 @@ class Objective:
                 "curvature_product(v, theta) and curvature_inverse(v, theta, damping) for it too, or use Hessian(). Where it is Lambda "
                 "all the same, say knows_curvature = True."
             )
+        if problem.composition is not None and problem._composes_another:
+            raise TypeError(
+                f"GaussNewton(): {type(problem).__name__} has an inner objective or a train_loss of its own, and the composition that it "
+                "inherits may be that of another one. Define composition for it too, or use Hessian()."
+            )
         known = self.curvature_product if problem.knows_curvature else None
         return GaussNewtonProduct(self.flat, self.levels, self.tensors, phi, known)
 
