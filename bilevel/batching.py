@@ -141,6 +141,7 @@ def concatenate(parts: Sequence[Result | None]) -> Result | None:
         num_grads=sum(part.num_grads for part in results),
         num_matvecs=sum(part.num_matvecs for part in results),
         negative_curvature=torch.cat(counts) if counts else None,
+        what=results[0].what,
     )
 
 

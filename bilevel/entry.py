@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -325,8 +325,15 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
     return count
 
 
+class Solver(Protocol):
+    """An inner solver: those of :mod:`bilevel.solvers`, or any object with this method."""
+
+    def run(self, objective: Any, phi: Tensor) -> Any:
+        """From the start phi ``(*batch, d)`` to a run, which has the point and tells how it came there."""
+
+
 @without_checkpoints()
-def run_solver(objective: Objective, phi: Tensor, solver: Any) -> Result:
+def run_solver(objective: Objective, phi: Tensor, solver: Solver) -> Result:
     """The result of an inner solver, its value a vector ``(*batch, d)``."""
     run = solver.run(objective, phi.detach())
     return run.result(*objective.measure(run.phi), run.phi, objective.num_grads, objective.num_matvecs)

@@ -91,7 +91,8 @@ class Hypergradient:
         slope: ``|dG/dphi|`` at phi ``(*batch,)``, which is zero at a solution: the gradient is no better than that is
             small. None from :func:`bilevel.unrolled`.
         certificate: problem, phi, theta and data as the call saw them, for the questions below. It keeps no graph;
-            change none of these tensors in place before you ask.
+            change none of these tensors in place before you ask. It holds the whole batch of data: of many results that
+            you keep, drop it by ``dataclasses.replace(result, certificate=None)``.
     """
 
     grad: Tree
@@ -130,7 +131,7 @@ class Hypergradient:
 
         Raises:
             ValueError: theta, data, phi or u were changed in place since, or what a function of the problem captured has
-                changed; or a constant is no number and not one for each task.
+                changed; or a constant is neither a number nor one for each task.
         """
         return self._certificate().error_bound
 
@@ -207,29 +208,31 @@ class Hypergradient:
             return self.grad
         ok = self.ok_per_task
         if not bool(ok.all() if self.grad_per_task else ok.any()):
-            raise SolverError(self.describe())
+            raise SolverError(self.describe(), self)
         if check == "converged":
             for what, solve in (("inner solve", self.inner), ("linear solve", self.linear)):
                 if solve is None:
                     continue
                 left = ok & refused(solve.codes, check)
                 if bool(left.any()):
-                    raise SolverError(f"{what}: {int(left.sum())} of {left.numel()} not converged.\n{self.describe()}")
+                    few = f"{what}: {int(left.sum())} of {left.numel()} not converged."
+                    raise SolverError(f"{few}\n{self.describe()}", self)
         return self.grad
 
-    def assign_grad(self, theta: Tree) -> None:
+    def assign_grad(self, theta: Tree, *, check: Check = "failed") -> None:
         """Write ``grad`` to the ``.grad`` of the leaves of theta, in the place of what is there. With an optimizer over
         ``bilevel.tree_leaves(theta)`` its ``step()`` follows.
 
-        As in a backward pass, a tensor that stands in theta twice gets the sum, and one that is frozen (``requires_grad=False`` beside
-        others that are not) gets none.
+        ``check`` is that of :meth:`unwrap`; False reads no number, as a :class:`bilevel.CapturedStep` needs it, and writes NaN where no
+        task is ok. As in a backward pass, a tensor that stands in theta twice gets the sum, and one that is frozen
+        (``requires_grad=False`` beside others that are not) gets none.
 
         Raises:
             SolverError: as :meth:`unwrap`; nothing is written then.
             TypeError: theta is no tree of tensors.
             ValueError: theta is no tree like ``grad``, or a part of it was computed from other tensors.
         """
-        (grads, structure), (leaves, own) = flatten(self.unwrap()), flatten(theta)
+        (grads, structure), (leaves, own) = flatten(self.unwrap(check=check)), flatten(theta)
         for path, leaf in zip(own.paths(), leaves, strict=True):
             if not isinstance(leaf, Tensor):
                 raise TypeError(

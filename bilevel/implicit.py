@@ -36,7 +36,16 @@ from bilevel.batching import (
 from bilevel.certificates import Certificate
 from bilevel.checks import check_count, check_number
 from bilevel.curvature import Curvature, Hessian, check_curvature
-from bilevel.entry import Call, check_linsys, check_solver, prepare, refuse_transforms, refuse_unused, run_solver
+from bilevel.entry import (
+    Call,
+    Solver,
+    check_linsys,
+    check_solver,
+    prepare,
+    refuse_transforms,
+    refuse_unused,
+    run_solver,
+)
 from bilevel.gradient import Hypergradient
 from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import LinearSolver, norm
@@ -53,7 +62,7 @@ def solve(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     init: Tree | None = None,
     batched: bool = False,
     theta_batched: bool = False,
@@ -160,7 +169,7 @@ def hypergradient(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree | None = None,
     curvature: Curvature = Hessian(),
@@ -202,7 +211,7 @@ def hypergradient(
     call = prepare(problem, theta, data, init, batched=batched, theta_batched=theta_batched, compile=compile)
     options = _Options(linsys, curvature, damping, allow_unused, outer_chunk_size)
 
-    def run(call: Call, solver: Any, linsys: LinearSolver) -> Hypergradient:
+    def run(call: Call, solver: Solver, linsys: LinearSolver) -> Hypergradient:
         return _hypergradient(
             call, solver, replace(options, linsys=linsys), theta_batched, reduction, chunk_size, "hypergradient"
         )
@@ -231,7 +240,7 @@ class _Options:
 @without_checkpoints()
 def _hypergradient(
     call: Call,
-    solver: Any,
+    solver: Solver | None,
     options: _Options,
     theta_batched: bool,
     reduction: Reduction,
@@ -261,7 +270,7 @@ def _hypergradient(
     return replace(found.hypergradient(call, reduction, options.curvature, options.damping), certificate=certificate)
 
 
-def _implicit(call: Call, solver: Any, options: _Options) -> Part:
+def _implicit(call: Call, solver: Solver | None, options: _Options) -> Part:
     """The formula at the top of this module, for the tasks of one chunk."""
     objective = call.objective()
     run = None if solver is None else solver.run(objective, call.phi)
@@ -278,12 +287,14 @@ def _implicit(call: Call, solver: Any, options: _Options) -> Part:
     unused = [i for i, (a, c) in enumerate(zip(direct, cross, strict=True)) if a is None and c is None]
     if not options.allow_unused:
         refuse_unused(call, unused, "the inner objective")
+    inner = None if inner is None else replace(inner, what="inner solve")
     ok = ~linear.failed if inner is None else ~(inner.failed | linear.failed)
     grads = []
     for leaf, a, c in zip(objective.theta_per_task(), direct, cross, strict=True):
         grad = torch.zeros_like(leaf) if a is None else a
         grads.append(grad.detach() if c is None else grad - c)
     finite = ok_where_finite(torch.ones_like(ok), outer, grads)
-    linear = replace(linear, codes=torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE)))
+    codes = torch.where(finite | linear.failed, linear.codes, int(Status.NON_FINITE))
+    linear = replace(linear, codes=codes, what="linear solve")
     ok = ok & finite
     return Part(phi, outer, nan_where_not(ok, grads), inner, linear, ok, norm(local.grad), local.grad.detach())

@@ -67,14 +67,14 @@ class BilevelProblem(ABC):
         return make(cls) if make is object.__new__ else make(cls, *args, **options)
 
     @abstractmethod
-    def inner_objective(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+    def inner_objective(self, phi: Tree, theta: Tree, data: Any) -> Tensor:
         """G(phi, theta, data), a 0-d tensor, twice differentiable."""
 
     @abstractmethod
-    def outer_loss(self, phi: Tree, theta: Tree, data: Any = None) -> Tensor:
+    def outer_loss(self, phi: Tree, theta: Tree, data: Any) -> Tensor:
         """L(phi, theta, data), a 0-d tensor. May depend on theta directly, or not at all."""
 
-    def initial_phi(self, theta: Tree, data: Any = None) -> Tree:
+    def initial_phi(self, theta: Tree, data: Any) -> Tree:
         """Where the inner solve starts. It also fixes the structure, shapes and dtype of phi."""
         raise ValueError(
             f"{type(self).__name__} has no initial_phi, so the library does not know the shape of phi: pass "

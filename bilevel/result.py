@@ -77,5 +77,5 @@ class Result:
             why = (
                 "" if bool(self.failed.any()) else "check='converged': "
             )  # or nobody would see what is wrong with MAX_STEPS
-            raise SolverError(why + self.describe())
+            raise SolverError(why + self.describe(), self)
         return self.value

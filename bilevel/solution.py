@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bilevel.derivatives import Flat
-from bilevel.entry import Call, check_linsys, check_solver, prepare
+from bilevel.entry import Call, Solver, check_linsys, check_solver, prepare
 from bilevel.implicit_rule import Rule, differentiable_solution
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver
@@ -31,7 +31,7 @@ def argmin(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree | None = None,
     check: Check = False,
@@ -75,7 +75,7 @@ def root(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree,
     check: Check = False,
@@ -107,7 +107,7 @@ def fixed_point(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree,
     check: Check = False,
@@ -133,7 +133,7 @@ def _of_equations(
     name: str,
     theta: Tree,
     data: Any,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree,
     check: Check,
@@ -160,14 +160,14 @@ def _of_equations(
     return _solution(call, solver, linsys, check, report, name)
 
 
-def _require_tolerance(solver: Any, name: str) -> None:
+def _require_tolerance(solver: Solver, name: str) -> None:
     """Without one, only a gradient of zeros ends as converged."""
     if getattr(solver, "tol", None) == 0:
         raise ValueError(f'{name}: check="converged" needs an inner solver with tol > 0, got {solver!r}.')
 
 
 def _solution(
-    call: Call, solver: Any, linsys: LinearSolver, check: Check, report: Callable[[Result], None] | None, name: str
+    call: Call, solver: Solver, linsys: LinearSolver, check: Check, report: Callable[[Result], None] | None, name: str
 ) -> Tree:
     require_check(check, name)
     if check == "converged":

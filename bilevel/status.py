@@ -89,7 +89,7 @@ class Status(IntEnum):
         8,
         True,
         "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping; "
-        "remove variables that the inner objective does not depend on, and equations that say the same twice; or start elsewhere.",
+        "remove variables that the inner objective does not depend on, and redundant equations; or start elsewhere.",
     )
     BREAKDOWN = (
         9,
@@ -121,7 +121,7 @@ def require_check(check: Any, name: str) -> None:
     """Refuse what is no :data:`Check`.
 
     Raises:
-        ValueError: it is none; ``name`` is that of the call.
+        ValueError: it is something else; ``name`` is that of the call.
     """
     if not isinstance(check, bool) and not (isinstance(check, str) and check in ("failed", "converged")):
         raise ValueError(f'{name}: check: expected "failed" (or True), "converged" or False, got {check!r}.')
@@ -148,7 +148,15 @@ def summary(codes: Tensor, steps: Tensor, residual: Tensor) -> str:
 
 
 class SolverError(RuntimeError):
-    """A result was asked for its value, or a solve ended, and ``check`` does not let it pass."""
+    """A result was asked for its value, or a solve ended, and ``check`` does not let it pass.
+
+    Attributes:
+        result: the :class:`~bilevel.Result` or :class:`~bilevel.Hypergradient` that was refused, with its status codes and residuals.
+    """
+
+    def __init__(self, message: str, result: Any = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @isolated

@@ -120,7 +120,8 @@ def _part(
     level, residual = objective.value_and_grad(phi)  # also refuses captured tensors
     inner = replace(run, phi=phi, start=run.start.detach()).result(level, residual, phi, num_grads + 1, num_matvecs)
     ok = ok_where_finite(~inner.failed, outer, grads)
-    inner = replace(inner, codes=torch.where(ok | inner.failed, inner.codes, int(Status.NON_FINITE)))
+    codes = torch.where(ok | inner.failed, inner.codes, int(Status.NON_FINITE))
+    inner = replace(inner, codes=codes, what="inner solve")
     return Part(phi, outer, nan_where_not(ok, [grad.detach() for grad in grads]), inner, None, ok)
 
 

@@ -101,14 +101,14 @@ class Weights:
 
     def _inverse(self, x: Tensor, damping: float) -> Tensor:
         """The matrix, kept for the next call: a linear solve asks for one damping, again and again."""
-        key = (damping, x.dtype, x.device)
-        if self._last_inverse is None or self._last_inverse[0] != key:
-            eye = torch.eye(len(self.lam), dtype=self.lam.dtype, device=self.lam.device)
-            found = _like(x, torch.cholesky_inverse(torch.linalg.cholesky(self.lam + damping * eye)))
-            if torch._C._functorch.is_functorch_wrapped_tensor(found):  # which must not outlive its transform
-                return found
+        key, kept = (damping, x.dtype, x.device), self._last_inverse  # read once: another thread may put its own there
+        if kept is not None and kept[0] == key:
+            return kept[1]
+        eye = torch.eye(len(self.lam), dtype=self.lam.dtype, device=self.lam.device)
+        found = _like(x, torch.cholesky_inverse(torch.linalg.cholesky(self.lam + damping * eye)))
+        if not torch._C._functorch.is_functorch_wrapped_tensor(found):  # which must not outlive its transform
             self._last_inverse = key, found
-        return self._last_inverse[1]
+        return found
 
     def _is_matrix_for(self, v: Tree) -> bool:
         return self._square and not (isinstance(v, Tensor) and v.shape == self.lam.shape)

@@ -51,6 +51,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|collections|typing|types|enum|dataclasses|abc|pathlib|numpy|hypothesis)(\..*)?|Tensor"),
     # the type of Hypergradient.certificate, whose answers are attributes and methods of the Hypergradient
     ("py:class", r"bilevel\.gradient\.Evidence"),
+    ("py:class", r"bilevel\.entry\.Solver"),  # what `solver` has to have, for type checkers
     ("py:.*", r"applications\.meta_learning\..*|(Checkpoint|Config|Data)Error"),  # of which the page has a selection
 ]
 

@@ -932,3 +932,22 @@ def test_a_gradient_that_is_recorded_anew_leaves_nothing_older(monkeypatch: pyte
         bilevel.hypergradient(problem, theta, solver=steps, linsys=SOLVED, compile=c).unwrap() for c in (True, False)
     )
     torch.testing.assert_close(compiled, plain)
+
+
+def test_what_the_objective_raises_at_the_solution_is_not_swallowed() -> None:
+    captured = Captured()
+
+    def inner(phi: Tensor, theta: Tensor, data: Any) -> Tensor:
+        if captured.scale != 1:
+            raise ValueError("the objective has no such scale")
+        return 0.5 * (phi - theta).square().sum()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        inner, lambda phi, theta, data: phi.square().sum(), lambda theta, data: torch.zeros_like(theta)
+    )
+    theta = torch.ones(3, dtype=F64)
+    captured.scale = 1
+    assert bilevel.solve(problem, theta, solver=NEWTON, compile=True).status is bilevel.Status.CONVERGED
+    captured.scale = 2
+    with pytest.raises(ValueError, match="the objective has no such scale"):
+        bilevel.solve(problem, theta, solver=NEWTON, compile=True)

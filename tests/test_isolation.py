@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import bilevel
+from bilevel.isolation import isolated
 from bilevel.linsys import CG, GMRES, Exact, Jacobi, Nystrom, NystromPreconditioner, Operator
 from bilevel.solvers import Anderson, GradientDescent, Newton, NewtonCG, ScipyMinimize
 from bilevel.testing import check_hypergradient
@@ -367,6 +368,7 @@ def test_dropout_in_training_mode_gets_a_note() -> None:
     with pytest.raises(RuntimeError, match="randomness") as caught:
         bilevel.solve(problem, torch.zeros(3), torch.ones(4, 3), **options)
     assert ".eval() on the module" in caught.value.__notes__[0]
+    assert len(caught.value.__notes__) == 1
     net.eval()
     assert bilevel.solve(problem, torch.zeros(3), torch.ones(4, 3), **options).steps.tolist() == [3] * 4
 
@@ -703,3 +705,12 @@ def test_hooks_of_any_kind_and_none_to_ask_for(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(run(), torch.ones(2))
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
     torch.testing.assert_close(run(), torch.ones(2))
+
+
+def test_a_note_is_given_once_of_a_call_within_a_call() -> None:
+    def failing() -> None:
+        raise RuntimeError("vmap: called random operation while in randomness error mode")
+
+    with pytest.raises(RuntimeError) as caught:
+        isolated(lambda: isolated(failing)())()
+    assert len(caught.value.__notes__) == 1

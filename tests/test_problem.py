@@ -154,6 +154,30 @@ def test_of_a_matrix_the_last_inverse_is_kept_and_no_other(monkeypatch: pytest.M
     assert len(factorised) == 3
 
 
+def test_the_kept_inverse_may_be_replaced_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one puts that of another damping there between two looks."""
+    problem, v = ProximalProblem.from_losses(zero, zero, spd(6)), tree(5)
+    kept: dict[float, Any] = {}
+    for damping in (0.5, 2.0):
+        problem.curvature_inverse(v, damping=damping)
+        kept[damping] = problem._weights._last_inverse
+    expected = np.linalg.solve(spd(6).numpy() + 0.5 * np.eye(6), vector(v))
+    for looks in range(1, 4):
+        reads = [kept[0.5]] * looks
+
+        class Replaced:
+            def __get__(self, instance: Any, owner: Any = None, reads: list[Any] = reads) -> Any:
+                return reads.pop() if reads else kept[2.0]
+
+            def __set__(self, instance: Any, value: Any) -> None:
+                pass
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(problem._weights), "_last_inverse", Replaced(), raising=False)
+            found = problem.curvature_inverse(v, damping=0.5)
+        np.testing.assert_allclose(vector(found), expected, rtol=1e-11)
+
+
 def test_the_largest_eigenvalue_is_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = ProximalProblem.from_losses(zero, zero, spd(6))
     norm = problem.constant_cross_norm

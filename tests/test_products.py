@@ -1,6 +1,8 @@
 """Hessian products in every way, and what happens where an operator lacks a derivative."""
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from bilevel.curvature import (
     HessianProduct,
     ReverseOverReverse,
 )
+from bilevel.entry import prepare
 from bilevel.linsys import CG, Exact, Jacobi
 from bilevel.solvers import NewtonCG
 from bilevel.trees import flatten
@@ -523,3 +526,51 @@ def test_gauss_newton_of_a_loss_that_ignores_the_outputs() -> None:
         problem, theta, solver=NewtonCG(max_steps=5, tol=1e-9), linsys=CG(max_steps=5), curvature=GaussNewton()
     )
     torch.testing.assert_close(found.unwrap(), torch.ones(2, dtype=torch.float64))
+
+
+def test_forward_over_reverse_keeps_no_graph() -> None:
+    """Of the tensors that a linearisation saves for backward passes, none is left once the gradient is there."""
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)).double()
+    x, y = torch.randn(64, 8, dtype=torch.float64), torch.randn(64, 1, dtype=torch.float64)
+    problem = bilevel.ProximalProblem.from_losses(
+        lambda phi, data: (torch.func.functional_call(layers, phi, (x,)) - y).square().mean(),
+        lambda phi, data: sum(leaf.square().sum() for leaf in phi.values()),  # type: ignore[arg-type,return-value]
+        1.0,
+    )
+    call = prepare(problem, {name: leaf.detach() for name, leaf in layers.named_parameters()}, None, None)
+
+    def kept(product: HessianProduct) -> int:
+        alive: list[Any] = []
+
+        class Held:
+            def __init__(self, tensor: torch.Tensor) -> None:
+                self.tensor = tensor
+                alive.append(weakref.ref(self))
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            local = call.objective().linearise(call.phi, Hessian(product=product), 0.0, with_theta=True)
+        count = sum(ref() is not None for ref in alive)
+        local.matvec(torch.ones_like(call.phi))
+        return count
+
+    assert kept(ReverseOverReverse()) > 0
+    assert kept(ForwardOverReverse()) == kept(FiniteDifference()) == 0
+
+
+@pytest.mark.parametrize("curvature", [Hessian(product=FiniteDifference()), Hessian(product=ForwardOverReverse())])
+def test_a_linearisation_ends_with_its_last_reference(curvature: Hessian) -> None:
+    """Without the garbage collector, which lets memory grow until it comes."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: ((phi - theta) ** 4).sum() + phi.square().sum(), lambda phi, theta, data: phi.sum()
+    )
+    call = prepare(problem, torch.ones(3), None, torch.zeros(3))
+    gc.disable()
+    try:
+        local = call.objective().linearise(call.phi, curvature, 0.0, with_theta=True)
+        local.matvec(torch.ones(3))
+        local.cross(torch.ones(3))
+        ended = weakref.ref(local)
+        del local
+        assert ended() is None
+    finally:
+        gc.enable()

@@ -310,6 +310,43 @@ def test_assign_grad_is_what_an_optimizer_takes() -> None:
     torch.testing.assert_close(theta["b"], torch.full((2,), 4.0, dtype=torch.float64))
 
 
+def test_assign_grad_without_a_check_reads_no_number() -> None:
+    theta, found = meta()
+    failed = replace(
+        found, ok_per_task=torch.zeros_like(found.ok_per_task), grad={k: v * torch.nan for k, v in found.grad.items()}
+    )
+    with pytest.raises(SolverError):
+        failed.assign_grad(theta)
+    assert all(leaf.grad is None for leaf in theta.values())
+    failed.assign_grad(theta, check=False)
+    assert all(leaf.grad is not None and bool(leaf.grad.isnan().all()) for leaf in theta.values())
+    on_meta = replace(found, grad={name: leaf.to("meta") for name, leaf in found.grad.items()})
+    elsewhere = {name: leaf.detach().to("meta") for name, leaf in theta.items()}
+    on_meta.assign_grad(elsewhere, check=False)  # nothing on this device can be read
+    assert all(leaf.grad is not None for leaf in elsewhere.values())
+
+
+def test_what_was_refused_comes_with_the_error() -> None:
+    single, (_, found) = result(Status.SINGULAR), meta()
+    with pytest.raises(SolverError) as refused:
+        single.unwrap()
+    assert refused.value.result is single
+    none = replace(found, ok_per_task=torch.zeros_like(found.ok_per_task))
+    with pytest.raises(SolverError) as refused:
+        none.unwrap()
+    assert refused.value.result is none
+    assert str(pickle.loads(pickle.dumps(SolverError("words", single)))) == "words"
+
+
+def test_each_solve_says_which_one_it_was() -> None:
+    _, found = meta()
+    assert found.inner is not None and (found.inner.what, found.linear.what) == ("inner solve", "linear solve")
+    assert found.inner.describe().startswith("inner solve: ")
+    assert repr(found.linear).startswith("Result(linear solve: ")
+    _, chunked = meta(chunk_size=1)
+    assert chunked.inner is not None and (chunked.inner.what, chunked.linear.what) == ("inner solve", "linear solve")
+
+
 def test_assign_grad_writes_nothing_that_is_wrong() -> None:
     theta, found = meta(last=float("nan"), reduction="none")
     with pytest.raises(SolverError):

@@ -30,8 +30,7 @@ class CapturedStep:
 
         def meta_step(tasks):
             found = bilevel.hypergradient(problem, theta, tasks, solver=solver, linsys=linsys, batched=True)
-            for name, leaf in theta.items():
-                leaf.grad = found.grad[name]
+            found.assign_grad(theta, check=False)
             outer.step()
             return {"loss": found.outer, "ok": found.ok_per_task}
 

@@ -75,7 +75,8 @@ class GaussNewtonProduct:
         """J v."""
         if not self._way.exact:
             if self._differences is None:
-                self._differences = Differences(lambda x: [self._predict(x)], self._phi.detach(), None, self._said)
+                predict = self._predict  # not self, which would live until the next garbage collection
+                self._differences = Differences(lambda x: [predict(x)], self._phi.detach(), None, self._said)
             return self._differences.rows(v)
         if isinstance(self._way.product, ForwardOverReverse) and v.ndim == self._phi.ndim:  # one v for each problem
             return tangent_along(self._predict, self._phi.detach(), v)

@@ -218,7 +218,7 @@ class Objective:
 class Linearisation:
     """G to second order at one point, from one forward and one first backward pass.
 
-    The graph lives as long as this object.
+    The graph lives as long as this object; only products by two reverse passes need one.
 
     Attributes:
         value: G ``(*batch,)``.
@@ -231,6 +231,9 @@ class Linearisation:
         self._objective, self._damping = objective, damping
         flat, n = objective.flat, objective.flat.num_theta
         tensors, levels = objective.tensors, objective.levels
+        asked = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
+        self._way = FallBack(asked, FALL_BACK, "Hessian product", flat.fallen, asked, flat.said)
+        again = isinstance(self._way.product, ReverseOverReverse)
         with torch.enable_grad():
             self._phi = phi.detach().requires_grad_()
             self._theta: list[Tensor] = []
@@ -242,12 +245,10 @@ class Linearisation:
             value = over_levels(flat.remainder, with_axis(levels))(self._phi, *tensors)
             refuse_moves(before, self._phi, "inner_objective")
             objective._check(value, [self._phi, *self._theta])
-            self._grad = objective._gradient(value, self._phi, create_graph=True)
+            self._grad = objective._gradient(value, self._phi, create_graph=again)
             self._gauss_newton = objective._gauss_newton(self._phi) if isinstance(curvature, GaussNewton) else None
         self.value, self.grad = objective._with_split(phi.detach(), value.detach(), self._grad.detach())
         self._tensors, self._levels = [tensor.detach() for tensor in tensors], levels
-        asked = curvature.product if isinstance(curvature, Hessian) else ReverseOverReverse()
-        self._way = FallBack(asked, FALL_BACK, "Hessian product", flat.fallen, asked, flat.said)
 
     @property
     def exact(self) -> bool:
@@ -304,7 +305,19 @@ class Linearisation:
     @cached_property
     def _differences(self) -> Differences:
         assert isinstance(self._way.product, FiniteDifference)
-        return Differences(self._gradients, self._phi.detach(), self._way.product.step, self._objective.flat.said)
+        flat, n, tensors = self._objective.flat, len(self._theta), self._tensors
+        inner = over_levels(flat.inner, with_axis(self._levels))
+
+        def gradients(
+            phi: Tensor,
+        ) -> list[Tensor | None]:  # no method: self would live until the next garbage collection
+            """dG/dphi and the leaves of dG/dtheta elsewhere."""
+            with torch.enable_grad():
+                inputs = [x.detach().requires_grad_() for x in (phi, *tensors[:n])]
+                value = inner(*inputs, *tensors[n:])
+                return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
+
+        return Differences(gradients, self._phi.detach(), self._way.product.step, flat.said)
 
     def _slope(self) -> Tensor | None:
         """The gradient of the quadratic part that the problem splits off, as a function of theta."""
@@ -313,14 +326,6 @@ class Linearisation:
         flat, tensors = self._objective.flat, [*self._theta, *self._tensors[len(self._theta) :]]
         with torch.enable_grad():
             return over_levels(flat.slope, with_axis(self._levels))(self._phi.detach(), *tensors)
-
-    def _gradients(self, phi: Tensor) -> list[Tensor | None]:
-        """dG/dphi and the leaves of dG/dtheta elsewhere."""
-        n = len(self._theta)
-        with torch.enable_grad():
-            inputs = [x.detach().requires_grad_() for x in (phi, *self._tensors[:n])]
-            value = over_levels(self._objective.flat.inner, with_axis(self._levels))(*inputs, *self._tensors[n:])
-            return list(torch.autograd.grad(value.sum(), inputs, allow_unused=True))
 
 
 def _of_phi(grad: Tensor | None) -> Tensor:

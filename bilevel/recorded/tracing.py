@@ -104,19 +104,23 @@ class TracedObjective(Objective):
         if bool(seen.all()):
             return
         # where G is not defined there, next to the edge of its domain: one leaf of theta after the other, and phi alone
-        seen = seen | ~self._compare(phi, here)
+        seen = seen | ~self._compare(phi, here, at_solution=True)
         if bool(seen.all()):
             return
         alone = [self._compare(near, [*here[:i], moved[i], *here[i + 1 :]]) for i in range(n)]
         if not bool((seen | torch.stack(alone).all(0)).all()):
             self._compare(near, here)
 
-    def _compare(self, phi: Tensor, tensors: list[Tensor]) -> Tensor:
-        """For which tasks ``(*batch,)`` G has a gradient there. Raises :class:`Stale` where the recorded one is another."""
+    def _compare(self, phi: Tensor, tensors: list[Tensor], *, at_solution: bool = False) -> Tensor:
+        """For which tasks ``(*batch,)`` G has a gradient there. Raises :class:`Stale` where the recorded one is another, and what G
+        raises at the solution itself.
+        """
         nowhere = torch.zeros(phi.shape[:-1], dtype=torch.bool, device=phi.device)
         try:
             grad = self._over(tensors).value_and_grad(phi)[1]
         except (RuntimeError, ValueError):  # of a factorisation, or of a distribution
+            if at_solution:
+                raise
             return nowhere
         assert self._verified is not None
         before, rest = self._verified

@@ -13,7 +13,7 @@ import bilevel
 from bilevel import BilevelProblem, Hessian, Hypergradient, Result
 from bilevel.checks import check_number
 from bilevel.curvature import Curvature
-from bilevel.entry import prepare
+from bilevel.entry import Solver, prepare
 from bilevel.isolation import isolated
 from bilevel.linsys.base import LinearSolver
 from bilevel.testing.determinism import check_deterministic
@@ -33,7 +33,7 @@ def check_hypergradient(
     theta: Tree,
     data: Any = None,
     *,
-    solver: Any,
+    solver: Solver,
     linsys: LinearSolver,
     init: Tree | None = None,
     curvature: Curvature = Hessian(),
