@@ -883,6 +883,26 @@ def test_no_estimate_at_a_kink_from_anywhere():
     assert "Nothing to change" not in result.explain()
 
 
+def test_a_look_gives_up_where_newton_hardly_lowers_the_gradient():
+    """A network with kinks, far from a minimum: eight steps of Newton's method, each with a solve and its repetition, took 1,700
+    products to say nothing.
+    """
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(60, 70), torch.nn.ReLU(), torch.nn.Linear(70, 5)).double()
+    x, labels = torch.randn(80, 60, dtype=F64), torch.randint(0, 5, (80,))
+    problem = bilevel.ProximalProblem.from_model(
+        lambda phi, data: torch.func.functional_call(net, phi, (x,)),
+        lambda outputs, data: torch.nn.functional.cross_entropy(outputs, labels),
+        lambda phi, data: torch.func.functional_call(net, phi, (x[:9],)).square().mean(),
+        1e-3,
+    )
+    theta = {name: leaf.detach() for name, leaf in net.named_parameters()}
+    solver = GradientDescent(step_size=0.1, max_steps=60)
+    options = {"linsys": CG(max_steps=20), "curvature": bilevel.GaussNewton()}
+    found = bilevel.hypergradient(problem, theta, solver=solver, **options).diagnose()
+    assert found.inner.isinf() and found.num_matvecs < 1000
+
+
 def test_the_theorem_holds_at_a_saddle_that_is_solved():
     """SOLVED_INDEFINITE at a stationary point: the gradient is that of the stationary point, and exact."""
     problem, a, theta = saddle()

@@ -56,6 +56,9 @@ TRIAL_POINTS = 8
 """Points tried along one Newton step, each at a quarter of the distance of the one before. The last is at 4^-7 =
 6e-5 of the step: if the gradient falls only nearer than that, the step is of no use."""
 
+HARDLY = 0.9
+"""A second step that had to be shortened and leaves more than this part of the gradient: the others would most likely be like it."""
+
 SHORTER = 0.25
 """Of a point to the next: half would need twice as many of them to come as near."""
 
@@ -144,10 +147,11 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
     known = origin.objective.curvature_inverse(0.0)
     start, here = norm(origin.local.grad), origin
     lost, far = ~ok, ok & (start > 0)
-    shortened, ran_out = torch.zeros_like(ok), torch.zeros_like(ok)
+    shortened, ran_out, hopeless = torch.zeros_like(ok), torch.zeros_like(ok), torch.zeros_like(ok)
     for k in range(NEWTON_STEPS):
         # at length for the first one: near a solution it is the only one, and far from it the others would cost as much again
-        solved = _solve(here.undamped, -here.local.grad, rounding, far, known, at_length=k == 0)
+        solved = _solve(here.undamped, -here.local.grad, rounding, far, known, at_length=k == 0, hopeless=hopeless)
+        hopeless = hopeless | solved.poor
         lost, far, step, before = lost | solved.failed, far & ~solved.failed, solved.value, norm(here.local.grad)
         shortened = torch.zeros_like(shortened)
         for _ in range(TRIAL_POINTS):
@@ -161,6 +165,8 @@ def _newton(origin: Evaluation, rounding: Rounding, ok: Tensor) -> _Newton:
         here, slope = there, norm(there.local.grad)
         cut = far & solved.ran_out & ~(slope <= 0.5 * torch.minimum(start, before))
         lost, ran_out = lost | cut, ran_out | cut  # as many products again would most likely not help either
+        stuck = far & shortened & (slope > HARDLY * before) if k else torch.zeros_like(far)
+        lost, far = lost | stuck, far & ~stuck
         # nor has it arrived while its steps overshoot
         far = far & ~cut & (slope > rounding.possible) & ((slope > FAR_LESS * start) | shortened)
         if not bool(far.any()):
@@ -178,18 +184,28 @@ def _affordable(dim: int) -> int:
 
 class _Solved(NamedTuple):
     """``failed``: where CG found no solution. ``ran_out``: where it took all its steps and has not halved b; others end at
-    rounding. ``value``: the solution, zero where it failed.
+    rounding. ``poor``: where the solution does not meet a tolerance. ``value``: the solution, zero where it failed.
     """
 
     failed: Tensor
     ran_out: Tensor
+    poor: Tensor
     value: Tensor
 
 
 def _solve(
-    matvec: Matvec, b: Tensor, rounding: Rounding, ok: Tensor, preconditioner: Matvec | None, *, at_length: bool = True
+    matvec: Matvec,
+    b: Tensor,
+    rounding: Rounding,
+    ok: Tensor,
+    preconditioner: Matvec | None,
+    *,
+    at_length: bool = True,
+    hopeless: Tensor | None = None,
 ) -> _Solved:
-    """A x = b by CG. Also for a b that may be nothing but rounding: x is then the size of what that hides, and zero where CG fails."""
+    """A x = b by CG. Also for a b that may be nothing but rounding: x is then the size of what that hides, and zero where CG fails.
+    ``hopeless``: where to stop at rounding was of no help with a matrix like this one, and is not tried.
+    """
     b = select(ok, b, torch.zeros_like(b))
     unit = torch.where(rounding.shown > 0, rounding.shown, rounding.possible)
     unit = torch.where(unit > 0, unit, 1).unsqueeze(-1)
@@ -200,10 +216,12 @@ def _solve(
     failed, x = result.failed, result.value
     poor = failed | ~((result.residual <= 1) | converged(result.codes))
     ran_out = poor & (result.steps >= solver.max_steps) & ~(result.residual <= 0.5 * norm(b / unit))
-    if bool(poor.any()):
-        rest = select(poor, b / unit, torch.zeros_like(b))
+    tried = poor if hopeless is None else poor & (failed | ~hopeless)
+    if bool(tried.any()):
+        rest = select(tried, b / unit, torch.zeros_like(b))
         again: Result = replace(CORRECTION, atol=TO_ROUNDING).solve(matvec, rest, preconditioner=preconditioner)
         # not where it had nothing to do, because all of b is rounding: zero says less than what the first try has found
-        better = poor & converged(again.codes) & ((again.steps > 0) | failed)
-        failed, ran_out, x = failed & ~better, ran_out & ~better, select(better, again.value, x)
-    return _Solved(failed, ran_out, select(failed, torch.zeros_like(b), x * unit))
+        better = tried & converged(again.codes) & ((again.steps > 0) | failed)
+        failed, ran_out, poor = failed & ~better, ran_out & ~better, poor & ~better
+        x = select(better, again.value, x)
+    return _Solved(failed, ran_out, poor, select(failed, torch.zeros_like(b), x * unit))
