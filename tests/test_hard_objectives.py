@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import scipy.optimize
 import torch
 from torch import Tensor
 
@@ -361,3 +362,68 @@ def test_a_point_where_g_is_no_number_is_no_minimum(solver: Any, start: list[flo
     if not defined:
         gradient = bilevel.hypergradient(problem, theta, solver=solver, linsys=CG(max_steps=5), init=begin)
         assert not gradient.ok and gradient.grad.isnan().all()
+
+
+@pytest.mark.parametrize("unit", [1e4, 1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("of", ["objective", "variables"])
+def test_newton_cg_leaves_a_hill_in_any_units(of: str, unit: float) -> None:
+    """A double well, from next to its hill: the first step along negative curvature is as long as the curvature says, not as the
+    gradient. With a length of 1 for all units these were up to 1,000 steps that led nowhere.
+    """
+    in_phi = unit if of == "variables" else 1.0
+    scale = unit if of == "objective" else 1.0
+    start = in_phi * torch.full((3,), 1e-3, dtype=torch.float64)
+    solver = NewtonCG(max_steps=40, cg_steps=3, tol=1e-8 * scale / in_phi)
+    found = solve(solver, lambda phi: scale * ((phi / in_phi).square() - 1).square().sum() / 4, start)
+    assert found.status is Status.CONVERGED
+    torch.testing.assert_close(found.value / in_phi, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("name", ["huber", "squared hinge"])
+def test_newton_cg_where_pieces_are_flat(name: str, batched: bool) -> None:
+    """Convex, with a Hessian that is singular where examples have no part in it: p^T A p of some 1e-34 there is no curvature.
+    The oracle is SciPy.
+    """
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(18, 6, generator=g, dtype=torch.float64)
+    y = 3 * torch.randn(18, generator=g, dtype=torch.float64)
+
+    def loss(phi: Tensor) -> Tensor:
+        if name == "huber":
+            return torch.nn.functional.huber_loss(X @ phi, y, delta=0.3)
+        return (1 - y.sign() * (X @ phi)).relu().square().mean()
+
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: loss(phi), lambda phi, theta, data: phi.sum()
+    )
+    starts = torch.tensor([2.0, -1.0, 0.3], dtype=torch.float64).unsqueeze(-1).expand(3, 6).clone()
+    theta, data = torch.zeros((), dtype=torch.float64), torch.zeros(3)
+    for options in ({}, {"cg_rtol": 0.1}):
+        solver = NewtonCG(max_steps=60, cg_steps=6, tol=1e-6, **options)
+        if batched:
+            found = bilevel.solve(problem, theta, data, solver=solver, init=starts, batched=True)
+            assert (found.codes == int(Status.CONVERGED)).all()
+        for k, start in enumerate(starts):
+            single = bilevel.solve(problem, theta, solver=solver, init=start)
+            assert single.status is Status.CONVERGED
+            least = scipy.optimize.minimize(lambda x: float(loss(torch.as_tensor(x))), start.numpy(), tol=1e-12).fun
+            assert float(loss(found.value[k] if batched else single.value)) <= least + 1e-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_newton_cg_ends_where_rounding_undoes_its_steps(dtype: torch.dtype) -> None:
+    """Below the rounding floor it took the same step again and again, until there were no more."""
+    g = torch.Generator().manual_seed(1)
+    X, y = torch.randn(60, 8, generator=g).to(dtype), (torch.rand(60, generator=g) < 0.5).to(dtype)
+    asked = []
+
+    def loss(phi: Tensor) -> Tensor:
+        asked.append(0)
+        data = torch.nn.functional.binary_cross_entropy_with_logits(X @ phi, y)
+        return data + 0.005 * phi.square().sum()
+
+    solver = NewtonCG(max_steps=500, cg_steps=8, tol=1e-25)
+    found = solve(solver, loss, torch.zeros(8, dtype=dtype))
+    assert found.status is Status.LINE_SEARCH_FAILED and found.steps < 50 and len(asked) < 500
+    assert found.residual < 10 * torch.finfo(dtype).eps

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.linsys.base import dot, norm, select
-from bilevel.linsys.krylov import KrylovSolver, Outcome, System
+from bilevel.linsys.krylov import MOST_GROWTH, KrylovSolver, Outcome, System
 from bilevel.status import Status
-
-MOST_GROWTH = 1e3
-"""So far may the residual of the recurrence rise above |b|, and be believed without a product: an error of as many eps."""
 
 
 @dataclass(frozen=True, kw_only=True)

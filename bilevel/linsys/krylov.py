@@ -41,6 +41,11 @@ LITTLE = 0.01
 CLOSE = 2
 """In the place of ROUNDING for CG, which knows the norm of A better: a proximal problem with lambda = 3e-7 |A| in float32 has an answer."""
 
+MOST_GROWTH = 1e3
+"""So many eps |b| may be wrong with the residual of a recurrence that is believed to have converged: it may rise so far above |b|, or what
+a product measures be so large.
+"""
+
 STUCK = 30
 """In the place of ROUNDING, for calling A singular where all steps have left that much of b.
 
@@ -141,8 +146,8 @@ class KrylovSolver(LinearSolver):
     Stops where ``|b - A u| <= max(rtol |b|, atol)``, and at ``eps |b|`` at the latest, which counts as converged. Where rounding has led
     the recurrence astray, so that only its own residual is that small, it goes on from there with the true one, as long as that helps.
     With ``rtol = atol = 0`` it takes ``max_steps`` steps without reading a number back to the host, and reports the residual of the
-    recurrence instead of spending a product on the true one. A start that is no better than zero, in what the method reduces, is not
-    used.
+    recurrence instead of spending a product on the true one (MINRES spends it, because rounding grows in its recurrence). A start that
+    is no better than zero, in what the method reduces, is not used.
 
     Args:
         max_steps: at most this many steps, >= 1.
@@ -155,6 +160,9 @@ class KrylovSolver(LinearSolver):
 
     reduces_residual: ClassVar[bool] = True
     """Whether a residual that is not below its start means that the method has failed."""
+
+    recurrence_drifts: ClassVar[bool] = False
+    """Whether the residual of the recurrence may be far from the true one, and nothing in the iteration shows it."""
 
     squares_matrix: ClassVar[bool] = True
     """Whether squares of the entries of A occur, which the number format may not hold."""
@@ -195,6 +203,8 @@ class KrylovSolver(LinearSolver):
         end = self.iterate(system, zero, system.b)
         if not (system.fixed_steps or end.measured):
             end = self._refine(system, end)
+        elif self.recurrence_drifts:
+            end = self._measured(system, end)
         found = self._result(system, end, size)
         value = found.value if system.unit is None else found.value / system.unit
         value = value * unit if start is None else start + value * unit
@@ -235,6 +245,14 @@ class KrylovSolver(LinearSolver):
                 not_definite=_either(end.not_definite, more.not_definite),
                 size=end.size,
             )
+
+    def _measured(self, system: System, end: Outcome) -> Outcome:
+        """The end with its true residual where the recurrence only believes that it has converged."""
+        residual = norm(system.b - system.matvec(end.value))
+        much = MOST_GROWTH * torch.finfo(residual.dtype).eps * norm(system.b)
+        astray = (end.residual <= system.threshold) & (residual > much)
+        flags = ((astray, Status.MAX_STEPS), *end.flags)
+        return replace(end, residual=torch.where(astray, residual, end.residual), flags=flags)
 
     def _without_answer(self, system: System, end: Outcome, codes: Tensor) -> Tensor:
         """Where u is so long that A is singular as far as rounding lets it be told ``(*batch,)``."""

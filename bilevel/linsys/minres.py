@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class MINRES(KrylovSolver):
     Args:
         max_steps, rtol, atol, preconditioner: see :class:`~bilevel.linsys.krylov.KrylovSolver`.
     """
+
+    recurrence_drifts: ClassVar[bool] = True  # by eps times the square of the condition number
 
     def iterate(self, system: System, u: Tensor, r: Tensor) -> Outcome:
         # The letters are those of the paper and of SciPy. Lanczos: A V = V T, with T tridiagonal (beta, alpha, beta); T = Q R by the

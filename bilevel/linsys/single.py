@@ -32,7 +32,9 @@ def is_single(v: Tensor) -> bool:
 
 @dataclass
 class Steps:
-    """Where CG is: ``r`` = b - A x, ``p`` the next direction, ``rr`` = r^T r, and the quotients of each step."""
+    """Where CG is: ``r`` = b - A x, ``p`` the next direction, ``rr`` = r^T r, the quotients of each step, and the largest
+    p^T A p / p^T p.
+    """
 
     x: Tensor
     r: Tensor
@@ -40,6 +42,7 @@ class Steps:
     rr: float
     lengths: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
+    top: float = 0.0
     ap: Tensor | None = None
     """A p, where it was no ordinary step that came next."""
 
@@ -49,9 +52,9 @@ class Steps:
         return len(self.lengths)
 
 
-def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int) -> Steps:
+def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int, least: float = 0.0) -> Steps:
     """Steps of CG from x with the residual r, until its norm is at most ``threshold``, until there are ``most``, or until p^T A p is no
-    positive number.
+    positive number, or p^T A p / p^T p no more than ``least`` times the largest so far.
     """
     x, r, p = x.clone(), r.clone(), r  # x and r change in place; the directions do not, for whoever keeps them
     steps, largest = Steps(x, r, p, float(torch.dot(r, r))), torch.finfo(r.dtype).max
@@ -60,19 +63,21 @@ def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int)
         """As a tensor of this dtype would have it."""
         return inf if a / b > largest else a / b
 
+    pp = steps.rr  # by its recurrence: r is orthogonal to the direction before
     while steps.taken < most and sqrt(steps.rr) > threshold:
         ap = matvec(steps.p)
         curvature = float(torch.dot(steps.p, ap)) if is_single(ap) else 0.0
-        if not curvature > 0:
+        if not curvature > least * steps.top * pp:
             steps.ap = ap
             break
+        steps.top = max(steps.top, curvature / pp)
         alpha = quotient(steps.rr, curvature)
         x.add_(steps.p, alpha=alpha)
         r.sub_(ap, alpha=alpha)
         rr = float(torch.dot(r, r))
         beta = quotient(rr, steps.rr)
         steps.p = torch.add(r, steps.p, alpha=beta)
-        steps.rr = rr
+        steps.rr, pp = rr, rr + beta * beta * pp
         steps.lengths.append(alpha)
         steps.shares.append(beta)
     return steps

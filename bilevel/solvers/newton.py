@@ -14,9 +14,15 @@ from bilevel.derivatives import Objective
 from bilevel.linsys.base import LinearSolver, Operator, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
-from bilevel.solvers.line_search import SUFFICIENT_DECREASE
 from bilevel.solvers.masks import nowhere
 from bilevel.status import Status
+
+ENOUGH = 0.5
+"""A step must lower |F| by this part of what it promises.
+
+The usual 1e-4 lets it run into where F is flat, as an arctangent is, and A next to singular; steps that converge, slowly to a
+multiple root too, lower |F| by more.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Newton(IterativeSolver):
         searching = ~(state.stalled | solved.failed)
         for _ in range(self.max_backtracks + 1):
             trial = state.point + length.unsqueeze(-1) * direction
-            fallen = norm(objective.value_and_grad(trial)[1]) <= (1 - SUFFICIENT_DECREASE * length) * size
+            fallen = norm(objective.value_and_grad(trial)[1]) <= (1 - ENOUGH * length) * size
             accept = searching & fallen
             best = select(accept, trial, best)
             searching = searching & ~accept

@@ -27,6 +27,9 @@ floor is reached and nothing helps.
 HALVINGS = 8
 """Where these are not enough, the step is wrong by orders of magnitude, and tenths find its length in fewer trials."""
 
+LEAST = 0.1
+"""Of p^T A p along the first direction, when it is no positive number: at least this part of |p| |A p| makes the length of the step."""
+
 ALMOST_FLAT = 0.01
 """G falls along the whole of a step if at its end it rises by less than this part of the slope at its beginning.
 
@@ -37,11 +40,12 @@ Not zero: near a minimum along the step rounding decides which sign the slope at
 @dataclass(frozen=True)
 class _State(State):
     negative_curvature: Tensor  # steps at which CG met negative curvature
+    lowest: Tensor  # the smallest gradient norm since a test on G was last passed; infinity right after one
 
 
 @dataclass(frozen=True)
 class _CG:
-    """Where CG is: A x = r0 - r, and ``rz`` = r^T M r."""
+    """Where CG is: A x = r0 - r, ``rz`` = r^T M r, and ``top`` the largest p^T A p / p^T p."""
 
     x: Tensor
     r: Tensor
@@ -50,19 +54,20 @@ class _CG:
     threshold: Tensor
     active: Tensor
     negative: Tensor
+    top: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewtonCG(IterativeSolver):
     """Newton-CG, the Hessian-free method of the paper (section 4 and Appendix F.2; Nocedal and Wright 2006, algorithm 7.1).
 
-    The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature
-    it goes on with the direction found so far, or with the negative gradient at the first. The step length is the first
-    of 1, 1/2, 1/4, .., 1/256, and tenths from there on, that lowers G enough (Armijo). Where that test says nothing
-    (near the rounding floor of G; where it is never passed; where 1/256 or less has passed it, with a change of G that
-    may be rounding), gradients decide: the first of 1, 1/2, .., 1/16 with which the gradient norm falls, or G falls
-    along the whole step. Where there is none either, what has passed the first test is taken; without that the method
-    stops.
+    The direction solves (curvature + damping I) p = -dG/dphi by at most ``cg_steps`` steps of CG. At negative curvature, and where
+    the curvature is none but for rounding, it goes on with the direction found so far; at the first with the negative gradient, as
+    long as the size of the curvature says, so that units do not matter. The step length is the first of 1, 1/2, 1/4, .., 1/256, and
+    tenths from there on, that lowers G enough (Armijo). Where that test says nothing (near the rounding floor of G; where it is never
+    passed; where 1/256 or less has passed it, with a change of G that may be rounding), gradients decide: the first of 1, 1/2, .., 1/16
+    with which the gradient norm is lower than at any point since that test was last passed, or G falls along the whole step. Where
+    there is none either, what has passed the first test is taken; without that the method stops.
 
     Args:
         max_steps: Newton steps, >= 1.
@@ -106,7 +111,7 @@ class NewtonCG(IterativeSolver):
         return self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
-        return _State(phi, phi, nowhere(phi), nowhere(phi).long())
+        return _State(phi, phi, nowhere(phi), nowhere(phi).long(), _infinite(phi))
 
     def negative_curvature_count(self, state: _State) -> Tensor:
         return state.negative_curvature
@@ -120,8 +125,8 @@ class NewtonCG(IterativeSolver):
         if bool(lost.any()):  # G is not asked at NaN: some raise there, for the whole batch
             direction = select(lost, torch.zeros_like(direction), direction)
         slope = dot(local.grad, direction)
-        point, stalled = self._line_search(objective, state, local, direction, slope)
-        return _State(point, point, stalled, state.negative_curvature + negative)
+        point, stalled, lowest = self._line_search(objective, state, local, direction, slope, negative)
+        return _State(point, point, stalled, state.negative_curvature + negative, lowest)
 
     def _direction(self, objective: Objective, point: Tensor, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
@@ -138,13 +143,15 @@ class NewtonCG(IterativeSolver):
                 "NewtonCG: preconditioner: expected a symmetric positive definite M, got v^T M v < 0 for some v. Jacobi() and "
                 "NystromPreconditioner(rank=...) are positive definite for every matrix."
             )
-        begin, first, ap = _CG(torch.zeros_like(r), r, p, rz, threshold, active, torch.zeros_like(active)), 0, None
+        none = torch.zeros_like(active)
+        begin, first, ap = _CG(torch.zeros_like(r), r, p, rz, threshold, active, none, torch.zeros_like(rz)), 0, None
         if m is None and is_single(r) and bool(active):
-            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps)
+            least = torch.finfo(r.dtype).eps
+            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps, least)
             if done.ap is None:
                 return done.x * unit, begin.negative
             rz, first, ap = r.new_tensor(done.rr), done.taken, done.ap
-            begin = replace(begin, x=done.x, r=done.r, p=done.p, rz=rz)
+            begin = replace(begin, x=done.x, r=done.r, p=done.p, rz=rz, top=r.new_tensor(done.top))
         end = self._cg(objective, point, local, m, begin, first, ap)
         return end.x * unit, end.negative
 
@@ -164,7 +171,7 @@ class NewtonCG(IterativeSolver):
         and negative curvature at the first direction still leaves a direction to go along (Steihaug 1983).
         """
         x, r, p, rz, threshold = begin.x, begin.r, begin.p, begin.rz, begin.threshold
-        active, negative = begin.active, begin.negative
+        active, negative, top = begin.active, begin.negative, begin.top
         for k in range(first, self.cg_steps):
             if self.tol > 0:
                 left = int(active.sum())
@@ -175,7 +182,7 @@ class NewtonCG(IterativeSolver):
                 may = m is None and 4 * left <= active.numel()
                 fewer = compact_batch(objective, active, left) if may else None
                 if fewer is not None:
-                    now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative), fewer
+                    now, (few, rows) = _CG(x, r, p, rz, threshold, active, negative, top), fewer
                     few_points = point.index_select(0, rows)
                     few_local = few.linearise(few_points, self.curvature, self.damping)
                     end = self._cg(few, few_points, few_local, m, gather_rows(now, rows), k)
@@ -184,11 +191,14 @@ class NewtonCG(IterativeSolver):
                     objective.num_matvecs += few.num_matvecs
                     return scatter_rows(now, rows, end)
             ap, known = local.matvec(p) if known is None else known, None
-            curvature = dot(p, ap)
-            bad = active & ~(curvature > 0)
+            curvature, pp = dot(p, ap), dot(p, p)
+            bad = active & ~(curvature > torch.finfo(r.dtype).eps * top * pp)
             negative = negative | (bad & (curvature <= 0))
+            top = torch.maximum(top, torch.where(active & ~bad, curvature / torch.where(active, pp, 1), 0))
             if k == 0:
-                x = select(bad, p, x)
+                size = torch.maximum(curvature.abs(), LEAST * norm(p) * norm(ap))
+                long = bad & (size > 0) & size.isfinite()
+                x = select(bad, torch.where(long, rz / torch.where(long, size, 1), 1).unsqueeze(-1) * p, x)
             active = active & ~bad
             # a problem that is done keeps x and r because its alpha is zero, if its A p is a number. Quotients of one there: 0 / 0
             # would be NaN in the derivative of the path, mask or not
@@ -201,12 +211,18 @@ class NewtonCG(IterativeSolver):
             p = select(active, torch.addcmul(z, beta, p), p)
             rz = torch.where(active, rz_new, rz)
             active = active & ((rz if m is None else dot(r, r)) > threshold)
-        return _CG(x, r, p, rz, threshold, active, negative)
+        return _CG(x, r, p, rz, threshold, active, negative, top)
 
     def _line_search(
-        self, objective: Objective, state: State, local: Linearisation, direction: Tensor, slope: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The next point, and which problems can go no further."""
+        self,
+        objective: Objective,
+        state: _State,
+        local: Linearisation,
+        direction: Tensor,
+        slope: Tensor,
+        negative: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next point, which problems can go no further, and their ``lowest``. ``negative``: where the curvature is."""
         point = state.point
         trial = point + direction
         value = objective.value(trial)
@@ -214,7 +230,7 @@ class NewtonCG(IterativeSolver):
         if is_single(trial) and not bool(state.stalled):  # the same test with numbers of Python, which mostly is all
             begin, rise = float(local.value), float(slope)
             if abs(rise) > part * abs(begin) and float(value) <= begin + SUFFICIENT_DECREASE * rise:
-                return trial, state.stalled
+                return trial, state.stalled, _infinite(trial)
         hidden = part * local.value.abs()
         at_floor = slope.abs() <= hidden
         searching = ~(state.stalled | at_floor)
@@ -235,10 +251,12 @@ class NewtonCG(IterativeSolver):
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
         doubtful = at_floor | searching | short
         if not bool(doubtful.any()):  # as mostly
-            return best, state.stalled
+            return best, state.stalled, _infinite(best)
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle. A problem that is done has no direction
-        undecided = ~state.stalled & doubtful & ~(norm(local.grad) <= self.tol)
+        size = norm(local.grad)
+        lowest = torch.minimum(state.lowest, size)
+        undecided = ~state.stalled & doubtful & ~(size <= self.tol)
         short = short & (best != point).any(-1)
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):
@@ -248,9 +266,16 @@ class NewtonCG(IterativeSolver):
             value, grad = objective.value_and_grad(trial)
             along = dot(grad, direction)
             level = torch.where(short, value <= local.value + hidden, not_above(value, local.value))
-            falls = (norm(grad) < norm(local.grad)) & level
-            falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
+            falls = (norm(grad) < lowest) & level
+            # next to a saddle G is the same but for rounding, and its gradient grows
+            lower = (value < local.value) | (negative & (value == local.value))
+            falls = falls | ((along < ALMOST_FLAT * slope.abs()) & lower)
+            falls = falls & (trial != point).any(-1)  # a step that rounding undoes would be taken again and again
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long
-        return best, state.stalled | (undecided & ~short)
+        return best, state.stalled | (undecided & ~short), torch.where(doubtful, lowest, torch.inf)
+
+
+def _infinite(phi: Tensor) -> Tensor:
+    return phi.new_full(phi.shape[:-1], torch.inf)
