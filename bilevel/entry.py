@@ -166,7 +166,8 @@ def refuse_unused(call: Call, unused: Sequence[int], where: str) -> None:
         paths = call.flat.theta.paths()
         raise ValueError(
             f"{', '.join(f'theta{paths[i]}' for i in unused)}: expected every leaf of theta to enter {where} or the outer loss, but the "
-            "graph shows no use. Remove it from theta, or pass allow_unused=True for a zero gradient."
+            "graph shows no use. Does it enter as a constant in phi, as the last bias of an energy does? Its gradient is zero then: pass "
+            "allow_unused=True, or remove it from theta."
         )
 
 
@@ -261,6 +262,8 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
             )
         if leaf.dtype not in (torch.float32, torch.float64):
             remedy = "; convert it with .float()" if leaf.is_floating_point() else ""
+            if name == "theta" and not leaf.is_floating_point() and "num_batches_tracked" in path:
+                remedy = "; buffers are no part of theta: dict(module.named_parameters())"
             raise TypeError(f"{name}{path}: expected float32 or float64, got {leaf.dtype}{remedy}.")
         first = leaf if first is None else first
         if leaf.dtype != first.dtype:
@@ -319,6 +322,11 @@ def _task_count(named: list[tuple[str, Tensor]]) -> int:
         if len(tensor) != count:
             raise ValueError(
                 f"{name}: expected {count} tasks along the first axis like {named[0][0]}, got {len(tensor)}."
+                + (
+                    " A list of tasks? Stack their tensors: one tree, in which each has the task axis."
+                    if name.startswith("data[") and name[5].isdigit()
+                    else ""
+                )
             )
     if not count:
         raise ValueError(f"{named[0][0]}: expected at least one task, got an empty task axis.")

@@ -34,7 +34,7 @@ from bilevel.entry import Call, has_changed, objective_of, run_solver
 from bilevel.isolation import isolated, without_checkpoints
 from bilevel.linsys.base import LinearSolver, Operator, norm
 from bilevel.result import Result
-from bilevel.status import Check, failed
+from bilevel.status import Check, converged, failed
 from bilevel.trees import Tree
 
 
@@ -78,6 +78,26 @@ class Rule:
                 f"now, and was {float(before.max()):.1e} then. Derivatives call the functions again, and something that they captured has "
                 "changed in between: an attribute, the variable of a loop, a buffer, train() or eval(), random numbers. Pass it in data, "
                 "or take the derivative before it changes."
+            )
+
+    def require_function(self, objective: Objective, result: Result) -> None:
+        """Refuse a condition with chance in it, where that may be why its solve has not converged: its residual would hide it from
+        :meth:`require_same`.
+        """
+        if not self.check or transforms_active() or getattr(self.solver, "tol", None) == 0:
+            return
+        left = ~converged(result.codes)
+        if not bool(left.any()):
+            return
+        now = objective.value_and_grad(result.value)[1]
+        size, before = norm(now), result.residual
+        changed = left & has_changed(objective, result.value, now, (size - before).abs().nan_to_num(0, 0, 0))
+        if bool(changed.any()):
+            raise ValueError(
+                f"{self.name}: expected a function, but two evaluations of {self.flat.source} at the point where the solve has ended "
+                f"differ: its condition is {float(before[changed].max()):.1e}, then {float(size[changed].max()):.1e}. Is there chance in "
+                "it, as in dropout, or something that each call changes, as spectral normalisation does in training? Call .eval() on the "
+                "module, or pass what is drawn in data; bilevel.testing.check_deterministic tells more."
             )
 
     def tell(self, result: Result, value: Any, what: str) -> None:
@@ -139,6 +159,7 @@ class _Solution(torch.autograd.Function):
         phi = _expand(phi, [flags[0] for flags in mapped.levels], mapped.sizes)
         objective = objective_of(rule.flat, tuple(flags[1:] for flags in mapped.levels), tensors, mapped.sizes)
         result = run_solver(objective, phi.clone(), rule.solver)
+        rule.require_function(objective, result)
         rule.left[:] = [result.residual]
         rule.tell(result, rule.flat.phi.unravel(result.value), f"{rule.name}, inner solve")
         return torch.where(result.failed.unsqueeze(-1), torch.nan, result.value)

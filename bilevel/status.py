@@ -88,8 +88,9 @@ class Status(IntEnum):
     SINGULAR = (
         8,
         True,
-        "the matrix is singular to working precision, so there is no unique answer. Add regularisation or damping; "
-        "remove variables that the inner objective does not depend on, and redundant equations; or start elsewhere.",
+        "the matrix is singular to working precision, so there is no unique answer. Add regularisation, or damping where the call has "
+        "it; remove variables that the inner objective does not depend on, and redundant equations (or take GMRES, which finds one of the "
+        "answers of equations that agree); or start elsewhere.",
     )
     BREAKDOWN = (
         9,

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import bilevel
 from bilevel import BilevelProblem, Result, SolverError, Status, argmin, hypergradient, solve
-from bilevel.linsys import CG, Exact, Identity, Neumann
+from bilevel.linsys import CG, GMRES, Exact, Identity, Neumann
 from bilevel.solvers import BlackBox, GradientDescent, NesterovAGD, NewtonCG
 from bilevel.trees import flatten, tree_map, unflatten
 from tests.cases import LINSYS_NAMES, PROBLEMS, SOLVER_NAMES, Case, inner_solvers, linear_solvers
@@ -1310,3 +1310,36 @@ def test_a_parameter_that_phi_lacks_is_thought_of() -> None:
     theta = {"weight": net.weight.detach()}
     with pytest.raises(ValueError, match="phi has to have every parameter of the module"):
         argmin(problem, theta, solver=NewtonCG(), linsys=CG(max_steps=3))
+
+
+@pytest.mark.parametrize("way", ["argmin", "fixed_point", "root"])
+def test_chance_that_a_residual_hides_is_an_error(way: str) -> None:
+    """The solve cannot converge, and what it has left is as large as what two masks differ by: nothing else would see that."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.3)).double()
+    x = torch.randn(8, dtype=torch.float64)
+    theta = {name: leaf.detach().requires_grad_() for name, leaf in net.named_parameters()}
+
+    def layer(z: Any, theta: Any, data: Any = None) -> Any:
+        return 0.4 * torch.func.functional_call(net, theta, (z,)).tanh() + x
+
+    def answer() -> Any:
+        options: Any = {"init": x, "check": True}
+        if way == "fixed_point":
+            solver = bilevel.solvers.Anderson(max_steps=60, tol=1e-6)
+            return bilevel.fixed_point(layer, theta, solver=solver, linsys=GMRES(max_steps=20), **options)
+        if way == "root":
+            steps = bilevel.solvers.FixedPointIteration(max_steps=60, tol=1e-6)
+            return bilevel.root(
+                lambda z, t, d: z - layer(z, t), theta, solver=steps, linsys=GMRES(max_steps=20), **options
+            )
+        problem = bilevel.BilevelProblem.from_functions(
+            lambda z, t, d: 0.5 * (z - layer(z, t)).square().sum() + 0.5 * z.square().sum(), lambda z, t, d: z.sum()
+        )
+        descent = bilevel.solvers.GradientDescent(step_size=0.1, max_steps=300, tol=1e-6)
+        return bilevel.argmin(problem, theta, solver=descent, linsys=CG(max_steps=20), **options)
+
+    with pytest.raises(ValueError, match="two evaluations of .* differ: its condition is .* Is there chance in it"):
+        answer()
+    net.eval()
+    assert answer().isfinite().all()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bilevel
 from bilevel import (
     BilevelProblem,
     GaussNewton,
@@ -579,3 +580,21 @@ def test_functions_that_write_to_phi(which: str, options: dict[str, Any]) -> Non
             wrong, ONES, torch.zeros(3, 1) if batched else None, solver=SOLVER, linsys=LINSYS, init=start, **options
         )
     assert bool((start == -0.5).all())
+
+
+def test_words_for_what_people_hand_over_by_mistake() -> None:
+    problem = BilevelProblem.from_functions(uses_theta, pull)
+    options = {"solver": NewtonCG(max_steps=3), "linsys": CG(max_steps=3), "init": ONES}
+    with pytest.raises(
+        TypeError, match=r"torch.int64; buffers are no part of theta: dict\(module.named_parameters\(\)\)"
+    ):
+        bilevel.hypergradient(problem, {"1.num_batches_tracked": torch.zeros((), dtype=torch.int64)}, **options)
+    tasks = [{"x": torch.ones(10, 2), "y": torch.ones(20, 2)}, {"x": torch.ones(10, 2), "y": torch.ones(20, 2)}]
+    with pytest.raises(ValueError, match="expected 10 tasks .* A list of tasks[?] Stack their tensors"):
+        bilevel.hypergradient(problem, ONES, tasks, batched=True, **options)
+    constant = BilevelProblem.from_functions(
+        lambda phi, theta, data: (phi - theta["a"]).square().sum() + theta["b"], lambda phi, theta, data: phi.sum()
+    )
+    theta = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones((), dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"theta\['b'\]: .* a constant in phi, as the last bias of an energy does"):
+        bilevel.hypergradient(constant, theta, **options)

@@ -5,7 +5,8 @@ times.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
     """The tensor operations of ``function`` at these arguments, without in-place ones, and without what only autograd
     needs.
     """
-    module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
-    if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
-        functional = torch.func.functionalize(module, remove="mutations")
-        module = make_fx(functional, decomposition_table=FORMULAS)(*arguments)
+    with _without_stack_traces():
+        module = make_fx(function, decomposition_table=FORMULAS)(*arguments)
+        if any(node.op == "call_function" and _is_mutable(node.target) for node in module.graph.nodes):
+            functional = torch.func.functionalize(module, remove="mutations")
+            module = make_fx(functional, decomposition_table=FORMULAS)(*arguments)
     for node in module.graph.nodes:
         if node.target is _aten.view.default:  # of vectors whose strides may be others next time
             node.target = _aten.reshape.default
@@ -37,6 +39,21 @@ def recorded(function: Function, *arguments: Tensor) -> fx.GraphModule:
         put_skinny_factors_in_front(module.graph)
     module.recompile()
     return module
+
+
+@contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """One for each operation is a quarter of the time that a recording takes, and nobody reads them."""
+    config = getattr(fx, "config", None)  # of torch, and newer than some that this library works with
+    before = getattr(config, "do_not_emit_stack_traces", None)
+    if before is None:
+        yield
+        return
+    config.do_not_emit_stack_traces = True  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        config.do_not_emit_stack_traces = before  # type: ignore[union-attr]
 
 
 def _is_mutable(target: Any) -> bool:

@@ -333,3 +333,10 @@ def test_one_example_for_two_weights_is_no_hypergradient() -> None:
     )
     assert found.linear.status is Status.SINGULAR and not found.ok
     assert "is negative" not in found.explain()
+
+
+def test_a_matrix_that_no_memory_holds_is_explained() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        Exact().solve(lambda v: v, torch.ones(20_000_000))
+    assert "Exact() makes a matrix of 20000000 x 20000000" in caught.value.__notes__[0]
+    assert "CG needs some vectors" in caught.value.__notes__[0]
