@@ -595,6 +595,6 @@ def test_words_for_what_people_hand_over_by_mistake() -> None:
     constant = BilevelProblem.from_functions(
         lambda phi, theta, data: (phi - theta["a"]).square().sum() + theta["b"], lambda phi, theta, data: phi.sum()
     )
-    theta = {"a": torch.ones(4, dtype=torch.float64), "b": torch.ones((), dtype=torch.float64)}
+    theta = {"a": torch.ones(2, dtype=torch.float64), "b": torch.ones((), dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"theta\['b'\]: .* a constant in phi, as the last bias of an energy does"):
         bilevel.hypergradient(constant, theta, **options)

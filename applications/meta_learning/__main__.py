@@ -15,6 +15,9 @@ def main() -> None:
         )
     except KeyboardInterrupt:  # while PyTorch is loaded
         sys.exit(130)
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text, and a terminal may lack the letters
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     app()
 
 

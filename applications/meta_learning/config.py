@@ -143,7 +143,7 @@ class Config:
     outer_steps: int = setting(20_000, OUTER, "meta-steps", at_least=1)
     minutes: float = setting(0.0, OUTER, "stop after this time, evaluations included; 0: no limit", at_least=0)
     meta_batch: int = setting(32, OUTER, "tasks per meta-step", at_least=1)
-    outer_rate: float = setting(1e-3, OUTER, "learning rate of Adam", above=0)
+    outer_rate: float = setting(1e-3, OUTER, "learning rate of Adam", above=0, at_most=1e6)
     outer_eps: float = setting(1e-8, OUTER, "epsilon of Adam (the authors' code: 1e-3)", above=0)
     weight_decay: float = setting(
         0.0, OUTER, "decay of theta by this times the learning rate in each meta-step (AdamW)", at_least=0

@@ -72,15 +72,19 @@ class RunLog:
         self.close()
 
 
+ALWAYS: tuple[tuple[str, Any], ...] = (("kind", str), ("step", int), ("seconds", int | float))
+"""What every entry has."""
+
+
 def read_log(path: Path) -> list[Entry]:
-    """The entries of a log; a last line that was cut off is left out."""
+    """The entries of a log; a line that is damaged or was cut off is left out."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in ALWAYS):
             entries.append(entry)
     return entries
 
@@ -100,7 +104,7 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="replace")  # of a file name that is no text
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # of a full disk

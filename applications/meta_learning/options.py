@@ -54,6 +54,10 @@ def data_dir_for(dataset: str, given: Path | None, download: bool = False) -> Pa
             f"{dataset} is generated and reads no files, so {'--data-dir' if given else '--download'} has no meaning; name the data with "
             "--dataset omniglot, mini-imagenet or folder"
         )
+    if download and dataset != "omniglot":
+        raise ConfigError(
+            f"--download: only omniglot can be fetched, got the data set {dataset}; leave it out, and name a folder with --data-dir"
+        )
     named = os.environ.get(ENVIRONMENT.get(dataset, ""))
     return given or (Path(named) if named else None)
 

@@ -14,7 +14,7 @@ import bilevel
 from applications.meta_learning.checkpoint import load_checkpoint
 from applications.meta_learning.config import Config, ConfigError, refuse_without_effect
 from applications.meta_learning.data import DataError
-from applications.meta_learning.data.files import ImageFiles, class_folders, images_in
+from applications.meta_learning.data.files import ImageFiles, class_folders, expanded, images_in
 from applications.meta_learning.method import build_method, build_network
 from applications.meta_learning.models import initial_theta
 from applications.meta_learning.problem import batched_outputs
@@ -78,7 +78,7 @@ def predict(
     if config.is_regression:
         raise ConfigError("this run was trained on sinusoids; expected one that was trained on images")
     device, dtype = device_of(config), dtype_of(config)
-    classes = _support_files(support.expanduser(), config.ways)
+    classes = _support_files(expanded(support), config.ways)
     shots = len(next(iter(classes.values())))
     files = _image_files(images)
     examples, queries = (_pixels(each, config).to(device, dtype).div_(255) for each in (classes, {"images": files}))
@@ -125,7 +125,7 @@ def _support_files(folder: Path, ways: int) -> dict[str, list[Path]]:
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:
     """The files that are named, and those in the folders that are; each once."""
-    found = [file for path in map(Path.expanduser, paths) for file in (images_in(path) if path.is_dir() else [path])]
+    found = [file for path in map(expanded, paths) for file in (images_in(path) if path.is_dir() else [path])]
     if missing := [file for file in found if not file.exists()]:
         raise DataError(f"{missing[0]}: there is no such file; name image files, or folders of them, with --images")
     if not found:

@@ -20,6 +20,7 @@ import torch
 from applications.meta_learning.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
 from applications.meta_learning.config import FIXED_FIELDS, Config, ConfigError, changed_fields, option_name
 from applications.meta_learning.data import Split
+from applications.meta_learning.data.files import expanded
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import Stopped
 from applications.meta_learning.logs import RunLog, environment, write_json
@@ -178,7 +179,7 @@ def refuse_among_images(config: Config, folder: Path, data_dir: Path | None) -> 
     """
     if config.dataset != "folder" or data_dir is None:
         return
-    images = data_dir.expanduser().resolve()
+    images = expanded(data_dir).resolve()
     if folder.resolve().is_relative_to(images):
         raise ConfigError(
             f"--out: expected a folder outside of the images, whose folders are the classes, got {folder} inside {images}; name another "
@@ -242,12 +243,14 @@ class Run:
     def __init__(self, trainer: Trainer, folder: Path, *, data_dir: Path | None, log: RunLog, display: Display) -> None:
         self.trainer, self.folder, self.log, self.display = trainer, folder, log, display
         needs_files = trainer.config.needs_files
-        self.data_dir = str(data_dir.expanduser().resolve()) if data_dir and needs_files else None
+        self.data_dir = str(expanded(data_dir).resolve()) if data_dir and needs_files else None
 
     def start(self) -> None:
-        """Write what is known before the first step, a first checkpoint included: the disk fails now or never. What is there of an
-        earlier last step is no longer true.
+        """Write what is known before the first step, a first checkpoint included: a disk that cannot be written to fails now. What is
+        there of an earlier last step is no longer true, and what a process that was killed was writing is of no use.
         """
+        for path in self.folder.glob(f".{CHECKPOINT}.*.tmp"):
+            path.unlink(missing_ok=True)
         if self.trainer.progress.step < self.trainer.config.outer_steps:
             for name in OF_THE_LAST_STEP:
                 (self.folder / name).unlink(missing_ok=True)

@@ -121,6 +121,7 @@ class Trainer:
         for found in unread:
             own = [next(numbers) for _ in range(len(found["numbers"]))]
             record = self._last = dict(zip(NAMES, own, strict=False))
+            record["tasks"] = self.config.meta_batch  # a resumed run may have another
             self.progress.tasks += self.config.meta_batch
             self.progress.failed_tasks += self.config.meta_batch - int(record["ok_tasks"])
             self.progress.negative_tasks += int(record["negative_tasks"])
@@ -145,11 +146,34 @@ class Trainer:
     def _explain_failure(self) -> str:
         return (
             f"{self.progress.skipped_in_a_row} meta-steps in a row had no task with a usable gradient; "
-            f"theta is what it was before them. The last one:\n{self.last_failure}\n"
-            "What helps, in this order: --curvature gauss-newton (it cannot meet negative curvature); a larger --lam; "
-            "--damping 1; --steihaug (linear solver cg); a smaller --inner-step-size, or 0, which finds one for every task. "
-            "Add them to --resume to go on from here."
+            f"theta is what it was before them. The last one:\n{self.last_failure}\n{self._advice()}"
         )
+
+    def _advice(self) -> str:
+        """What may help, of what is not so already."""
+        config = self.config
+        has_matrix = config.algorithm == "imaml" and config.linear != "identity"
+        helpful = [
+            (
+                "--curvature gauss-newton (it cannot meet negative curvature)",
+                has_matrix and config.curvature == "hessian",
+            ),
+            ("a larger --lam", config.lam > 0),
+            ("--damping 1", has_matrix and config.damping < 1),
+            (
+                "--steihaug",
+                has_matrix and config.linear == "cg" and not config.steihaug and config.curvature == "hessian",
+            ),
+            (
+                "a smaller --inner-step-size, or 0, which finds one for every task",
+                config.inner != "newton-cg" and config.inner_step_size > 0,
+            ),
+        ]
+        found = [words for words, may in helpful if may]
+        advice = (
+            f"What helps, in this order: {'; '.join(found)}. Add it to --resume to go on from here. " if found else ""
+        )
+        return advice + "If the loss rose before that, theta itself has run away: begin anew with a lower --outer-rate."
 
     def test(
         self, *, tasks: int, query_shots: int, seed: int, should_stop: Callable[[], bool] = lambda: False
@@ -222,7 +246,7 @@ class Trainer:
         """Means over the meta-steps since the last call, for one line of the log."""
         self._read()
         window, self.progress.window = self.progress.window, []
-        tasks = len(window) * self.config.meta_batch
+        tasks = sum(record.get("tasks", self.config.meta_batch) for record in window)
         failed = tasks - sum(record["ok_tasks"] for record in window)
         return {
             "loss": _mean(window, "loss"),

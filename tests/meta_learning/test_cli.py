@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import filelock
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import bilevel
@@ -523,7 +525,7 @@ def test_a_folder_that_cannot_be_made(command: list[str], tmp_path: Path, monkey
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(path: Path, text: str, encoding: str) -> int:
+    def no_space(path: Path, text: str, encoding: str, errors: str) -> int:
         path.touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -601,7 +603,9 @@ def test_a_signal_leaves_a_checkpoint_that_resumes(number: signal.Signals, tmp_p
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+        preexec_fn=lambda: signal.signal(
+            number, signal.SIG_DFL
+        ),  # under nohup, or in the background, it may be ignored
     ) as process:
         deadline = time.monotonic() + 100
         log = folder / "log.jsonl"
@@ -701,3 +705,47 @@ def test_a_disk_that_is_full_after_training_says_that_training_is_done(
     assert result.exit_code == 2
     assert "Training is done and its checkpoint is written; what follows it failed:" in squeezed(result.output)
     assert load_checkpoint(tmp_path / "run")["progress"]["step"] == TINY.outer_steps
+
+
+def test_only_omniglot_can_be_fetched(tmp_path: Path) -> None:
+    found = imaml("train", "--dataset", "folder", "--data-dir", tmp_path, "--download", "--out", tmp_path / "run")
+    assert found.exit_code == 2 and "--download: only omniglot can be fetched" in squeezed(found.output)
+
+
+def test_the_folder_of_nobody(tmp_path: Path) -> None:
+    found = imaml("train", "--dataset", "folder", "--data-dir", "~nobody42/images", "--out", tmp_path / "run")
+    assert found.exit_code == 2 and "~nobody42/images: there is no such user" in squeezed(found.output)
+
+
+def test_names_that_are_no_text_and_letters_that_a_terminal_lacks(tmp_path: Path) -> None:
+    """Of old archives; and Python takes ASCII for what a terminal with LANG=C and nothing else can show."""
+    for k in range(6):
+        folder = tmp_path / "images" / f"class{k}"
+        folder.mkdir(parents=True)
+        for i in range(6):
+            pixels = np.random.default_rng(10 * k + i).integers(0, 255, (28, 28), dtype=np.uint8)
+            Image.fromarray(pixels).save(os.fsencode(folder) + (b"/\xff\xfe.png" if i == 0 else b"/%d.png" % i))
+    command = [
+        sys.executable,
+        "-m",
+        "applications.meta_learning",
+        "train",
+        "--out",
+        str(tmp_path / "run"),
+        *TINY_OPTIONS,
+    ]
+    options = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        str(tmp_path / "images"),
+        "--train-classes",
+        "4",
+        "--no-tensorboard",
+    ]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    more = ["--split", "random", "--ways", "2", "--query-shots", "2", "--eval-query-shots", "2", "--outer-steps", "2"]
+    found = subprocess.run(
+        [*command, *options, *more], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert found.returncode == 0 and "Traceback" not in found.stderr, found.stdout + found.stderr

@@ -118,6 +118,33 @@ def test_parts_are_those_of_the_same_data_and_code(tmp_path: Path, monkeypatch: 
     assert stored["result"] == {"x": 7, "y": 1}  # it went on
 
 
+def test_a_quick_run_leaves_whole_ones_as_they_are(tmp_path: Path) -> None:
+    """Days of work may be in their parts."""
+    experiment = Interrupted()
+    with pytest.raises(ZeroDivisionError):
+        experiment.record(tmp_path, quick=False, seed=1)
+    experiment.divisor = 1
+    experiment.record(tmp_path, quick=True, seed=0)
+    part = tmp_path / "interrupted.parts" / "seed-1" / "one.json"
+    assert part.exists() and not (tmp_path / "interrupted.parts" / "quick-seed-0").exists()
+    path = experiment.record(tmp_path, quick=False, seed=0)
+    assert part.exists()
+    before = path.read_bytes()
+    with pytest.raises(RunError, match="has the numbers of a whole run, which --quick would replace"):
+        experiment.record(tmp_path, quick=True, seed=0)
+    assert path.read_bytes() == before
+    experiment.record(tmp_path, quick=False, seed=1)
+    assert not (tmp_path / "interrupted.parts").exists()
+
+
+@pytest.mark.parametrize("content", ['{"runs":', "[1]", ""])
+def test_a_damaged_result_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "interrupted.json"
+    path.write_text(content)
+    with pytest.raises(RunError, match=r"interrupted.json: expected the numbers of an experiment in JSON"):
+        Interrupted().record(tmp_path, quick=True, seed=0)
+
+
 def test_list_and_unknown_name() -> None:
     listed = RUNNER.invoke(app, ["experiment"])
     assert listed.exit_code == 0 and "e1" in listed.output and "meta-gradient" in listed.output

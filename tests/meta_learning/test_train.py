@@ -182,7 +182,7 @@ def test_a_step_without_a_usable_task_changes_nothing_and_the_run_ends_after_som
         trainer.meta_step()
     with pytest.raises(
         TrainingFailed,
-        match=r"(?s)3 meta-steps in a row.*NON_FINITE.*--curvature gauss-newton.*--lam.*--steihaug.*--inner-step-size",
+        match=r"(?s)3 meta-steps in a row.*NON_FINITE.*--lam.*--damping 1.*--inner-step-size",
     ):
         trainer.meta_step()
     assert all(leaf.isfinite().all() for leaf in trainer.theta.values())
@@ -320,6 +320,61 @@ def test_the_log_is_cut_to_the_checkpoint(tmp_path: Path) -> None:
         log.write("train", 5, 0.2, {"loss": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 5] and lines[0]["loss"] is None
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe garbage", b'{"step": 3}', b'{"kind": "train", "step": 3}', b"\0\0", b"[1]"], ids=range(5)
+)
+def test_a_damaged_line_of_the_log_is_left_out(tmp_path: Path, line: bytes) -> None:
+    with RunLog(tmp_path, at_step=0, tensorboard=False) as log:
+        log.write("train", 1, 0.1, {"loss": 1.0})
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with RunLog(tmp_path, at_step=9, tensorboard=False) as log:
+        log.write("train", 2, 0.2, {"loss": 1.0})
+    assert [entry["step"] for entry in read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_shares_count_the_tasks_that_there_were(tmp_path: Path) -> None:
+    """A line of the log may be about steps before and after a change of --meta-batch."""
+    first = Trainer(replace(TINY, log_interval=10, eval_interval=0), tiny_source())
+    run(first, tmp_path, 2)
+    for batch in (1, 9):
+        second = Trainer(replace(TINY, log_interval=10, meta_batch=batch), tiny_source())
+        second.restore(load_checkpoint(tmp_path))
+        second.meta_step()
+        assert second.summary()["failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ({"curvature": "hessian", "linear": "cg"}, ["--curvature gauss-newton", "--damping 1", "--steihaug"], []),
+        (
+            {"curvature": "gauss-newton", "damping": 2.0, "linear": "cg"},
+            ["--lam"],
+            ["--curvature", "--damping", "--steihaug"],
+        ),
+        ({"algorithm": "maml", "lam": 0.0}, ["--outer-rate"], ["--curvature", "--damping", "--steihaug", "--lam"]),
+        ({"inner": "newton-cg"}, ["--outer-rate"], ["--inner-step-size"]),
+    ],
+)
+def test_the_advice_is_what_the_settings_leave_open(
+    settings: dict[str, Any], said: list[str], unsaid: list[str]
+) -> None:
+    trainer = Trainer(replace(TINY, max_failed_steps=1, **settings), tiny_source())
+    trainer.sampler = Broken(trainer, [0, 1, 2])
+    with pytest.raises(TrainingFailed) as failed:
+        trainer.meta_step()
+    advice = str(failed.value).splitlines()[-1]
+    assert all(word in advice for word in said) and not any(word in advice for word in unsaid), advice
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_next_start(tmp_path: Path) -> None:
+    left = tmp_path / ".checkpoint.pt.4242.tmp"
+    left.write_bytes(b"half")
+    run(Trainer(TINY, tiny_source()), tmp_path, 1)
+    assert not left.exists()
 
 
 def test_a_resumed_run_takes_the_new_options_of_adam(tmp_path: Path) -> None:

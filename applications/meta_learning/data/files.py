@@ -72,7 +72,7 @@ class ImageFiles:
                     raise DataError(
                         f"{file}: expected a PNG or JPEG image, could not read one ({reason}); replace it or take it out"
                     ) from error
-                content.update(f"{name}\0{file.name}\0{len(read)}\0".encode() + read)
+                content.update(f"{name}\0{file.name}\0{len(read)}\0".encode(errors="surrogateescape") + read)
                 if contents is not None:
                     contents.add(read, part, file)
                 row += 1
@@ -148,6 +148,18 @@ def images_in(folder: Path, what: str = "images") -> list[Path]:
     return images
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ~ for the folder of a user.
+
+    Raises:
+        DataError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path}: there is no such user; write the folder out") from error
+
+
 def fingerprint(files: list[Path]) -> str:
     """Hash of names, sizes and times (reading the files would take as long as decoding them); not of where they are."""
     digest = hashlib.sha256()
@@ -157,12 +169,16 @@ def fingerprint(files: list[Path]) -> str:
         except OSError as error:
             raise DataError(f"{file}: could not be read ({error})") from error
         # The change time too: it tells a file that was replaced by one of the same size and age.
-        digest.update(f"{file.name}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n".encode())
+        digest.update(
+            f"{file.name}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()
 
 
 def cache_place(kind: str, cache_dir: Path | None, size: int, about: list[str]) -> tuple[Path, str]:
     """Path and key of the cache of such data. cache_dir: None: the user's cache folder."""
     folder = platformdirs.user_cache_path("bilevel", appauthor=False) / kind if cache_dir is None else cache_dir
-    key = hashlib.sha256("\n".join([f"format {CACHE_FORMAT}", kind, str(size), *about]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\n".join([f"format {CACHE_FORMAT}", kind, str(size), *about]).encode(errors="surrogateescape")
+    ).hexdigest()
     return folder / f"{kind}-{size}-{key[:16]}.npz", key

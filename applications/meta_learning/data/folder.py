@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from applications.meta_learning.data.classes import DataError, ImageClasses
-from applications.meta_learning.data.files import Colours, ImageFiles, class_folders
+from applications.meta_learning.data.files import Colours, ImageFiles, class_folders, expanded
 
 FEWEST_CLASSES = 4
 
@@ -26,7 +26,7 @@ def load_folder(
         raise DataError(
             "expected the folder of your images, <folder>/<class>/<image>.png or .jpg; name it with --data-dir"
         )
-    folder = Path(data_dir).expanduser()
+    folder = expanded(data_dir)
     files = class_folders(folder)
     if len(files) < FEWEST_CLASSES:
         raise DataError(
@@ -34,4 +34,4 @@ def load_folder(
             f"{len(files)} ({', '.join(files)}); add classes"
         )
     found = ImageFiles(files=files, groups=("folder",) * len(files), apart=tuple(files))
-    return found.load("folder", None if cache_dir is None else Path(cache_dir).expanduser(), size, colours)
+    return found.load("folder", None if cache_dir is None else expanded(cache_dir), size, colours)

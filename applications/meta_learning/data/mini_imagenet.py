@@ -21,7 +21,7 @@ from PIL import Image
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
 from applications.meta_learning.data.contents import Contents
-from applications.meta_learning.data.files import ImageFiles, cache_place, class_folders, decode, fingerprint
+from applications.meta_learning.data.files import ImageFiles, cache_place, class_folders, decode, expanded, fingerprint
 from applications.meta_learning.data.safe_pickle import read_pickle
 
 PARTS = ("train", "test")
@@ -63,8 +63,8 @@ def load_mini_imagenet(
     """
     if data_dir is None:
         raise DataError(f"Mini-ImageNet cannot be downloaded here: {EXPECTED}; name the folder with --data-dir")
-    folder = Path(data_dir).expanduser()
-    cache_folder = None if cache_dir is None else Path(cache_dir).expanduser()
+    folder = expanded(data_dir)
+    cache_folder = None if cache_dir is None else expanded(cache_dir)
     form, paths = _find(folder)
     if form == "pickles":
         path, key = cache_place(KIND, cache_folder, size, [fingerprint(paths)])

@@ -18,6 +18,7 @@ from PIL import Image, ImageChops
 
 from applications.meta_learning.data.cache import cached
 from applications.meta_learning.data.classes import DataError, ImageClasses
+from applications.meta_learning.data.files import expanded
 from applications.meta_learning.data.layout import OFFICIAL, ImageSet, Layout, arrange
 from applications.meta_learning.data.sources import Source, find_source
 
@@ -49,8 +50,8 @@ def load_omniglot(
     if isinstance(size, bool) or not isinstance(size, int) or not 4 <= size <= layout.image_size:
         raise ValueError(f"size: expected an integer from 4 to {layout.image_size}, got {size!r}")
     user_cache = platformdirs.user_cache_path("bilevel", appauthor=False) / "omniglot"
-    folder = user_cache if data_dir is None else Path(data_dir).expanduser()
-    cache_folder = user_cache if cache_dir is None else Path(cache_dir).expanduser()
+    folder = user_cache if data_dir is None else expanded(data_dir)
+    cache_folder = user_cache if cache_dir is None else expanded(cache_dir)
     sources = [_find_or_download(folder, image_set, download) for image_set in layout.sets]
     about = [f"format {CACHE_FORMAT}", f"size {size}", RESIZE_FILTER.name, *(s.fingerprint() for s in sources)]
     key = hashlib.sha256("\n".join(about).encode()).hexdigest()

@@ -84,7 +84,11 @@ class FolderSource:
             for name, file in self._files():
                 about = file.stat()
                 # The change time too: it tells a file that was replaced by one of the same size and age.
-                digest.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n".encode())
+                digest.update(
+                    f"{name}\0{about.st_size}\0{about.st_mtime_ns}\0{about.st_ctime_ns}\n".encode(
+                        errors="surrogateescape"
+                    )
+                )
         return f"folder {digest.hexdigest()}"
 
     def names(self) -> list[str]:

@@ -53,7 +53,25 @@ class Request:
                 numbers = measure()
             self.parts.mkdir(parents=True, exist_ok=True)
             write_json(path, numbers)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_numbers(path)
+
+
+def read_numbers(path: Path) -> Numbers:
+    """A JSON file of numbers.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    reason: object = "no table"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError as error:
+        found, reason = None, error
+    if not isinstance(found, dict):
+        raise RunError(
+            f"{path}: expected the numbers of an experiment in JSON ({reason}); delete it, or name another --out"
+        )
+    return found
 
 
 class Experiment(ABC):
@@ -99,6 +117,10 @@ class Experiment(ABC):
             return path
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
+        if quick and path.exists() and read_numbers(path).get("quick") is False:
+            raise RunError(
+                f"{path} has the numbers of a whole run, which --quick would replace; name another folder with --out"
+            )
         parts = folder / f"{self.name}.parts" / f"{'quick-' if quick else ''}seed-{seed}"
         console = console or Console(quiet=True)
         request = Request(quick=quick, seed=seed, data_dir=data_dir, parts=parts, only=only, console=console)
@@ -111,7 +133,9 @@ class Experiment(ABC):
         write_json(path, {**conditions, "result": result})
         self.publish(path)
         if quick or not self.cells:  # the runs of cells are kept: they have the checkpoints
-            shutil.rmtree(parts.parent, ignore_errors=True)
+            shutil.rmtree(parts, ignore_errors=True)
+            if parts.parent.exists() and not any(parts.parent.iterdir()):  # those of other runs stay
+                parts.parent.rmdir()
         return path
 
     def _claim(self, parts: Path, data_dir: Path | None) -> None:
@@ -129,7 +153,7 @@ class Experiment(ABC):
         if not any(parts.glob("*")):
             parts.mkdir(parents=True, exist_ok=True)
             write_json(path, mine)
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        found = read_numbers(path) if path.exists() else {}
         if changed := [name for name in mine if found.get(name) != mine[name]]:
             raise RunError(
                 f"{parts} holds parts of an interrupted run with other {' and '.join(changed)}, which cannot go on with these. Move "
@@ -138,7 +162,7 @@ class Experiment(ABC):
 
     def publish(self, path: Path) -> None:
         """Figure and page of numbers that were measured before."""
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_numbers(path)
         self.draw(stored["result"], path.with_suffix(".png"))
         write_atomically(path.with_suffix(".md"), self.page(stored))
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import torch
 
 from applications.meta_learning.config import Config
 from applications.meta_learning.evaluate import PAPER, TIGHT, Protocol
-from applications.meta_learning.experiments.base import Experiment, Numbers, Request, table
+from applications.meta_learning.experiments.base import Experiment, Numbers, Request, read_numbers, table
 from applications.meta_learning.experiments.training import trained
 from applications.meta_learning.logs import environment, provenance
 from applications.meta_learning.method import conditions
@@ -306,7 +305,7 @@ class E4(Table2):
 
 def _result_of(path: Path) -> Numbers:
     """A result that was written before."""
-    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.exists() else {}
+    return read_numbers(path).get("result", {}) if path.exists() else {}
 
 
 def _times(result: Numbers, run: Numbers) -> list[float]:
