@@ -25,11 +25,11 @@ def _is_finite(value: float) -> bool:
 
 
 def check_accuracy(accuracy: float) -> None:
-    """Refuse a relative error that is none: 1 is that of a gradient of zeros."""
+    """Refuse what is no relative error below that of zeros: 1 is that of a gradient of zeros."""
     check_number("accuracy", accuracy, positive=True)
     if accuracy >= 1:
         raise ValueError(
-            f"accuracy: expected a relative error below 1, such as 1e-3, got {accuracy!r}. Five per cent are 0.05."
+            f"accuracy: expected a relative error below 1, such as 1e-3, got {accuracy!r}. For five per cent write 0.05."
         )
 
 

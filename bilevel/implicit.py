@@ -186,9 +186,22 @@ def hypergradient(
 ) -> Hypergradient:
     """Solve the inner problem and take the hypergradient there: Algorithm 2 of the paper for a whole meta-batch. The fast path.
 
-    Arguments as in :func:`solve` and :func:`implicit_gradient`, and:
-
     Args:
+        problem: the bilevel problem.
+        theta: outer variable, a tree of float32 or float64 tensors. It need not require grad.
+        data: any tree, handed to the functions of the problem; with ``batched`` each of its tensors has a leading task axis.
+        solver: an inner solver of :mod:`bilevel.solvers`.
+        linsys: a linear solver of :mod:`bilevel.linsys`.
+        init: start of the inner solve, a tree like phi (with the task axis if ``batched``); None: ``problem.initial_phi``.
+        curvature: what stands for the inner Hessian: ``Hessian()``, or ``GaussNewton()``, which biases the gradient.
+        damping: added to its diagonal; biases the gradient too.
+        batched: solve a batch of tasks at once.
+        theta_batched: theta has the task axis too: one theta for each task. The gradient then keeps its task axis.
+        reduction: "mean", "sum" or "none" over the tasks, for ``grad`` and ``outer``.
+        chunk_size: at most this many tasks at once; bounds memory and changes nothing else.
+        outer_chunk_size: the same for the outer loss alone.
+        allow_unused: give zero for a leaf of theta that enters neither G nor L, instead of an error.
+        compile: record the derivatives of G and replay them: see :func:`solve`.
         warm_start: the result of an earlier call, in the place of ``init``: the inner solve starts from its point, the linear solve
             from its solution.
         accuracy: wanted relative error of the gradient of each task. The tolerances of both solvers (their fields ``tol`` and

@@ -30,7 +30,7 @@ COMPILED = (
 )
 RANDOM = (
     "bilevel: a function of the problem draws random numbers, so no two evaluations agree. Dropout does in training mode: call .eval() "
-    "on the module. Numbers that are wanted are drawn before the call, and handed over in data."
+    "on the module. Draw random numbers before the call and pass them in data."
 )
 
 STATISTICS = (
@@ -48,8 +48,8 @@ SPARSE = (
     "dense tensors, or sparse ones in the problem itself and not in data."
 )
 NUMBERS = (
-    "bilevel: the functions run on tensors of torch.func here (for batched=True, argmin, root and fixed_point), which have no numbers to "
-    "look at. Write torch.where in the place of if, a weight in the place of x[mask], and leave out .item(), float() and .numpy(); or "
+    "bilevel: the functions run on tensors of torch.func here (for batched=True, argmin, root and fixed_point), whose values cannot "
+    "be read. Write torch.where in the place of if, a weight in the place of x[mask], and leave out .item(), float() and .numpy(); or "
     "hand tasks over one by one, without batched=True."
 )
 NO_RULE = (

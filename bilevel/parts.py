@@ -38,7 +38,7 @@ def sum_over_parts(loss: Callable[..., Tensor], parts: Iterable[Any], *arguments
             ``dict(module.named_parameters())``, with ``torch.func.functional_call`` in the loss.
 
     Raises:
-        TypeError: the loss cannot be called, or the parts are none.
+        TypeError: the loss cannot be called, or the parts cannot be iterated.
         ValueError: there is no part; a value is no scalar; the loss or a part has a gradient that is not among the arguments; data were
             written to between a gradient and a product, or were others when they were iterated anew.
 
@@ -298,7 +298,7 @@ def _refuse_captured(value: Tensor, inputs: list[Tensor]) -> None:
         refuse_captured(value, inputs, "loss")
     except ValueError as error:
         raise ValueError(
-            "sum_over_parts: the loss uses a tensor that carries a gradient and is none of its arguments, so no derivative would reach it. "
-            "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
+            "sum_over_parts: the loss uses a tensor that carries a gradient and is not one of its arguments, so no derivative would reach "
+            "it. Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
             "dict(module.named_parameters()), all of them, and call it by torch.func.functional_call."
         ) from error

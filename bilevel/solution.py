@@ -41,8 +41,8 @@ def argmin(
 
     Works under eager ``backward`` (also double) and under ``torch.func`` grad, vjp, jvp, jacrev, jacfwd, hessian, vmap
     and their nestings; tasks are batched with ``torch.func.vmap``. The derivative is the implicit one: the path of the
-    solver does not enter, nor does ``init``, and a point that is not solved well gives a derivative that is not right
-    well.
+    solver does not enter, nor does ``init``, and the derivative is only as accurate
+    as the inner solve.
 
     A failed inner solve gives NaN for that entry, and NaN derivatives where the entry is used; a failed linear solve NaN derivatives.
 
@@ -153,8 +153,8 @@ def _of_equations(
         )
     if linsys.requires_symmetric:
         raise ValueError(
-            f"{name}: {linsys!r} needs a symmetric matrix, and the derivative of the condition is none in general. Use Exact, GMRES or "
-            "BiCGStab; if the equations are the gradient of something, use argmin."
+            f"{name}: {linsys!r} needs a symmetric matrix, and the derivative of the condition is not symmetric in general. Use Exact, GMRES "
+            "or BiCGStab; if the equations are the gradient of something, use argmin."
         )
     call = prepare(Condition(fn), theta, data, init, flat_type=flat_type)
     return _solution(call, solver, linsys, check, report, name)

@@ -144,7 +144,7 @@ def test_tolerances_refuse_what_they_cannot_use():
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="accuracy: expected a finite number > 0"):
             bilevel.tolerances(result, bad)
-    with pytest.raises(ValueError, match="accuracy: expected a relative error below 1.*Five per cent are 0.05"):
+    with pytest.raises(ValueError, match="accuracy: expected a relative error below 1.*For five per cent write 0.05"):
         bilevel.tolerances(result, 5)
     ridge.data["x"][:] = torch.nan
     with pytest.raises(ValueError, match=r"(?s)expected a result with at least one task that is ok, got\n.*NON_FINITE"):

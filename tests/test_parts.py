@@ -496,13 +496,13 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     ),
     "captured": (
         lambda w: sum_over_parts(lambda own, part: (part @ own) * w.sum(), X, 2 * w),
-        "sum_over_parts: the loss uses a tensor that carries a gradient and is none of its arguments, so no derivative would reach it. "
+        "sum_over_parts: the loss uses a tensor that carries a gradient and is not one of its arguments, so no derivative would reach it. "
         "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
         "dict(module.named_parameters()), all of them, and call it by torch.func.functional_call.",
     ),
     "a module": (
         lambda w: sum_over_parts(lambda module, part: module(part).sum(), X, torch.nn.Linear(3, 1, dtype=F64)),
-        "sum_over_parts: the loss uses a tensor that carries a gradient and is none of its arguments, so no derivative would reach it. "
+        "sum_over_parts: the loss uses a tensor that carries a gradient and is not one of its arguments, so no derivative would reach it. "
         "Pass it after the parts: sum_over_parts(loss, parts, phi, theta) calls loss(phi, theta, part). Of a module pass "
         "dict(module.named_parameters()), all of them, and call it by torch.func.functional_call.",
     ),

@@ -93,7 +93,7 @@ class LinearSolver(ABC):
         operator = as_operator(matvec)
         if self.requires_symmetric and not operator.symmetric:
             raise ValueError(
-                f"{type(self).__name__} needs a symmetric matrix, got an operator that is none. Use Exact, GMRES or BiCGStab."
+                f"{type(self).__name__} needs a symmetric matrix, got one that is declared symmetric=False. Use Exact, GMRES or BiCGStab."
             )
         return operator
 

@@ -49,7 +49,7 @@ class NystromPreconditioner(Preconditioner):
         """
         if not operator.symmetric:
             raise ValueError(
-                "NystromPreconditioner needs a symmetric matrix, got an operator that is none. Use Jacobi."
+                "NystromPreconditioner needs a symmetric matrix, got one that is declared symmetric=False. Use Jacobi."
             )
         a = nystrom_approximation(operator, b, self.rank, self.shift, self.seed)
         kept = a.values > CUTOFF * torch.finfo(b.dtype).eps * a.values[..., :1]

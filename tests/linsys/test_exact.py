@@ -212,7 +212,7 @@ def test_an_asymmetric_matrix_is_refused_unless_it_is_meant() -> None:
 def test_solvers_that_need_symmetry_refuse_an_operator_without() -> None:
     system = build_general([1.0, 2.0, 3.0])
     with pytest.raises(
-        ValueError, match=r"CG needs a symmetric matrix, got an operator that is none. Use Exact, GMRES"
+        ValueError, match=r"CG needs a symmetric matrix, got one that is declared symmetric=False. Use Exact, GMRES"
     ):
         CG(max_steps=5).solve(general(system), system.b)
 

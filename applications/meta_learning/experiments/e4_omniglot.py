@@ -249,7 +249,7 @@ class Table2(Experiment):
         some = next(iter(result["runs"].values()))
         c = some["config"]
         tests = ", ".join(
-            f"{t['tasks']} tasks with {t['query_shots']} queries per class ({name})"
+            f"{t['tasks']} tasks with {t['query_shots']} {'query' if t['query_shots'] == 1 else 'queries'} per class ({name})"
             for name, t in some["tests"].items()
         )
         return [
