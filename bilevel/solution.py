@@ -153,8 +153,8 @@ def _of_equations(
         )
     if linsys.requires_symmetric:
         raise ValueError(
-            f"{name}: {linsys!r} needs a symmetric matrix, and the derivative of the condition is not symmetric in general. Use Exact, GMRES "
-            "or BiCGStab; if the equations are the gradient of something, use argmin."
+            f"{name}: {linsys!r} needs a symmetric matrix, and the derivative of the condition is not symmetric in general. Use Exact, "
+            "GMRES or BiCGStab; if the equations are the gradient of something, use argmin."
         )
     call = prepare(Condition(fn), theta, data, init, flat_type=flat_type)
     return _solution(call, solver, linsys, check, report, name)
