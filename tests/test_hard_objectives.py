@@ -427,3 +427,27 @@ def test_newton_cg_ends_where_rounding_undoes_its_steps(dtype: torch.dtype) -> N
     found = solve(solver, loss, torch.zeros(8, dtype=dtype))
     assert found.status is Status.LINE_SEARCH_FAILED and found.steps < 50 and len(asked) < 500
     assert found.residual < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("size", [1e-5, 1e-9, 1e-11])
+def test_they_leave_a_saddle_of_many_directions(name: str, size: float) -> None:
+    """50 problems beside a maximum: next to it a line search sees next to no slope, and G falls by far more than that promises."""
+    g = torch.Generator().manual_seed(1)
+    weights = torch.rand(50, 6, generator=g, dtype=torch.float64) + 0.5
+    starts = size * torch.randn(50, 6, generator=g, dtype=torch.float64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.25 * (data["weights"] * (phi.square() - 1).square()).sum(),
+        lambda phi, theta, data: phi.sum(),
+        lambda theta, data: data["start"].clone(),
+    )
+    solver = SOLVERS[name](1e-3 * size)
+    found = bilevel.solve(
+        problem,
+        torch.zeros((), dtype=torch.float64),
+        {"weights": weights, "start": starts},
+        solver=solver,
+        batched=True,
+    )
+    assert (found.codes == int(Status.CONVERGED)).all()
+    torch.testing.assert_close(found.value.abs(), torch.ones_like(starts))

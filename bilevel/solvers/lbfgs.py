@@ -155,7 +155,7 @@ class LBFGS(IterativeSolver):
             return self._accepted(state, local, state.memory.pushed(is_pair, s, y, everywhere=bool(is_pair.all())))
         search = state.search.narrowed(trial)
         ended = (search.rejected > self.max_backtracks) | ~search.has_room(norm(state.direction), eps * norm(state.phi))
-        rescue = ended & ~accept & search.has_lowered(search.low, state.value)
+        rescue = ended & ~accept & search.has_lowered(search.low, search.low_change, state.value)
         search = search.back_to_low(rescue, self.max_backtracks)
         failed = ended & ~accept & ~rescue
         size = norm(state.grad)

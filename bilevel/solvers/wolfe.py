@@ -38,6 +38,7 @@ class Search:
     slope: Tensor  # of the objective along the direction, at length 0
     low: Tensor
     low_slope: Tensor
+    low_change: Tensor  # of the objective, from length 0 to low
     high: Tensor
     high_slope: Tensor
     rejected: Tensor  # trials so far
@@ -46,7 +47,7 @@ class Search:
     def start(length: Tensor, slope: Tensor) -> Search:
         """A new search with this first trial."""
         zero, infinite = torch.zeros_like(slope), torch.full_like(slope, torch.inf)
-        return Search(length, slope, zero, slope, infinite, infinite, zero)
+        return Search(length, slope, zero, slope, zero, infinite, infinite, zero)
 
     def tried(
         self,
@@ -73,7 +74,7 @@ class Search:
         change, noise = value - value_at_0, NOISE * torch.finfo(value.dtype).eps * value_at_0.abs()
         low_enough = (change <= SUFFICIENT_DECREASE * self.length * self.slope + noise) & (value <= ceiling + noise)
         too_long = ~(finite & low_enough & (slope <= -CURVATURE * self.slope))
-        last_resort = (self.high == torch.inf) | self.has_lowered(self.length, value_at_0)
+        last_resort = (self.high == torch.inf) | self.has_lowered(self.length, change, value_at_0)
         last_resort = last_resort & (self.rejected >= max_rejected)
         long_enough = (slope >= CURVATURE * self.slope) | short_will_do | last_resort
         return Trial(~too_long & long_enough, too_long, finite, slope, change, noise)
@@ -86,6 +87,7 @@ class Search:
         known = trial.finite & (trial.change.abs() > trial.noise)
         mean_slope = torch.where(known, trial.change, torch.nan) / torch.where(known, self.length, 1.0)
         low, low_slope = torch.where(too_long, self.low, self.length), torch.where(too_long, self.low_slope, slope)
+        low_change = torch.where(too_long, self.low_change, trial.change)
         high, high_slope = torch.where(too_long, self.length, self.high), torch.where(too_long, slope, self.high_slope)
         # closed brackets: where a cubic is least; every third time the middle. Unknown means are those of a parabola
         closed, regular = high < torch.inf, high_slope < torch.inf
@@ -99,12 +101,14 @@ class Search:
         ahead = self.length - (self.length - self.low) * low_slope / torch.where(rise > 0, rise, 1.0)
         ahead = torch.where(rise > 0, ahead.clamp(2 * self.length, LENGTHEN * self.length), LENGTHEN * self.length)
         length = torch.where(closed, inside, ahead)
-        return Search(length, self.slope, low, low_slope, high, high_slope, self.rejected + 1)
+        return Search(length, self.slope, low, low_slope, low_change, high, high_slope, self.rejected + 1)
 
-    def has_lowered(self, length: Tensor, value_at_0: Tensor) -> Tensor:
-        """Whether a trial of this length that was low enough has lowered the objective by more than rounding."""
+    def has_lowered(self, length: Tensor, change: Tensor, value_at_0: Tensor) -> Tensor:
+        """Whether a trial of this length that was low enough has lowered the objective by more than rounding: by what was asked of it, or
+        by more, as on the way down from a saddle.
+        """
         noise = NOISE * torch.finfo(length.dtype).eps * value_at_0.abs()
-        return -SUFFICIENT_DECREASE * length * self.slope > noise
+        return (-SUFFICIENT_DECREASE * length * self.slope > noise) | (change < -noise)
 
     def back_to_low(self, mask: Tensor, max_rejected: int) -> Search:
         """With the best length so far as the last trial, where the mask is set."""
