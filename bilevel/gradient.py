@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -208,7 +208,7 @@ class Hypergradient:
             return self.grad
         ok = self.ok_per_task
         if not bool(ok.all() if self.grad_per_task else ok.any()):
-            raise SolverError(self.describe(), self)
+            raise SolverError(self.describe(), self._without_evidence())
         if check == "converged":
             for what, solve in (("inner solve", self.inner), ("linear solve", self.linear)):
                 if solve is None:
@@ -216,8 +216,12 @@ class Hypergradient:
                 left = ok & refused(solve.codes, check)
                 if bool(left.any()):
                     few = f"{what}: {int(left.sum())} of {left.numel()} not converged."
-                    raise SolverError(f"{few}\n{self.describe()}", self)
+                    raise SolverError(f"{few}\n{self.describe()}", self._without_evidence())
         return self.grad
+
+    def _without_evidence(self) -> Hypergradient:
+        """For an error, which may be kept, or sent to another process: the problem may hold functions that cannot be."""
+        return replace(self, certificate=None)
 
     def assign_grad(self, theta: Tree, *, check: Check = "failed") -> None:
         """Write ``grad`` to the ``.grad`` of the leaves of theta, in the place of what is there. With an optimizer over

@@ -37,6 +37,8 @@ class _OwnSignature:
     """The parameters of ``__init__``: :mod:`inspect`, and so ``help``, would show those of ``__new__``."""
 
     def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if instance is not None:  # that of its __call__
+            raise AttributeError("__signature__")
         if owner.__init__ is object.__init__:  # type: ignore[misc]
             return inspect.Signature()
         whole = inspect.signature(owner.__init__)  # type: ignore[misc]
@@ -122,9 +124,12 @@ class BilevelProblem(ABC):
 
     @property
     def _composes_another(self) -> bool:
-        """Whether ``composition`` is older than G: a subclass, or the object, has redefined what it is a part of."""
+        """Whether ``composition`` is older than G: a subclass of the problem that has it has redefined what it is a part of."""
         at = self._definer("composition")
-        return any(self._definer(name) < at for name in ("inner_objective", "train_loss") if hasattr(type(self), name))
+        names = [name for name in ("inner_objective", "train_loss") if hasattr(type(self), name)]
+        # not of a mixin without a G; an attribute of the object itself may be what the composition is read from
+        is_of_problem = at > 0 and issubclass(type(self).__mro__[at - 1], BilevelProblem)
+        return is_of_problem and any(0 < self._definer(name) < at for name in names)
 
     def _definer(self, name: str) -> int:
         """How far from this object, along its bases, the method or property ``name`` is defined."""

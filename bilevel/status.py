@@ -152,7 +152,8 @@ class SolverError(RuntimeError):
     """A result was asked for its value, or a solve ended, and ``check`` does not let it pass.
 
     Attributes:
-        result: the :class:`~bilevel.Result` or :class:`~bilevel.Hypergradient` that was refused, with its status codes and residuals.
+        result: the :class:`~bilevel.Result` or :class:`~bilevel.Hypergradient` that was refused, with its status codes and residuals
+            (without ``certificate``).
     """
 
     def __init__(self, message: str, result: Any = None) -> None:

@@ -451,3 +451,29 @@ def test_they_leave_a_saddle_of_many_directions(name: str, size: float) -> None:
     )
     assert (found.codes == int(Status.CONVERGED)).all()
     torch.testing.assert_close(found.value.abs(), torch.ones_like(starts))
+
+
+@pytest.mark.parametrize("stiff", [1e7, 1e8, 1e9, 1e10])
+def test_newton_cg_takes_small_curvature_for_what_it_is(stiff: float) -> None:
+    """In float32, beside curvature that is 1 / eps times as large and more: no rounding is as regular."""
+    weights = torch.tensor([stiff] * 3 + [1.0] * 3)
+
+    def bowl(phi: Tensor) -> Tensor:
+        x = phi - 1
+        return 0.5 * (weights * x.square()).sum() + 0.3 * (stiff**0.5 * x[0] * x[3] + x[4] * x[5])
+
+    found = solve(NewtonCG(max_steps=10, cg_steps=6, tol=1e-3), bowl, torch.zeros(6))
+    assert found.status is Status.CONVERGED
+
+
+def test_newton_cg_lets_the_gradient_grow_for_a_while_where_g_is_hidden() -> None:
+    """Rosenbrock's function with a large constant in float32: on the way down the gradient has to grow, and rounding hides G."""
+    g = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        start = torch.randn(4, generator=g)
+
+        def valley(phi: Tensor) -> Tensor:
+            return 1e4 + (1 - phi[:-1]).square().sum() + 100 * (phi[1:] - phi[:-1].square()).square().sum()
+
+        found = solve(NewtonCG(max_steps=100, cg_steps=20, tol=2e-2), valley, start)
+        assert found.status is Status.CONVERGED

@@ -923,3 +923,33 @@ def test_help_shows_the_parameters_of_a_class() -> None:
     assert list(inspect.signature(ProximalProblem).parameters) == ["lam"]
     assert list(inspect.signature(LearnedProximalProblem).parameters) == ["train_loss", "test_loss", "kind"]
     assert not inspect.signature(BilevelProblem).parameters
+
+
+class _Network:
+    """A mixin: no problem, and without a G of its own."""
+
+    @property
+    def composition(self) -> Composition:
+        return Composition(lambda phi, theta, data: phi, lambda outputs, theta, data: (outputs - 1).square().sum())
+
+
+class _Mixed(_Network, BilevelProblem):
+    def inner_objective(self, phi: Any, theta: Any, data: Any) -> Tensor:
+        return self.composition.objective(phi, theta, data) + 0 * theta.sum()
+
+    def outer_loss(self, phi: Any, theta: Any, data: Any) -> Tensor:
+        return (phi - theta).square().sum()
+
+    def initial_phi(self, theta: Any, data: Any) -> Tensor:
+        return theta.clone()
+
+    def __call__(self, phi: Tensor, data: Any) -> Tensor:
+        return (phi - 1).square().sum()
+
+
+def test_a_problem_may_be_a_mixture_and_may_be_called() -> None:
+    options: Any = {"solver": solvers.NewtonCG(max_steps=3), "linsys": CG(max_steps=5), "curvature": GaussNewton()}
+    assert bilevel.hypergradient(_Mixed(), torch.zeros(3), **options).ok
+    as_loss = ProximalProblem.from_losses(_Mixed(), _Mixed(), 1.0)
+    assert bilevel.solve(as_loss, torch.zeros(3), solver=solvers.NewtonCG(max_steps=3)).unwrap().shape == (3,)
+    assert list(inspect.signature(_Mixed()).parameters) == ["phi", "data"]

@@ -334,7 +334,10 @@ def test_what_was_refused_comes_with_the_error() -> None:
     none = replace(found, ok_per_task=torch.zeros_like(found.ok_per_task))
     with pytest.raises(SolverError) as refused:
         none.unwrap()
-    assert refused.value.result is none
+    kept = refused.value.result
+    assert kept.ok_per_task is none.ok_per_task and kept.grad is none.grad
+    assert kept.certificate is None  # the problem, and all data
+    assert pickle.loads(pickle.dumps(refused.value)).result.num_ok == 0
     assert str(pickle.loads(pickle.dumps(SolverError("words", single)))) == "words"
 
 

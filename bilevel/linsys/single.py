@@ -6,6 +6,7 @@ of the caller, which goes on from where they end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, sqrt
 
@@ -32,8 +33,8 @@ def is_single(v: Tensor) -> bool:
 
 @dataclass
 class Steps:
-    """Where CG is: ``r`` = b - A x, ``p`` the next direction, ``rr`` = r^T r, the quotients of each step, and the largest
-    p^T A p / p^T p.
+    """Where CG is: ``r`` = b - A x, ``p`` the next direction, ``rr`` = r^T r, the quotients of each step, and the largest p^T A p / p^T p
+    where it is wanted.
     """
 
     x: Tensor
@@ -52,9 +53,16 @@ class Steps:
         return len(self.lengths)
 
 
-def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int, least: float = 0.0) -> Steps:
+def single_cg(
+    matvec: Matvec,
+    x: Tensor,
+    r: Tensor,
+    threshold: float,
+    most: int,
+    is_flat: Callable[[float, float, float, float], bool] | None = None,
+) -> Steps:
     """Steps of CG from x with the residual r, until its norm is at most ``threshold``, until there are ``most``, or until p^T A p is no
-    positive number, or p^T A p / p^T p no more than ``least`` times the largest so far.
+    positive number, or none but for rounding: ``is_flat`` of it, |p|, |A p| and the largest p^T A p / p^T p so far.
     """
     x, r, p = x.clone(), r.clone(), r  # x and r change in place; the directions do not, for whoever keeps them
     steps, largest = Steps(x, r, p, float(torch.dot(r, r))), torch.finfo(r.dtype).max
@@ -63,21 +71,23 @@ def single_cg(matvec: Matvec, x: Tensor, r: Tensor, threshold: float, most: int,
         """As a tensor of this dtype would have it."""
         return inf if a / b > largest else a / b
 
-    pp = steps.rr  # by its recurrence: r is orthogonal to the direction before
     while steps.taken < most and sqrt(steps.rr) > threshold:
         ap = matvec(steps.p)
         curvature = float(torch.dot(steps.p, ap)) if is_single(ap) else 0.0
-        if not curvature > least * steps.top * pp:
+        if is_flat is not None and curvature > 0:
+            p_norm, ap_norm = (float(torch.linalg.vector_norm(v)) for v in (steps.p, ap))
+            curvature = 0.0 if is_flat(curvature, p_norm, ap_norm, steps.top) else curvature
+            steps.top = max(steps.top, curvature / p_norm**2)
+        if not curvature > 0:
             steps.ap = ap
             break
-        steps.top = max(steps.top, curvature / pp)
         alpha = quotient(steps.rr, curvature)
         x.add_(steps.p, alpha=alpha)
         r.sub_(ap, alpha=alpha)
         rr = float(torch.dot(r, r))
         beta = quotient(rr, steps.rr)
         steps.p = torch.add(r, steps.p, alpha=beta)
-        steps.rr, pp = rr, rr + beta * beta * pp
+        steps.rr = rr
         steps.lengths.append(alpha)
         steps.shares.append(beta)
     return steps

@@ -14,6 +14,7 @@ from bilevel.derivatives import Objective
 from bilevel.linsys.base import LinearSolver, Operator, norm, select
 from bilevel.linsys.exact import Exact
 from bilevel.solvers.base import IterativeSolver, State
+from bilevel.solvers.line_search import SUFFICIENT_DECREASE
 from bilevel.solvers.masks import nowhere
 from bilevel.status import Status
 
@@ -84,10 +85,12 @@ class Newton(IterativeSolver):
         direction = select(solved.failed, torch.zeros_like(local.grad), solved.value)
         size = norm(local.grad)
         best, length = state.point, torch.ones_like(size)
+        # a truncated solve promises less
+        promised = (1 - solved.residual / torch.where(size > 0, size, 1)).clamp(SUFFICIENT_DECREASE, 1)
         searching = ~(state.stalled | solved.failed)
         for _ in range(self.max_backtracks + 1):
             trial = state.point + length.unsqueeze(-1) * direction
-            fallen = norm(objective.value_and_grad(trial)[1]) <= (1 - ENOUGH * length) * size
+            fallen = norm(objective.value_and_grad(trial)[1]) <= (1 - ENOUGH * promised * length) * size
             accept = searching & fallen
             best = select(accept, trial, best)
             searching = searching & ~accept

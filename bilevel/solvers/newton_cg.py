@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,16 @@ floor is reached and nothing helps.
 HALVINGS = 8
 """Where these are not enough, the step is wrong by orders of magnitude, and tenths find its length in fewer trials."""
 
+PATIENCE = 5
+"""Steps in a row, taken because the gradient is smaller or because G falls, that may pass without the smallest gradient so far: the one
+may undo the other for ever at the rounding floor, and fewer would end where the gradient has to grow a while.
+"""
+
+ACROSS = 0.01
+"""p and A p are across each other where the cosine between them is below this part of the root of eps: what rounding leaves of a null
+vector. Of a positive definite A it is at least 2 / sqrt(condition number).
+"""
+
 LEAST = 0.1
 """Of p^T A p along the first direction, when it is no positive number: at least this part of |p| |A p| makes the length of the step."""
 
@@ -41,6 +53,7 @@ Not zero: near a minimum along the step rounding decides which sign the slope at
 class _State(State):
     negative_curvature: Tensor  # steps at which CG met negative curvature
     lowest: Tensor  # the smallest gradient norm since a test on G was last passed; infinity right after one
+    idle: Tensor  # steps since it was reached
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ class NewtonCG(IterativeSolver):
     long as the size of the curvature says, so that units do not matter. The step length is the first of 1, 1/2, 1/4, .., 1/256, and
     tenths from there on, that lowers G enough (Armijo). Where that test says nothing (near the rounding floor of G; where it is never
     passed; where 1/256 or less has passed it, with a change of G that may be rounding), gradients decide: the first of 1, 1/2, .., 1/16
-    with which the gradient norm is lower than at any point since that test was last passed, or G falls along the whole step. Where
-    there is none either, what has passed the first test is taken; without that the method stops.
+    with which the gradient norm falls, or G falls along the whole step, as long as every few of these steps reach the smallest gradient
+    so far. Where there is none either, what has passed the first test is taken; without that the method stops.
 
     Args:
         max_steps: Newton steps, >= 1.
@@ -111,7 +124,7 @@ class NewtonCG(IterativeSolver):
         return self.preconditioner is None or isinstance(self.preconditioner, Preconditioner)
 
     def init(self, objective: Objective, phi: Tensor) -> _State:
-        return _State(phi, phi, nowhere(phi), nowhere(phi).long(), _infinite(phi))
+        return _State(phi, phi, nowhere(phi), nowhere(phi).long(), *_fresh(phi))
 
     def negative_curvature_count(self, state: _State) -> Tensor:
         return state.negative_curvature
@@ -125,8 +138,8 @@ class NewtonCG(IterativeSolver):
         if bool(lost.any()):  # G is not asked at NaN: some raise there, for the whole batch
             direction = select(lost, torch.zeros_like(direction), direction)
         slope = dot(local.grad, direction)
-        point, stalled, lowest = self._line_search(objective, state, local, direction, slope, negative)
-        return _State(point, point, stalled, state.negative_curvature + negative, lowest)
+        point, stalled, lowest, idle = self._line_search(objective, state, local, direction, slope, negative)
+        return _State(point, point, stalled, state.negative_curvature + negative, lowest, idle)
 
     def _direction(self, objective: Objective, point: Tensor, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
@@ -146,8 +159,8 @@ class NewtonCG(IterativeSolver):
         none = torch.zeros_like(active)
         begin, first, ap = _CG(torch.zeros_like(r), r, p, rz, threshold, active, none, torch.zeros_like(rz)), 0, None
         if m is None and is_single(r) and bool(active):
-            least = torch.finfo(r.dtype).eps
-            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps, least)
+            flat = partial(_is_flat, torch.finfo(r.dtype).eps)
+            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps, flat)
             if done.ap is None:
                 return done.x * unit, begin.negative
             rz, first, ap = r.new_tensor(done.rr), done.taken, done.ap
@@ -191,12 +204,12 @@ class NewtonCG(IterativeSolver):
                     objective.num_matvecs += few.num_matvecs
                     return scatter_rows(now, rows, end)
             ap, known = local.matvec(p) if known is None else known, None
-            curvature, pp = dot(p, ap), dot(p, p)
-            bad = active & ~(curvature > torch.finfo(r.dtype).eps * top * pp)
+            curvature, p_norm, ap_norm = dot(p, ap), norm(p), norm(ap)
+            bad = active & (~(curvature > 0) | _is_flat(torch.finfo(r.dtype).eps, curvature, p_norm, ap_norm, top))
             negative = negative | (bad & (curvature <= 0))
-            top = torch.maximum(top, torch.where(active & ~bad, curvature / torch.where(active, pp, 1), 0))
+            top = torch.maximum(top, torch.where(active & ~bad, curvature / torch.where(active, p_norm, 1).square(), 0))
             if k == 0:
-                size = torch.maximum(curvature.abs(), LEAST * norm(p) * norm(ap))
+                size = torch.maximum(curvature.abs(), LEAST * p_norm * ap_norm)
                 long = bad & (size > 0) & size.isfinite()
                 x = select(bad, torch.where(long, rz / torch.where(long, size, 1), 1).unsqueeze(-1) * p, x)
             active = active & ~bad
@@ -221,8 +234,8 @@ class NewtonCG(IterativeSolver):
         direction: Tensor,
         slope: Tensor,
         negative: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next point, which problems can go no further, and their ``lowest``. ``negative``: where the curvature is."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The next point, which problems can go no further, their ``lowest`` and ``idle``. ``negative``: where the curvature is."""
         point = state.point
         trial = point + direction
         value = objective.value(trial)
@@ -230,7 +243,7 @@ class NewtonCG(IterativeSolver):
         if is_single(trial) and not bool(state.stalled):  # the same test with numbers of Python, which mostly is all
             begin, rise = float(local.value), float(slope)
             if abs(rise) > part * abs(begin) and float(value) <= begin + SUFFICIENT_DECREASE * rise:
-                return trial, state.stalled, _infinite(trial)
+                return trial, state.stalled, *_fresh(trial)
         hidden = part * local.value.abs()
         at_floor = slope.abs() <= hidden
         searching = ~(state.stalled | at_floor)
@@ -251,11 +264,12 @@ class NewtonCG(IterativeSolver):
             length = torch.where(searching, (0.5 if k < HALVINGS else 0.1) * length, length)
         doubtful = at_floor | searching | short
         if not bool(doubtful.any()):  # as mostly
-            return best, state.stalled, _infinite(best)
+            return best, state.stalled, *_fresh(best)
         # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
         # a saddle. A problem that is done has no direction
         size = norm(local.grad)
-        lowest = torch.minimum(state.lowest, size)
+        lowest, idle = torch.minimum(state.lowest, size), torch.where(size < state.lowest, 0, state.idle + 1)
+        patient = (idle <= PATIENCE) | negative  # next to a saddle the gradient has to grow for long
         undecided = ~state.stalled & doubtful & ~(size <= self.tol)
         short = short & (best != point).any(-1)
         length = torch.ones_like(slope)
@@ -266,16 +280,25 @@ class NewtonCG(IterativeSolver):
             value, grad = objective.value_and_grad(trial)
             along = dot(grad, direction)
             level = torch.where(short, value <= local.value + hidden, not_above(value, local.value))
-            falls = (norm(grad) < lowest) & level
-            # next to a saddle G is the same but for rounding, and its gradient grows
-            lower = (value < local.value) | (negative & (value == local.value))
-            falls = falls | ((along < ALMOST_FLAT * slope.abs()) & lower)
-            falls = falls & (trial != point).any(-1)  # a step that rounding undoes would be taken again and again
+            smaller = norm(grad)
+            falls = (smaller < size) & level
+            falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
+            falls = (
+                falls & (patient | (smaller < lowest)) & (trial != point).any(-1)
+            )  # a step that rounding undoes would be taken again and again
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long
-        return best, state.stalled | (undecided & ~short), torch.where(doubtful, lowest, torch.inf)
+        fresh = _fresh(phi=best)
+        lowest, idle = torch.where(doubtful, lowest, fresh[0]), torch.where(doubtful, idle, fresh[1])
+        return best, state.stalled | (undecided & ~short), lowest, idle
 
 
-def _infinite(phi: Tensor) -> Tensor:
-    return phi.new_full(phi.shape[:-1], torch.inf)
+def _is_flat(eps: float, curvature: Any, p: Any, ap: Any, top: Any) -> Any:
+    """Whether a positive p^T A p is rounding along a null vector of A, as where pieces of G are flat; ``p`` and ``ap`` are the norms."""
+    return (curvature <= eps * top * p**2) & (curvature <= ACROSS * eps**0.5 * p * ap)
+
+
+def _fresh(phi: Tensor) -> tuple[Tensor, Tensor]:
+    """``lowest`` and ``idle`` where a test on G decides."""
+    return phi.new_full(phi.shape[:-1], torch.inf), nowhere(phi).long()
