@@ -900,7 +900,7 @@ def test_a_look_gives_up_where_newton_hardly_lowers_the_gradient():
     solver = GradientDescent(step_size=0.1, max_steps=60)
     options = {"linsys": CG(max_steps=20), "curvature": bilevel.GaussNewton()}
     found = bilevel.hypergradient(problem, theta, solver=solver, **options).diagnose()
-    assert found.inner.isinf() and found.num_matvecs < 1000
+    assert found.inner.isinf() and found.num_matvecs < 1100
 
 
 def test_the_theorem_holds_at_a_saddle_that_is_solved():
