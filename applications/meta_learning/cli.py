@@ -17,7 +17,14 @@ from rich.markup import escape
 import bilevel
 from applications.meta_learning.allocator import keep_freed_memory
 from applications.meta_learning.checkpoint import load_checkpoint
-from applications.meta_learning.config import MAX_SEED, Config, ConfigError, option_name, refuse_without_effect
+from applications.meta_learning.config import (
+    MAX_SEED,
+    Config,
+    ConfigError,
+    option_name,
+    refuse_untrainable,
+    refuse_without_effect,
+)
 from applications.meta_learning.demo import Plan, demo_config, refuse_other_files, run_demo
 from applications.meta_learning.display import Display
 from applications.meta_learning.evaluate import (
@@ -185,6 +192,7 @@ class _Chosen:
 def _begin(chosen: _Chosen, folder: Path) -> tuple[Trainer, Path | None, list[dict[str, Any]]]:
     """A new run. Its folder is made or cleared once its data and settings are known to be good."""
     config = replace(preset(chosen.name), **chosen.settings)
+    refuse_untrainable(config)
     refuse_without_effect(config, chosen.settings)
     data_dir = data_dir_for(config.dataset, chosen.data_dir, chosen.download)
     refuse_among_images(config, folder, data_dir)
@@ -202,6 +210,7 @@ def _go_on(chosen: _Chosen, stored: dict[str, Any]) -> tuple[Trainer, Path | Non
         preset(chosen.preset_name)  # a wrong name is an error here, too; with --resume it only says which folder
     refuse_fixed(old, chosen.settings)
     config = replace(old, **chosen.settings)
+    refuse_untrainable(config)
     refuse_without_effect(config, chosen.settings)
     taken = stored["progress"]["step"]
     if config.outer_steps < taken:

@@ -96,7 +96,7 @@ class Config:
 
     # Inner problem
     lam: float = setting(
-        2.0, INNER, "lambda: strength of the pull of phi towards theta; 0: none (not for imaml)", at_least=0
+        2.0, INNER, "lambda: strength of the pull of phi towards theta; 0: none (imaml: in evaluate only)", at_least=0
     )
     lam_head: float = setting(0.0, INNER, "lambda of the last layer; 0: the same as --lam", at_least=0)
     inner: Literal["gd", "agd", "newton-cg"] = setting(
@@ -225,10 +225,6 @@ class Config:
             )
 
     def _check_algorithm(self) -> None:
-        if not self.lam and self.algorithm == "imaml":
-            raise ConfigError(
-                "lam: expected a number above 0 for the algorithm imaml, whose gradient is that of the proximal problem, got 0"
-            )
         if self.lam_head and not self.lam:
             raise ConfigError(
                 f"lam_head: expected 0, because lam is 0, got {self.lam_head} (of the preset, maybe); add --lam-head 0"
@@ -328,6 +324,19 @@ def refuse_without_effect(config: Config, asked: Collection[str]) -> None:
                 raise ConfigError(
                     f"{name}: has no effect with {option_name(other)} {found}; leave it out, or add {needed}"
                 )
+
+
+def refuse_untrainable(config: Config) -> None:
+    """Refuse what may be tested, and not trained.
+
+    Raises:
+        ConfigError: iMAML without the proximal term.
+    """
+    if not config.lam and config.algorithm == "imaml":
+        raise ConfigError(
+            "lam: expected a number above 0 to train with imaml, whose gradient is that of the proximal problem, got 0; to test a run "
+            "without it, imaml evaluate takes 0"
+        )
 
 
 def option_name(name: str) -> str:

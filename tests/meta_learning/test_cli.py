@@ -749,3 +749,17 @@ def test_names_that_are_no_text_and_letters_that_a_terminal_lacks(tmp_path: Path
         [*command, *options, *more], cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
     assert found.returncode == 0 and "Traceback" not in found.stderr, found.stdout + found.stderr
+
+
+def test_without_the_proximal_term_imaml_is_tested_and_not_trained(finished: Path, tmp_path: Path) -> None:
+    """As the authors' code adapts at test."""
+    for more in (
+        ["--out", tmp_path / "run", *TINY_OPTIONS, "--lam", "0"],
+        ["--resume", "--out", finished, "--lam", "0"],
+    ):
+        refused = imaml("train", *more)
+        assert refused.exit_code == 2 and "lam: expected a number above 0 to train with imaml" in squeezed(
+            refused.output
+        )
+    tested = imaml("evaluate", finished, "--lam", "0", "--protocol", "paper", "--tasks", "4")
+    assert tested.exit_code == 0 and "no proximal term" in squeezed(tested.output), tested.output
