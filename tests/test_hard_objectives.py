@@ -477,3 +477,22 @@ def test_newton_cg_lets_the_gradient_grow_for_a_while_where_g_is_hidden() -> Non
 
         found = solve(NewtonCG(max_steps=100, cg_steps=20, tol=2e-2), valley, start)
         assert found.status is Status.CONVERGED
+
+
+def test_lbfgs_ends_at_a_kink() -> None:
+    """A lasso: what its searches find there is no more than their slope promises, and each of them next to nothing."""
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 6, generator=g, dtype=torch.float64)
+    y = X @ torch.tensor([1.0, -2.0, 0.0, 0.0, 0.5, 0.0], dtype=torch.float64)
+    y = y + 0.1 * torch.randn(40, generator=g, dtype=torch.float64)
+
+    def lasso(phi: Tensor) -> Tensor:
+        return 0.5 * (X @ phi - y).square().mean() + 0.15 * phi.abs().sum()
+
+    phi = torch.zeros(6, dtype=torch.float64)
+    for _ in range(5000):  # proximal gradient steps
+        phi = phi - 0.1 * X.mT @ (X @ phi - y) / 40
+        phi = phi.sign() * (phi.abs() - 0.015).clamp_min(0)
+    found = solve(LBFGS(max_steps=1000, tol=1e-8), lasso, torch.ones(6, dtype=torch.float64))
+    assert found.status is Status.LINE_SEARCH_FAILED and found.steps < 300
+    assert lasso(found.value) - lasso(phi) < 1e-3

@@ -105,10 +105,11 @@ class Search:
 
     def has_lowered(self, length: Tensor, change: Tensor, value_at_0: Tensor) -> Tensor:
         """Whether a trial of this length that was low enough has lowered the objective by more than rounding: by what was asked of it, or
-        by more, as on the way down from a saddle.
+        by far more than its slope promised, as on the way down from a saddle (and not at a kink).
         """
         noise = NOISE * torch.finfo(length.dtype).eps * value_at_0.abs()
-        return (-SUFFICIENT_DECREASE * length * self.slope > noise) | (change < -noise)
+        promised = length * self.slope
+        return (-SUFFICIENT_DECREASE * promised > noise) | ((change < -noise) & (change < 2 * promised))
 
     def back_to_low(self, mask: Tensor, max_rejected: int) -> Search:
         """With the best length so far as the last trial, where the mask is set."""
