@@ -283,9 +283,8 @@ class NewtonCG(IterativeSolver):
             smaller = norm(grad)
             falls = (smaller < size) & level
             falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
-            falls = (
-                falls & (patient | (smaller < lowest)) & (trial != point).any(-1)
-            )  # a step that rounding undoes would be taken again and again
+            moved = (trial != point).any(-1)  # a step that rounding undoes would be taken again and again
+            falls = falls & moved & (patient | (smaller < lowest))
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls
             length = 0.5 * length  # a step with Gauss-Newton may be too long
