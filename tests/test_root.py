@@ -1467,14 +1467,14 @@ def test_newton_does_not_run_into_where_f_is_flat(F: Any) -> None:
     assert reached >= 54
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [2, 3, 4])
 def test_newton_with_a_truncated_linear_solve(steps: int) -> None:
     """A step promises only what its linear solve has solved: with a residual of more than half of |F| no length could lower |F| by half
     of all.
     """
     g = torch.Generator().manual_seed(0)
     n = 60
-    A = torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 + 1.5 * torch.eye(n, dtype=torch.float64)
+    A = torch.randn(n, n, generator=g, dtype=torch.float64) / n**0.5 + torch.eye(n, dtype=torch.float64)
     b = torch.randn(n, generator=g, dtype=torch.float64)
     solver = Newton(max_steps=400, tol=1e-9, linsys=GMRES(max_steps=steps))
     x, result = reported(

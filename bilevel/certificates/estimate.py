@@ -58,7 +58,7 @@ TRIAL_POINTS = 8
 
 HARDLY, IN_A_ROW = 0.9, 3
 """After so many steps in a row that had to be shortened and left more than this part of the gradient each, the others are like them: fewer
-would give up estimates that come out right after all (2 of 808 do with three, 8 with two)."""
+would give up more estimates that come out right after all."""
 
 SHORTER = 0.25
 """Of a point to the next: half would need twice as many of them to come as near."""

@@ -42,6 +42,9 @@ vector. Of a positive definite A it is at least 2 / sqrt(condition number).
 LEAST = 0.1
 """Of p^T A p along the first direction, when it is no positive number: at least this part of |p| |A p| makes the length of the step."""
 
+HIDDEN_IN_EPS = 10
+"""A change of so many eps |G| may be rounding, and the test on G says nothing."""
+
 ALMOST_FLAT = 0.01
 """G falls along the whole of a step if at its end it rises by less than this part of the slope at its beginning.
 
@@ -239,7 +242,7 @@ class NewtonCG(IterativeSolver):
         point = state.point
         trial = point + direction
         value = objective.value(trial)
-        part = 10 * torch.finfo(slope.dtype).eps  # of G, that may be rounding
+        part = HIDDEN_IN_EPS * torch.finfo(slope.dtype).eps
         if is_single(trial) and not bool(state.stalled):  # the same test with numbers of Python, which mostly is all
             begin, rise = float(local.value), float(slope)
             if abs(rise) > part * abs(begin) and float(value) <= begin + SUFFICIENT_DECREASE * rise:
@@ -265,13 +268,29 @@ class NewtonCG(IterativeSolver):
         doubtful = at_floor | searching | short
         if not bool(doubtful.any()):  # as mostly
             return best, state.stalled, *_fresh(best)
-        # what the test on G could not decide, the gradient decides: smaller, or G falls along the whole step, as on the way down from
-        # a saddle. A problem that is done has no direction
+        short = short & (best != point).any(-1)
+        return self._by_gradients(objective, state, local, direction, slope, negative, best, doubtful, short)
+
+    def _by_gradients(
+        self,
+        objective: Objective,
+        state: _State,
+        local: Linearisation,
+        direction: Tensor,
+        slope: Tensor,
+        negative: Tensor,
+        best: Tensor,
+        doubtful: Tensor,
+        short: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As :meth:`_line_search`, where the test on G left it ``doubtful``: the gradient decides. It is smaller, or G falls along the
+        whole step, as on the way down from a saddle. ``short``: that test was passed by a very short step, to ``best``.
+        """
+        point, hidden = state.point, HIDDEN_IN_EPS * torch.finfo(slope.dtype).eps * local.value.abs()
         size = norm(local.grad)
         lowest, idle = torch.minimum(state.lowest, size), torch.where(size < state.lowest, 0, state.idle + 1)
         patient = (idle <= PATIENCE) | negative  # next to a saddle the gradient has to grow for long
-        undecided = ~state.stalled & doubtful & ~(size <= self.tol)
-        short = short & (best != point).any(-1)
+        undecided = ~state.stalled & doubtful & ~(size <= self.tol)  # a problem that is done has no direction
         length = torch.ones_like(slope)
         for _ in range(FLOOR_TRIALS):
             if not bool(undecided.any()):
@@ -283,7 +302,7 @@ class NewtonCG(IterativeSolver):
             smaller = norm(grad)
             falls = (smaller < size) & level
             falls = falls | ((along < ALMOST_FLAT * slope.abs()) & (value <= local.value))
-            moved = (trial != point).any(-1)  # a step that rounding undoes would be taken again and again
+            moved = (trial != point).any(-1)  # or a step that rounding undoes would be taken again and again
             falls = falls & moved & (patient | (smaller < lowest))
             best = select(undecided & falls, trial, best)
             undecided = undecided & ~falls

@@ -35,6 +35,7 @@ from tests.meta_learning.tiny import TINY, TINY_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 OMNIGLOT = os.environ.get("BILEVEL_OMNIGLOT")
+PROGRAM = (sys.executable, "-m", "applications.meta_learning")
 
 
 def imaml(*arguments: str | Path) -> Result:
@@ -587,16 +588,7 @@ def test_without_tensorboard_there_is_a_note(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_a_checkpoint_that_resumes(number: signal.Signals, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "applications.meta_learning",
-        "train",
-        "--out",
-        str(folder),
-        *TINY_OPTIONS,
-        "--no-tensorboard",
-    ]
+    command = [*PROGRAM, "train", "--out", str(folder), *TINY_OPTIONS, "--no-tensorboard"]
     with subprocess.Popen(
         [*command, "--outer-steps", "1000000"],
         cwd=ROOT,
@@ -725,15 +717,7 @@ def test_names_that_are_no_text_and_letters_that_a_terminal_lacks(tmp_path: Path
         for i in range(6):
             pixels = np.random.default_rng(10 * k + i).integers(0, 255, (28, 28), dtype=np.uint8)
             Image.fromarray(pixels).save(os.fsencode(folder) + (b"/\xff\xfe.png" if i == 0 else b"/%d.png" % i))
-    command = [
-        sys.executable,
-        "-m",
-        "applications.meta_learning",
-        "train",
-        "--out",
-        str(tmp_path / "run"),
-        *TINY_OPTIONS,
-    ]
+    command = [*PROGRAM, "train", "--out", str(tmp_path / "run"), *TINY_OPTIONS]
     options = [
         "--dataset",
         "folder",
