@@ -19,7 +19,7 @@ from applications.meta_learning.tasks import TEST_SEED_OFFSET, load_source
 from applications.meta_learning.train import Trainer
 from tests.meta_learning.tiny import SINUSOID
 
-FACTOR = e6.LONGER[10][-1]
+FACTOR = 4
 
 
 def request(tmp_path: Path, *, quick: bool = True) -> Request:
@@ -209,7 +209,12 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     gains = dict(zip(e6.ROWS, (0.5, 0.6, 0.7, 0.9, 0.8), strict=True))
     long = [made_up(row, seed, (2.0, (1.0 + seed) * gains[row]), FACTOR) for row in e6.ROWS for seed in range(3)]
     other = [{**run, "shots": 10} for run in short]  # not trained longer
-    lines = e6._convergence({"runs": short + long + other, "settings": settings})
+    verdict, lines = (
+        e6._verdict({"runs": short + long + other}),
+        e6._convergence({"runs": short + long + other, "settings": settings}),
+    )
+    assert verdict[0].startswith("**Had it converged?**") and lines[: len(verdict)] == verdict
+    lines = lines[len(verdict) :]
     assert (
         "after 10 outer steps and after 40," in lines[0]
         and "gains between 10 and 50 % of the error of an algorithm" in lines[0]
@@ -217,7 +222,9 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     assert "the change is clear of 0 for 0 of 5 algorithms" in lines[0]  # 2 ± 2.5 in the units of each
     assert "Single seeds end at between 50 and 90 % of their error after the shorter training" in lines[0]
     steady = [made_up("fo", r["seed"], (2.0, 0.5 + r["seed"]), FACTOR) if r["row"] == "fo" else r for r in long]
-    assert "clear of 0 for 1 of 5 algorithms" in e6._convergence({"runs": short + steady, "settings": settings})[0]
+    assert "clear of 0 for 1 of 5 algorithms" in "".join(
+        e6._convergence({"runs": short + steady, "settings": settings})
+    )
     logs = np.log([*gains.values()])
     together = (
         f"{np.exp(logs.mean()):.2f} times that after the shorter training (geometric mean; 95 % interval over the seeds"
@@ -227,20 +234,48 @@ def test_convergence_says_what_the_longer_training_gained() -> None:
     change = f"-1 ± {width / 2:.2g}"  # of 1, 2, 3 to 0.5, 1, 1.5: -0.5, -1, -1.5
     assert f"| MAML | 1 | 4 ± {width:.2g} | 2 ± 0 | 2 ± {width:.2g} | 1 ± {width / 2:.2g} | {change} |" in lines
     assert "the order of the algorithms there is not the same after both" in lines[0]  # equal before, and then not
-    assert lines[-2].startswith("The rate goes down to 0") and sum("Had it converged" in line for line in lines) == 1
+    assert (
+        lines[-2].startswith("The rate goes down to 0")
+        and sum("What longer training gains" in line for line in lines) == 1
+    )
     assert e6._convergence({"runs": short, "settings": settings}) == []
     both = e6._convergence(
         {"runs": short + long + other + [{**run, "shots": 10} for run in long], "settings": settings}
     )
-    told = [line for line in both if "Had it converged" in line]
+    told = [line for line in both if "What longer training gains" in line]
     assert len(told) == 2 and "K = 5," in told[0] and "K = 10," in told[1]
     middle = [made_up(row, seed, (2.0, (1.0 + seed) * 0.95), 2) for row in e6.ROWS for seed in range(3)]
     steps = [
-        line for line in e6._convergence({"runs": long + middle + short, "settings": settings}) if "Had it" in line
+        line for line in e6._convergence({"runs": long + middle + short, "settings": settings}) if "What longer" in line
     ]
     assert ["after 10 outer steps and after 20," in line for line in steps] == [True, False]
     assert ["after 20 outer steps and after 40," in line for line in steps] == [False, True]
     assert "gains between 5 and 5 %" in steps[0] and "gains between 5 and 47 %" in steps[1]
+
+
+@pytest.mark.parametrize(
+    ("factors", "verdict"),
+    [
+        ((0.5, 0.55, 0.6), "still falling"),
+        ((2.0, 1.7, 1.9), "rising"),
+        ((0.5, 2.1, 1.0), "no change that 3 seeds can show"),
+        ((0.5,), "one seed cannot tell"),
+    ],
+)
+def test_the_verdict_is_that_of_the_last_lengthening(factors: tuple[float, ...], verdict: str) -> None:
+    """The first lengthening gained much, which tells nothing of the second."""
+    ends = [(seed, 1.0, 0.01, 0.01 * factor) for seed, factor in enumerate(factors)]
+    runs = [
+        made_up(row, seed, (9.0, error), n)
+        for row in e6.ROWS
+        for seed, *errors in ends
+        for n, error in zip((1, 2, 4), errors, strict=True)
+    ]
+    other = [{**made_up(row, seed, (9.0, 1.0)), "shots": 10} for row in e6.ROWS for seed in range(len(factors))]
+    (line,) = (line for line in e6._verdict({"runs": runs + other}) if line.startswith("- K"))
+    mean = np.exp(np.log(factors).mean())
+    assert line.startswith(f"- K = 5, from 20 to 40 outer steps: the error is {mean:.2f} times that after")
+    assert line.endswith(f": {verdict}.")
 
 
 def test_the_factor_of_all_algorithms_has_the_interval_of_the_seeds() -> None:
@@ -264,7 +299,7 @@ def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
     )
     lines = e6._longest({"runs": runs, "settings": settings, "longest": longest})
     absent = "MAML, first-order MAML, Reptile, iMAML, gradient descent"
-    words = f"One seed, 160 outer steps ({absent}: not run so long); the error after 10 inner steps."
+    words = f"one seed, 160 outer steps ({absent}: not run so long); the error after 10 inner steps."
     assert words in lines[0] and "from 40 to 160" in lines[0]
     assert lines[-2] == "| iMAML, Hessian-free | 2 | 1 | 0.5 | -0.50 |"
     assert "the error is 0.50 times that after the shorter training (geometric mean, one seed)." in lines[0]

@@ -41,7 +41,7 @@ IMAML = ("gd", "hf")
 
 SHOTS, SEEDS = (5, 10), 3
 OUTER_STEPS, SEARCH_STEPS = 8000, 2000
-LONGER = {5: (2, 4), 10: (4,)}  # times as long, for each number of shots
+LONGER = {5: (2, 4), 10: (4, 8)}  # times as long, for each number of shots
 LONGEST = 16  # one seed, with the last number of shots: does the error come to a floor at all?
 TASKS, QUERY_SHOTS, SEARCH_TASKS = 200, 50, 100
 SEARCH_SEED = 100  # added to the seed asked for: neither the networks nor the tasks of the search are reported
@@ -160,9 +160,9 @@ class E6(Experiment):
             figure.legend(
                 *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ROWS), fontsize=8
             )
-            long = LONGER[shots[-1]][-1]
+            long = _lengths(result, shots[-1])[-1]
             dashes = {1: "-", long: ":", LONGEST: "-."}
-            for run in result["runs"] + result.get("longest", []):
+            for run in (one for one in result["runs"] + result.get("longest", []) if one["factor"] in dashes):
                 if run["shots"] == shots[-1] and run["seed"] == 0:
                     points = [(p["step"], p["error"]) for p in run["training"]]
                     panels[-1].loglog(*zip(*points, strict=True), dashes[run["factor"]], color=COLOURS[run["row"]])
@@ -391,21 +391,54 @@ def _convergence(result: Numbers) -> list[str]:
     """What longer training gains: for each number of shots, from each length to the next."""
     lines = []
     for k in _shots(result):
-        factors = sorted({run["factor"] for run in result["runs"] if run["shots"] == k})
-        for pair in itertools.pairwise(factors):
+        for pair in itertools.pairwise(_lengths(result, k)):
             lines += _gain(result, k, *pair)
     remark = (
         "The rate goes down to 0 in every run, so that all curves end flat; what tells is what the longer training gains. The targets "
         "have no noise, so that no error above 0 is a floor."
     )
-    return [*lines, remark, ""] if lines else []
+    return [*_verdict(result), *lines, remark, ""] if lines else []
+
+
+def _verdict(result: Numbers) -> list[str]:
+    """What the last lengthening of all runs has gained, for each number of shots."""
+    lines = []
+    for k in _shots(result):
+        if len(lengths := _lengths(result, k)) < 2:
+            continue
+        before, after = (select(result, "maml", k, factor)[0]["outer_steps"] for factor in lengths[-2:])
+        logarithms = _logarithms(result, k, *lengths[-2:])
+        by_seed = [statistics.mean(one) for one in zip(*logarithms, strict=True)]
+        centre, width = statistics.mean(by_seed), half_width(by_seed)
+        if width is None:
+            verdict = "one seed cannot tell"
+        elif abs(centre) <= width:
+            verdict = f"no change that {len(by_seed)} seeds can show"
+        else:
+            verdict = "still falling" if centre < 0 else "rising"
+        lines.append(f"- K = {k}, from {before} to {after} outer steps: the error is {_times(logarithms)}: {verdict}.")
+    title = "**Had it converged?** All algorithms and seeds together, the last time that training was made longer:"
+    return [title, "", *lines, ""]
+
+
+def _lengths(result: Numbers, k: int) -> list[int]:
+    """The lengths of training with so many shots, as factors."""
+    return sorted({run["factor"] for run in result["runs"] if run["shots"] == k})
+
+
+def _logarithms(result: Numbers, k: int, factor: int, later: int) -> list[list[float]]:
+    """Of the factors between the errors after the most inner steps, for each algorithm and seed."""
+    pairs = {row: (select(result, row, k, factor), select(result, row, k, later)) for row in ROWS}
+    ends = {row: [[run["curve"][-1]["mean"] for run in runs] for runs in pair] for row, pair in pairs.items()}
+    return [[math.log(b / a) for a, b in zip(before, after, strict=True)] for before, after in ends.values()]
 
 
 def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
     """What training ``later`` times as long has gained over ``factor`` times."""
     runs = {row: (select(result, row, k, factor), select(result, row, k, later)) for row in ROWS}
     (first, *_), (last, *_) = runs["maml"]
-    rows, means, clear, logarithms = [], [], [], []
+    logarithms = _logarithms(result, k, factor, later)
+    rows, means, clear = [], [], []
     for row, name in ROWS.items():
         steps = result["settings"][row]["inner_steps"]
         (here, far), (later_here, later_far) = (zip(*_ends(some, steps), strict=True) for some in runs[row])
@@ -413,7 +446,6 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
         width = half_width(changes)
         if width is not None and abs(statistics.mean(changes)) > width:
             clear.append(name)
-        logarithms.append([math.log(b / a) for a, b in zip(far, later_far, strict=True)])
         rows.append([name, str(steps), *map(_shown, (here, later_here, far, later_far, changes))])
         means.append((statistics.mean(far), statistics.mean(later_far)))
     gains = [100 * (1 - after / before) for before, after in means]
@@ -422,7 +454,7 @@ def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
     most = last["curve"][-1]["steps"]
     least, largest = (100 * math.exp(end(map(end, logarithms))) for end in (min, max))
     return [
-        f"Had it converged? K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
+        f"What longer training gains: K = {k}, the error at test after as many inner steps as in training, and after {most}; after "
         f"{first['outer_steps']} outer steps and after {last['outer_steps']}, mean over the seeds ± 95 % interval; the change seed by "
         f"seed. After {most} inner steps the longer training gains between {min(gains):.0f} and {max(gains):.0f} % of the error of an "
         f"algorithm, and the 95 % interval of the change is clear of 0 for {len(clear)} of {len(ROWS)} algorithms"
@@ -465,22 +497,20 @@ def _longest(result: Numbers) -> list[str]:
     rows, logarithms = [], []
     for run in longest:
         row = run["row"]
-        all_runs = [
-            *(select(result, row, run["shots"], factor)[run["seed"]] for factor in (1, LONGER[run["shots"]][-1])),
-            run,
-        ]
-        ends = [_ends([one], result["settings"][row]["inner_steps"])[0][1] for one in all_runs]
-        logarithms.append([math.log(ends[-1] / ends[-2])])
-        slope = logarithms[-1][0] / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
+        shorter = (select(result, row, run["shots"], factor)[run["seed"]] for factor in _lengths(result, run["shots"]))
+        all_runs = [*shorter, run]
+        ends = [one["curve"][-1]["mean"] for one in all_runs]
+        logarithms.append([math.log(ends[-1] / ends[1])])
+        slope = logarithms[-1][0] / math.log(all_runs[-1]["outer_steps"] / all_runs[1]["outer_steps"])
         rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
     missing = [name for row, name in ROWS.items() if row not in {run["row"] for run in longest}]
     without = f" ({', '.join(missing)}: not run so long)" if missing else ""
     return [
-        f"Does it come to a floor at all? One seed, {steps[-1]} outer steps{without}; the error after {most} inner steps. The last "
+        f"And longer still: one seed, {steps[-1]} outer steps{without}; the error after {most} inner steps. The last "
         "column is the "
-        f"power of the number of outer steps with which it fell from {steps[-2]} to {steps[-1]}; at a floor it would "
-        f"be 0, and above 0 it rose. From {steps[-2]} to {steps[-1]}, all algorithms together: the error is {_times(logarithms)}.",
+        f"power of the number of outer steps with which it fell from {steps[1]} to {steps[-1]}; at a floor it would "
+        f"be 0, and above 0 it rose. From {steps[1]} to {steps[-1]}, all algorithms together: the error is {_times(logarithms)}.",
         "",
         *table(["algorithm", *(f"after {step}" for step in steps), "power"], rows),
         "",
