@@ -161,7 +161,7 @@ def table(result: dict[str, Any]) -> list[str]:
             "",
             f"Inner solver: {inner}",
             "",
-            "| | outer steps | gradients | Hessian products | of the first row | largest error of a gradient |",
+            "| | outer steps | gradients | Hessian products | both, in % of the first row | largest error of a gradient |",
             "|---|---|---|---|---|---|",
         ]
         for name, row in rows.items():

@@ -194,7 +194,7 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
         "tolerances at which the relative error of its gradient is at most 1e-6. The methods take turns, each a block of calls, of which "
         "the median counts.",
         "",
-        "| method | milliseconds, median | fastest | of the first row (quartiles) | error reached | inner, linear tolerance |",
+        "| method | milliseconds, median | fastest | times that of the first row (quartiles) | error reached | inner, linear tolerance |",
         "|---|---|---|---|---|---|",
     ]
     for method, row in rows.items():
