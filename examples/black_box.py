@@ -145,14 +145,16 @@ def race(folds, count):
 
 def draw(file, rows, found):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.loglog(rows[:, 0], rows[:, 1], "o-", label="error of the gradient")
+    left.loglog(rows[:, 0], rows[:, 1], "o-", label="true")
     left.loglog(rows[:, 0], rows[:, 2], "x--", label="error_estimate")
-    left.set(xlabel="largest |dG/dphi| of the five fits", title="a fit that stops early")
+    left.set(
+        xlabel="largest |dG/dphi| of the five fits", ylabel="error of the gradient", title="a fit that stops early"
+    )
     left.legend()
-    for name, (_, losses) in found.items():
-        right.semilogx(np.arange(1, len(losses) + 1), np.minimum.accumulate(losses), label=name)
+    for (name, (_, losses)), style in zip(found.items(), ("-", "--", ":"), strict=True):
+        right.semilogx(np.arange(1, len(losses) + 1), np.minimum.accumulate(losses), style, label=name)
     right.set(xlabel="cross-validations, five fits each", ylabel="best loss so far", title="30 feature scales")
-    right.legend()
+    right.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(file, dpi=120)
 
 

@@ -37,6 +37,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PENALTY = 1e-3
+LINES = [("#0072b2", "-"), ("#56b4e9", "--"), ("#009e73", ":"), ("#d55e00", "-"), ("#cc79a7", "--"), ("black", "-.")]
 
 
 def logits(phi, x):
@@ -153,9 +154,9 @@ def main(quick: bool, out: Path) -> None:
         results = [one_run(kind, clean, seed, size, steps) for seed in range(runs)]
         print(f"\n{f'{kind}, {clean} clean examples':34}{'average':>13}{'precision':>16}{'test':>16}")
         print(f"{'':34}{'precision':>13}{'at 30 %':>16}{'accuracy':>16}")
-        for name in results[0][0]:
+        for name, (colour, line) in zip(results[0][0], LINES, strict=True):
             print(f"{name:32}" + "".join(percent([rows[name][k] for rows, _, _ in results]) for k in range(3)))
-            axes.plot(*results[0][2][name][::-1], label=name)
+            axes.plot(*results[0][2][name][::-1], line, color=colour, label=name)
         for name in results[0][1]:
             print(f"{name:64}" + percent([references[name] for _, references, _ in results]))
         accuracies = {name: np.array([rows[name][2] for rows, _, _ in results]) for name in results[0][0]}

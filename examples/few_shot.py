@@ -135,7 +135,10 @@ def draw(rights, task, path):
     for label in range(WAYS):
         own = range(label * QUERIES, (label + 1) * QUERIES)
         shown = [(support[label * SHOTS], f"class {label + 1}", "black")]
-        shown += [(query[i], f"{answers[i] + 1}", "#228833" if answers[i] == label else "#cc3311") for i in own]
+        marks = {i: "" if answers[i] == label else " (wrong)" for i in own}
+        shown += [
+            (query[i], f"{answers[i] + 1}{marks[i]}", "#4477aa" if answers[i] == label else "#cc3311") for i in own
+        ]
         for panel, (image, title, colour) in zip(panels[label], shown, strict=True):
             panel.imshow(image.movedim(0, -1), cmap="gray", vmin=0, vmax=1)
             panel.set_title(title, fontsize=8, color=colour, pad=2)

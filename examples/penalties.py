@@ -157,9 +157,9 @@ def report(found: dict[str, list[Run]], x: Tensor, y: Tensor) -> None:
 
 def draw(found: dict[str, list[Run]], path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6), layout="constrained", width_ratios=[1.4, 1])
-    for (name, runs), colour in zip(list(found.items())[1:], ("#228833", "#cc3311", "#4477aa"), strict=True):
+    for (name, runs), style in zip(list(found.items())[1:], ("k:", "C1--", "C0-"), strict=True):
         for number, (_, trace) in enumerate(runs):
-            left.plot(*zip(*trace, strict=True), color=colour, label=name if number == 0 else None)
+            left.plot(*zip(*trace, strict=True), style, label=name if number == 0 else None)
     left.set(xlabel="processor seconds", ylabel="validation log-loss, best so far")
     left.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     pixels = found["hypergradient"][0][0].theta[:64].reshape(8, 8) / torch.tensor(10.0).log()

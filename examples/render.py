@@ -65,7 +65,7 @@ Command: `python examples/{name}.py`, {seconds:.0f} seconds of processor time on
 ```
 {beside}"""
 GLYPHS = """
-`_glyphs.py`, which lies beside it:
+It imports `_glyphs.py`, which lies beside it:
 
 ```{literalinclude} ../../examples/_glyphs.py
 :language: python
