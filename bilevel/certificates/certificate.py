@@ -14,6 +14,7 @@ from bilevel.certificates.bound import bound, constants_of, constants_per_task
 from bilevel.certificates.estimate import Doubts, correct
 from bilevel.certificates.evaluation import Evaluation
 from bilevel.certificates.explanation import Spectrum, explain
+from bilevel.certificates.kinks import kinks
 from bilevel.curvature import Curvature, Hessian
 from bilevel.entry import CHANGED, Call, has_changed
 from bilevel.gradient import Diagnosis, Hypergradient
@@ -150,9 +151,17 @@ class Certificate:
 
         return Spectrum(*[self._join(list(column)) for column in zip(*self._each(ends), strict=True)])
 
+    @cached_property
+    def kinks(self) -> Tensor:
+        """Which of the tasks that have no estimate are at a kink, where there is a minimum but for it."""
+        asked = self.ok & self.diagnosis.inner.isinf() & ~self.doubts.ran_out & (self.spectrum.smallest > 0)
+        if not bool(asked.any()):
+            return asked
+        return self._join(self._each(lambda here, tasks: kinks(here, self.spectrum.largest[tasks], asked[tasks])))
+
     def explain(self, result: Hypergradient) -> str:
         """See :meth:`bilevel.Hypergradient.explain`."""
-        return explain(result, self.call.flat.problem, self.spectrum, self.solves, self.doubts)
+        return explain(result, self.call.flat.problem, self.spectrum, self.solves, self.doubts, self.kinks)
 
     @isolated
     @without_checkpoints()

@@ -55,8 +55,10 @@ class Spectrum(NamedTuple):
     doubt: Tensor
 
 
-def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool, doubts: Doubts) -> str:
-    """The sentences of :meth:`bilevel.Hypergradient.explain`."""
+def explain(
+    result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool, doubts: Doubts, kinks: Tensor
+) -> str:
+    """The sentences of :meth:`bilevel.Hypergradient.explain`. ``kinks``: the tasks that are at one ``(*batch,)``."""
     found = result.diagnose()
     lines = [] if result.inner is None else [_solve("Inner solve", result.inner, "|dG/dphi|")]
     lines += [
@@ -72,7 +74,7 @@ def explain(result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, 
         *_bias(result),
     ]
     known = all(bool(part[result.ok_per_task].isfinite().all()) for part in _relative(found))
-    advice += _accuracy(result, found, solves, doubts) or ([] if advice or not known else ["Nothing to change."])
+    advice += _accuracy(result, found, solves, doubts, kinks) or ([] if advice or not known else ["Nothing to change."])
     return "\n".join([*lines, *[f"- {line}" for line in advice]])
 
 
@@ -189,7 +191,7 @@ def _bias(result: Hypergradient) -> list[str]:
     ]
 
 
-def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool, doubts: Doubts) -> list[str]:
+def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool, doubts: Doubts, kinks: Tensor) -> list[str]:
     """Which of the two solves limits the accuracy, and what it would take."""
     ok = result.ok_per_task
     linear, inner = _relative(found)
@@ -211,7 +213,15 @@ def _accuracy(result: Hypergradient, found: Diagnosis, solves: bool, doubts: Dou
             "H is too ill-conditioned to tell what the inner solve has left: compare with the gradient of a smaller tol, or scale the "
             "variables of phi."
         )
-    if bool((late := ok & ~doubts.ran_out & (inner > enough) & (inner > COUNTS_TOO * linear)).any()):
+    if bool(kinks.any()):
+        where = "" if kinks.ndim == 0 else f" in {int(kinks.sum())} of {kinks.numel()} tasks"
+        lines.append(
+            f"G has a kink at phi{where}: along -dG/dphi its slope ends in a jump, as of an absolute value, a ReLU or a maximum, and no "
+            "step makes dG/dphi small. The implicit gradient knows one side of the kink and not the other: write the condition as a fixed "
+            "point of a proximal step or a projection (fixed_point), or round the kink off."
+        )
+    late = ok & ~doubts.ran_out & (inner > enough) & (inner > COUNTS_TOO * linear) & ~kinks
+    if bool(late.any()):
         lines.append(
             "phi limits the accuracy: solve the inner problem further before you call."
             if result.inner is None
