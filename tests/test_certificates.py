@@ -17,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel
 from bilevel import Constants
+from bilevel.certificates.kinks import kinks
 from bilevel.curvature import GaussNewton, Hessian
 from bilevel.linsys import CG, Exact, Identity, Neumann
 from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
@@ -1420,7 +1421,7 @@ def test_explain_of_a_line_search_that_ends_at_a_kink():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("solver", [NewtonCG(max_steps=60, cg_steps=12), bilevel.solvers.LBFGS(max_steps=400)])
+@pytest.mark.parametrize("solver", [NewtonCG(max_steps=60, cg_steps=12), LBFGS(max_steps=400)])
 def test_explain_names_the_kinks_of_a_lasso(solver, dtype):
     """Several at once, each of which takes a part of the slope; the other tasks of the batch have none."""
     rng = np.random.default_rng(0)
@@ -1442,6 +1443,34 @@ def test_explain_names_the_kinks_of_a_lasso(solver, dtype):
     )
     assert (result.phi[1].abs() < 3e-3).sum() >= 5 and result.inner.residual[1] > 0.1  # at several kinks
     assert "G has a kink at phi in 1 of 3 tasks" in result.explain()
+
+
+def test_a_sharp_bend_is_no_kink():
+    """From 1 to -1 within a tenth: only what is left of the slope right before the minimum tells it from a kink."""
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, _: (theta + phi.square()).sqrt() + 0.05 * phi.square(), lambda phi, theta, _: phi.clone()
+    )
+    phi, theta = t(np.linspace(1, 4, 31)), torch.full((31,), 0.01, dtype=F64)
+    result = bilevel.implicit_gradient(
+        problem, phi, theta, linsys=Exact(), batched=True, theta_batched=True, reduction="none"
+    )
+    assert result.diagnose().inner.isinf().any() and "G has a kink" not in result.explain()
+
+
+def test_rounding_is_no_kink():
+    """Of gradients that are nothing but rounding, whose slope along themselves is by chance what it is."""
+    rng = np.random.default_rng(0)
+    x, y = (torch.tensor(rng.standard_normal(shape), dtype=torch.float32) for shape in ((60, 6, 4), (60, 6)))
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, task: (task[0] @ phi - task[1]).square().mean() + (theta * phi.square()).sum(),
+        lambda phi, theta, task: phi.square().sum(),
+    )
+    phi = torch.linalg.solve(2 * x.mT @ x / 6 + 0.2 * torch.eye(4), 2 * (x.mT @ y.unsqueeze(-1)) / 6).squeeze(-1)
+    result = bilevel.implicit_gradient(problem, phi, torch.full((4,), 0.1), (x, y), linsys=Exact(), batched=True)
+    largest = result.certificate.spectrum.largest
+    asked = torch.ones(60, dtype=torch.bool)
+    (found,) = result.certificate._each(lambda here, tasks: kinks(here, largest[tasks], asked[tasks]))
+    assert not found.any()
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
