@@ -417,6 +417,11 @@ def _verdict(result: Numbers) -> list[str]:
         else:
             verdict = "still falling" if centre < 0 else "rising"
         lines.append(f"- K = {k}, from {before} to {after} outer steps: the error is {_times(logarithms)}: {verdict}.")
+    if longest := _logarithms_of_longest(result):
+        run = result["longest"][-1]
+        before = select(result, run["row"], run["shots"])[run["seed"]]["outer_steps"]
+        words = f"from {before} to {run['outer_steps']} outer steps: the error is {_times(longest)}"
+        lines.append(f"- K = {run['shots']}, {words}. This is what says whether {before} were enough.")
     title = "**Had it converged?** All algorithms and seeds together, the last time that training was made longer:"
     return [title, "", *lines, ""]
 
@@ -431,6 +436,13 @@ def _logarithms(result: Numbers, k: int, factor: int, later: int) -> list[list[f
     pairs = {row: (select(result, row, k, factor), select(result, row, k, later)) for row in ROWS}
     ends = {row: [[run["curve"][-1]["mean"] for run in runs] for runs in pair] for row, pair in pairs.items()}
     return [[math.log(b / a) for a, b in zip(before, after, strict=True)] for before, after in ends.values()]
+
+
+def _logarithms_of_longest(result: Numbers) -> list[list[float]]:
+    """The same of the longest training, against that of all seeds: for each algorithm one."""
+    pairs = ((select(result, run["row"], run["shots"])[run["seed"]], run) for run in result.get("longest", []))
+    ends = ([run["curve"][-1]["mean"] for run in pair] for pair in pairs)
+    return [[math.log(after / before)] for before, after in ends]
 
 
 def _gain(result: Numbers, k: int, factor: int, later: int) -> list[str]:
@@ -494,14 +506,13 @@ def _longest(result: Numbers) -> list[str]:
     """One seed: what the error does where training goes on and on."""
     if not (longest := result.get("longest", [])):
         return []
-    rows, logarithms = [], []
-    for run in longest:
+    rows, logarithms = [], _logarithms_of_longest(result)
+    for run, (logarithm,) in zip(longest, logarithms, strict=True):
         row = run["row"]
         shorter = (select(result, row, run["shots"], factor)[run["seed"]] for factor in _lengths(result, run["shots"]))
         all_runs = [*shorter, run]
         ends = [one["curve"][-1]["mean"] for one in all_runs]
-        logarithms.append([math.log(ends[-1] / ends[-2])])
-        slope = logarithms[-1][0] / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
+        slope = logarithm / math.log(all_runs[-1]["outer_steps"] / all_runs[-2]["outer_steps"])
         rows.append([ROWS[row], *(f"{end:.3g}" for end in ends), f"{slope:.2f}"])
     steps, most = [one["outer_steps"] for one in all_runs], run["curve"][-1]["steps"]
     missing = [name for row, name in ROWS.items() if row not in {run["row"] for run in longest}]
