@@ -34,6 +34,9 @@ FIRST_RTOL = 0.1
 """The largest ``rtol`` to begin with, however little accuracy is wanted: the first round has to take some steps, or
 it measures the factors of a start and not those of a solve."""
 
+MOST_RTOL = 0.5
+"""The largest ``rtol`` that is proposed, however little accuracy is wanted: at 1, zero would be a solution."""
+
 
 class Tolerances(NamedTuple):
     """``tol`` of an inner solver (absolute, on ``|dG/dphi|``) and ``rtol`` of a linear solver (relative to ``|dL/dphi|``).
@@ -84,7 +87,8 @@ def _wanted(found: Diagnosis, accuracy: float, late: Tensor, rough: Tensor) -> T
         wanted = (residual * allowed / part)[tasks & (part > 0) & part.isfinite() & (allowed > 0)]
         return max(float(wanted.min()), torch.finfo(wanted.dtype).tiny) if len(wanted) else None
 
-    return Tolerances(least(found.slope, found.inner, late), least(found.residual / found.rhs, found.linear, rough))
+    rtol = least(found.residual / found.rhs, found.linear, rough)
+    return Tolerances(least(found.slope, found.inner, late), None if rtol is None else min(rtol, MOST_RTOL))
 
 
 def warmed(call: Call, earlier: Hypergradient | None, *, phi_too: bool) -> Call:

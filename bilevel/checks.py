@@ -24,6 +24,16 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def check_rtol(name: str, value: float) -> None:
+    """Refuse what is no relative residual below that of zero, which would pass for a solution."""
+    check_number(name, value)
+    if value >= 1:
+        raise ValueError(
+            f"{name}: expected a relative residual below 1, such as 1e-3, got {value!r}: that of zero is 1, and zero would be a solution. "
+            "For two per cent write 0.02."
+        )
+
+
 def check_accuracy(accuracy: float) -> None:
     """Refuse what is no relative error below that of zeros: 1 is that of a gradient of zeros."""
     check_number("accuracy", accuracy, positive=True)

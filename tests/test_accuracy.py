@@ -15,6 +15,7 @@ from bilevel.linsys import CG, Exact, Identity, LinearSolver, Neumann
 from bilevel.solvers import LBFGS, BlackBox, GradientDescent, NesterovAGD, NewtonCG
 
 F64 = torch.float64
+NEWTON = NewtonCG(max_steps=5, cg_steps=2, tol=1e-10)
 
 
 def t(x):
@@ -135,6 +136,26 @@ def test_nothing_to_measure_is_none_and_not_a_number():
     assert wanted.tol is None and wanted.rtol > 0
     with pytest.raises(TypeError, match="tol: expected a number, got NoneType None"):
         GradientDescent(step_size=0.1, max_steps=1, tol=wanted.tol)
+
+
+def test_a_tolerance_with_which_zero_would_be_the_solution_is_not_proposed() -> None:
+    """The outer loss knows theta itself, so that next to nothing of the gradient comes through phi: any residual would do."""
+    h = torch.tensor([1.0, 3.0], dtype=F64)
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (h * phi * phi).sum() - (phi * theta).sum(),
+        lambda phi, theta, data: phi.sum() + 100 * theta.sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    exact = 100 + 1 / h
+    rough = bilevel.hypergradient(problem, torch.ones(2, dtype=F64), solver=NEWTON, linsys=CG(max_steps=1, rtol=1e-9))
+    found = rough.diagnose()
+    assert rough.linear is not None and float(found.residual / found.rhs * found.size / found.linear) > 10
+    wanted = bilevel.tolerances(rough, 0.5)
+    assert wanted.rtol == 0.5
+    grad = bilevel.hypergradient(
+        problem, torch.ones(2, dtype=F64), solver=NEWTON, linsys=CG(max_steps=9, rtol=wanted.rtol)
+    )
+    assert float((grad.unwrap() - exact).norm() / exact.norm()) < 0.5
 
 
 def test_tolerances_refuse_what_they_cannot_use():

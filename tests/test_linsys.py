@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -678,6 +679,13 @@ def test_inputs_are_not_changed(name: str) -> None:
     assert result.value.data_ptr() not in (system.b.data_ptr(), init.data_ptr())
 
 
+OF_RTOL_2 = [
+    *(partial(kind, max_steps=5, rtol=2.0) for kind in (CG, MINRES, GMRES, BiCGStab)),
+    partial(Neumann, num_terms=5, rtol=2.0),
+    partial(Nystrom, rank=2, shift=1.0, rtol=2.0),
+]
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
@@ -702,6 +710,10 @@ def test_inputs_are_not_changed(name: str) -> None:
         (lambda: Neumann(num_terms=5, step_size=0.0), ValueError, "step_size: expected a finite number > 0, got 0"),
         (lambda: Neumann(num_terms=5, rtol=-1.0), ValueError, "rtol: expected"),
         (lambda: Neumann(num_terms=5, max_steps=3), TypeError, "max_steps"),
+        *(
+            (make, ValueError, "rtol: expected a relative residual below 1, such as 1e-3, got 2.0: that of zero is 1")
+            for make in OF_RTOL_2
+        ),
         (lambda: Exact(rtol=1e-3), TypeError, "rtol"),
         (lambda: Identity(damping=1.0), TypeError, "damping"),
     ],

@@ -132,7 +132,9 @@ class Config:
         "cg", META, "solver of the linear system: cg, neumann, exact; identity: none at all, first-order MAML"
     )
     linear_steps: int = setting(5, META, "CG steps, or terms of the Neumann series", at_least=1)
-    linear_rtol: float = setting(0.0, META, "stop at this relative residual; 0: always all steps", at_least=0)
+    linear_rtol: float = setting(
+        0.0, META, "stop at this relative residual; 0: always all steps", at_least=0, at_most=0.9
+    )
     steihaug: bool = setting(False, META, "cg: at negative curvature keep the answer so far; otherwise the task fails")
     curvature: Literal["hessian", "gauss-newton"] = setting(
         "hessian", META, "matrix of the linear system: hessian, or gauss-newton, which cannot be indefinite"

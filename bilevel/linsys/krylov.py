@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.checks import check_count, check_number, check_rtol, keep_python_numbers
 from bilevel.isolation import precise
 from bilevel.linsys.base import (
     ROUNDING,
@@ -151,7 +151,7 @@ class KrylovSolver(LinearSolver):
 
     Args:
         max_steps: at most this many steps, >= 1.
-        rtol: tolerance relative to ``|b|``.
+        rtol: tolerance relative to ``|b|``, below 1.
         atol: absolute tolerance.
         preconditioner: :class:`~bilevel.linsys.Jacobi`, :class:`~bilevel.linsys.NystromPreconditioner`, or a function ``v -> M v`` over
             ``(*batch, d)`` with M an approximate inverse of A, symmetric positive definite. It takes the place of the one that a problem
@@ -174,7 +174,7 @@ class KrylovSolver(LinearSolver):
 
     def __post_init__(self) -> None:
         check_count("max_steps", self.max_steps)
-        check_number("rtol", self.rtol)
+        check_rtol("rtol", self.rtol)
         check_number("atol", self.atol)
         check_preconditioner(self.preconditioner)
         keep_python_numbers(self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.checks import check_count, check_number, check_rtol, keep_python_numbers
 from bilevel.linsys.base import (
     LinearSolver,
     Matvec,
@@ -56,7 +56,7 @@ class Neumann(LinearSolver):
 
     def __post_init__(self) -> None:
         check_count("num_terms", self.num_terms)
-        check_number("rtol", self.rtol)
+        check_rtol("rtol", self.rtol)
         if self.step_size is not None:
             check_number("step_size", self.step_size, positive=True)
         keep_python_numbers(self)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.checks import check_count, check_number, check_rtol, keep_python_numbers
 from bilevel.isolation import precise
 from bilevel.linsys.base import LinearSolver, Matvec, all_finite, check_system, in_own_unit, mark, norm, not_reduced
 from bilevel.linsys.low_rank import nystrom_approximation
@@ -45,7 +45,7 @@ class Nystrom(LinearSolver):
         check_count("rank", self.rank)
         check_number("shift", self.shift, positive=True)
         check_count("seed", self.seed, at_least=0)
-        check_number("rtol", self.rtol)
+        check_rtol("rtol", self.rtol)
         check_number("atol", self.atol)
         keep_python_numbers(self)
 
