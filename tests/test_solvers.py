@@ -861,6 +861,11 @@ def test_what_a_black_box_raises_reaches_the_caller() -> None:
         (lambda: NewtonCG(damping=-1.0), ValueError, "damping: expected a finite number >= 0"),
         (lambda: NewtonCG(cg_rtol=float("nan")), ValueError, "cg_rtol: expected a finite number >= 0"),
         (
+            lambda: NewtonCG(cg_rtol=1),
+            ValueError,
+            "cg_rtol: expected a relative residual below 1, such as 1e-3, got 1: that of zero is",
+        ),
+        (
             lambda: NewtonCG(curvature="gauss-newton"),
             TypeError,
             r"curvature: expected Hessian\(\) or GaussNewton\(\), got 'gauss-newton'",

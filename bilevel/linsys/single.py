@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, sqrt
+from math import frexp, inf, ldexp, sqrt
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ def is_single(v: Tensor) -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def unit_of_number(size: float, tiny: float) -> float:
+    """:func:`bilevel.linsys.base.unit_of` of one number; ``tiny``: the smallest normal one of its dtype."""
+    return max(ldexp(1.0, frexp(size)[1] - 1), tiny) if 0 < size < inf else 1.0
 
 
 @dataclass
@@ -59,13 +64,14 @@ def single_cg(
     r: Tensor,
     threshold: float,
     most: int,
-    is_flat: Callable[[float, float, float, float], bool] | None = None,
+    is_flat: Callable[[float, float, Tensor, float], bool] | None = None,
 ) -> Steps:
     """Steps of CG from x with the residual r, until its norm is at most ``threshold``, until there are ``most``, or until p^T A p is no
-    positive number, or none but for rounding: ``is_flat`` of it, |p|, |A p| and the largest p^T A p / p^T p so far.
+    positive number, or none but for rounding: ``is_flat`` of it, |p|, A p and the largest p^T A p / p^T p so far.
     """
     x, r, p = x.clone(), r.clone(), r  # x and r change in place; the directions do not, for whoever keeps them
     steps, largest = Steps(x, r, p, float(torch.dot(r, r))), torch.finfo(r.dtype).max
+    pp = steps.rr  # p^T p: r is across the direction before
 
     def quotient(a: float, b: float) -> float:
         """As a tensor of this dtype would have it."""
@@ -75,9 +81,8 @@ def single_cg(
         ap = matvec(steps.p)
         curvature = float(torch.dot(steps.p, ap)) if is_single(ap) else 0.0
         if is_flat is not None and curvature > 0:
-            p_norm, ap_norm = (float(torch.linalg.vector_norm(v)) for v in (steps.p, ap))
-            curvature = 0.0 if is_flat(curvature, p_norm, ap_norm, steps.top) else curvature
-            steps.top = max(steps.top, curvature / p_norm**2)
+            curvature = 0.0 if is_flat(curvature, sqrt(pp), ap, steps.top) else curvature
+            steps.top = max(steps.top, quotient(curvature, pp))
         if not curvature > 0:
             steps.ap = ap
             break
@@ -87,7 +92,7 @@ def single_cg(
         rr = float(torch.dot(r, r))
         beta = quotient(rr, steps.rr)
         steps.p = torch.add(r, steps.p, alpha=beta)
-        steps.rr = rr
+        steps.rr, pp = rr, rr + beta * beta * pp  # no power: it raises where a product is infinite
         steps.lengths.append(alpha)
         steps.shares.append(beta)
     return steps

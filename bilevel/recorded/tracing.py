@@ -60,7 +60,10 @@ class TracedObjective(Objective):
         layout = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in self.tensors)
         static = tuple((type(leaf), leaf) for leaf in flat.data_static)  # 1, 1.0 and True are equal
         self._key = (flat.phi, flat.theta, flat.data, static, levels, sizes, layout)
-        self._of_phi: dict[str, Function | None] = {}
+        self._of_phi: dict[
+            str, Function | None
+        ] = {}  # to find one among the programs of the problem takes as long as to replay it
+        self._linearisations: dict[Any, LinearisationProgram | None] = {}
         self._verified: tuple[Function, Function] | None = None  # the parts of the gradient that is replayed here
 
     def value(self, phi: Tensor) -> Tensor:
@@ -147,12 +150,14 @@ class TracedObjective(Objective):
         phi = phi.detach()
         if self._gradient_program(phi) is None:
             return super().linearise(phi, curvature, damping, with_theta=with_theta)
-        program = self._programs.get(
-            ("linearisation", curvature, damping, with_theta, *self._key),
+        kind = (curvature, damping, with_theta)
+        program = self._linearisations.get(kind) or self._programs.get(
+            ("linearisation", *kind, *self._key),
             lambda: self._linearisation_program(phi, curvature, damping, with_theta),
         )
         if program is None:
             return super().linearise(phi, curvature, damping, with_theta=with_theta)
+        self._linearisations[kind] = program
         self.num_grads += 1
         return TracedLinearisation(self, program, phi)
 

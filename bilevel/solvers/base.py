@@ -209,6 +209,7 @@ class IterativeSolver(InnerSolver):
         # The norm squares its entries; below the root of the smallest number that underflows, so take the largest entry
         # as well, as Run.result does, when tol is that small. Within a factor of 1e3: many small entries may be lost
         exactly = self.tol < 1e3 * torch.finfo(state.phi.dtype).tiny ** 0.5
+        cheap = state.phi.device.type == "cpu"  # to look at a number
         for k in range(first, self.max_steps):
             objective.begin_step(k)
             local = self.evaluate(objective, state.point)
@@ -220,14 +221,13 @@ class IterativeSolver(InnerSolver):
                 done = active & (residual <= self.tol) & defined
                 ceiling = self.ceiling(state)
                 done = done if ceiling is None else done & not_above(local.value, ceiling)
-                converged = converged | done
-                state = replace(state, phi=select(done, state.point, state.phi))
-                active = active & ~done
+                if not cheap or bool(done.any()):
+                    converged = converged | done
+                    state = replace(state, phi=select(done, state.point, state.phi))
+                    active = active & ~done
                 active = active & ~state.stalled
                 due = k % self.check_every == 0
-                left = (
-                    int(active.sum()) if due or active.device.type == "cpu" else None
-                )  # there a look costs next to nothing
+                left = int(active.sum()) if due or cheap else None
                 if left == 0:
                     break
                 new = self.step(objective, state, local)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from math import sqrt
 
 import torch
 from torch import Tensor
 
-from bilevel.checks import check_count, check_number, keep_python_numbers
+from bilevel.checks import check_count, check_number, check_rtol, keep_python_numbers
 from bilevel.curvature import Curvature, Hessian, check_curvature
 from bilevel.derivatives import Linearisation, Objective
 from bilevel.linsys.base import Matvec, all_finite, as_operator, dot, largest, norm, select, unit_of
 from bilevel.linsys.preconditioner import Preconditioner, check_preconditioner, prepare
-from bilevel.linsys.single import is_single, single_cg
+from bilevel.linsys.single import is_single, single_cg, unit_of_number
 from bilevel.solvers.base import IterativeSolver, State
 from bilevel.solvers.line_search import SUFFICIENT_DECREASE, not_above
 from bilevel.solvers.masks import compact_batch, gather_rows, nowhere, scatter_rows
@@ -114,7 +114,7 @@ class NewtonCG(IterativeSolver):
         check_count("max_steps", self.max_steps)
         check_count("cg_steps", self.cg_steps)
         check_number("tol", self.tol)
-        check_number("cg_rtol", self.cg_rtol)
+        check_rtol("cg_rtol", self.cg_rtol)
         check_count("max_backtracks", self.max_backtracks, at_least=0)
         check_curvature(self.curvature)
         check_number("damping", self.damping)
@@ -137,22 +137,25 @@ class NewtonCG(IterativeSolver):
 
     def step(self, objective: Objective, state: _State, local: Linearisation) -> _State:
         direction, negative = self._direction(objective, state.point, local)
-        lost = ~all_finite(direction)
-        if bool(lost.any()):  # G is not asked at NaN: some raise there, for the whole batch
-            direction = select(lost, torch.zeros_like(direction), direction)
         slope = dot(local.grad, direction)
+        if not bool(slope.isfinite().all()):  # G is not asked at NaN: some raise there, for the whole batch
+            direction = select(all_finite(direction), direction, torch.zeros_like(direction))
+            slope = dot(local.grad, direction)
         point, stalled, lowest, idle = self._line_search(objective, state, local, direction, slope, negative)
         return _State(point, point, stalled, state.negative_curvature + negative, lowest, idle)
 
     def _direction(self, objective: Objective, point: Tensor, local: Linearisation) -> tuple[Tensor, Tensor]:
         """An approximate solution of A p = -g, always a direction of descent, and where negative curvature was met."""
+        share = max(self.cg_rtol, torch.finfo(local.grad.dtype).eps)  # of |g|, where CG stops
+        if self.preconditioner is None and is_single(local.grad):
+            return self._single_direction(objective, point, local, share)
         unit = unit_of(largest(local.grad))  # whose squares are numbers
         r = -local.grad / unit
         m, products = prepare(self.preconditioner, None, as_operator(local.matvec), r)
         objective.num_matvecs += max(0, products - 1)  # all at once, and counted once already
         p = r if m is None else m(r)
         rz, rr = dot(r, p), dot(r, r)
-        threshold = (max(self.cg_rtol, torch.finfo(r.dtype).eps) * norm(r)) ** 2
+        threshold = (share * norm(r)) ** 2
         active = (rr > threshold) & (norm(local.grad) > self.tol)  # a problem that is done needs no direction
         if m is not None and bool((active & (rz < 0)).any()):
             raise ValueError(
@@ -160,15 +163,27 @@ class NewtonCG(IterativeSolver):
                 "NystromPreconditioner(rank=...) are positive definite for every matrix."
             )
         none = torch.zeros_like(active)
-        begin, first, ap = _CG(torch.zeros_like(r), r, p, rz, threshold, active, none, torch.zeros_like(rz)), 0, None
-        if m is None and is_single(r) and bool(active):
-            flat = partial(_is_flat, torch.finfo(r.dtype).eps)
-            done = single_cg(local.matvec, begin.x, r, float(threshold) ** 0.5, self.cg_steps, flat)
-            if done.ap is None:
-                return done.x * unit, begin.negative
-            rz, first, ap = r.new_tensor(done.rr), done.taken, done.ap
-            begin = replace(begin, x=done.x, r=done.r, p=done.p, rz=rz, top=r.new_tensor(done.top))
-        end = self._cg(objective, point, local, m, begin, first, ap)
+        begin = _CG(torch.zeros_like(r), r, p, rz, threshold, active, none, torch.zeros_like(rz))
+        end = self._cg(objective, point, local, m, begin, 0)
+        return end.x * unit, end.negative
+
+    def _single_direction(
+        self, objective: Objective, point: Tensor, local: Linearisation, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """The same with numbers of Python, as long as the steps of CG are ordinary ones. ``share``: of |g|, where CG stops."""
+        unit = unit_of_number(float(largest(local.grad)), torch.finfo(local.grad.dtype).tiny)
+        r = local.grad / -unit
+        x, rr, none = torch.zeros_like(r), float(dot(r, r)), torch.zeros_like(local.value, dtype=torch.bool)
+        threshold = share * sqrt(rr)
+        if not (sqrt(rr) > threshold and sqrt(rr) * unit > self.tol):
+            return x, none
+        flat = partial(_is_flat_single, torch.finfo(r.dtype).eps)
+        done = single_cg(local.matvec, x, r, threshold, self.cg_steps, flat)
+        if done.ap is None:
+            return done.x * unit, none
+        rz, active = r.new_tensor(done.rr), torch.ones_like(none)
+        begin = _CG(done.x, done.r, done.p, rz, r.new_tensor(threshold**2), active, none, r.new_tensor(done.top))
+        end = self._cg(objective, point, local, None, begin, done.taken, done.ap)
         return end.x * unit, end.negative
 
     def _cg(
@@ -312,11 +327,16 @@ class NewtonCG(IterativeSolver):
         return best, state.stalled | (undecided & ~short), lowest, idle
 
 
-def _is_flat(eps: float, curvature: Any, p: Any, ap: Any, top: Any) -> Any:
+def _is_flat(eps: float, curvature: Tensor, p: Tensor, ap: Tensor, top: Tensor) -> Tensor:
     """Whether a positive p^T A p is rounding along a null vector of A, as where pieces of G are flat; ``p`` and ``ap`` are the norms."""
     return (curvature <= eps * top * p**2) & (curvature <= ACROSS * eps**0.5 * p * ap)
 
 
+def _is_flat_single(eps: float, curvature: float, p: float, ap: Tensor, top: float) -> bool:
+    """The same of a single problem, whose A p is mostly not asked."""
+    return curvature <= eps * top * p * p and curvature <= ACROSS * eps**0.5 * p * float(norm(ap))
+
+
 def _fresh(phi: Tensor) -> tuple[Tensor, Tensor]:
     """``lowest`` and ``idle`` where a test on G decides."""
-    return phi.new_full(phi.shape[:-1], torch.inf), nowhere(phi).long()
+    return phi.new_full(phi.shape[:-1], torch.inf), torch.zeros(phi.shape[:-1], dtype=torch.int64, device=phi.device)

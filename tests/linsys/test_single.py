@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bilevel.linsys.cg
 import bilevel.solvers.newton_cg
 from bilevel.linsys import CG
-from bilevel.linsys.single import is_single, single_cg
+from bilevel.linsys.base import unit_of
+from bilevel.linsys.single import is_single, single_cg, unit_of_number
 from bilevel.solvers import NewtonCG
 from bilevel.status import Status
 
@@ -106,6 +107,34 @@ def test_the_directions_are_conjugate_and_stay_as_they_were() -> None:
     assert torch.allclose(b - a @ steps.x, steps.r, atol=1e-12) and abs(steps.rr - float(steps.r @ steps.r)) < 1e-20
 
 
+def test_what_is_told_of_each_direction() -> None:
+    a, b, kept, told = MATRICES["definite"], torch.linspace(1, -0.3, 12, dtype=F64), [], []
+
+    def product(v: Tensor) -> Tensor:
+        kept.append(v)
+        return a @ v
+
+    def is_flat(curvature: float, p: float, ap: Tensor, top: float) -> bool:
+        told.append((curvature, p, float(ap.norm()), top))
+        return False
+
+    steps = single_cg(product, torch.zeros(12, dtype=F64), b, 1e-9, 20, is_flat)
+    p = np.array([v.tolist() for v in kept])
+    ap = p @ a.numpy()
+    curvature, size = (p * ap).sum(1), np.linalg.norm(p, axis=1)
+    tops = np.maximum.accumulate(curvature / size**2)
+    expected = np.stack([curvature, size, np.linalg.norm(ap, axis=1), [0, *tops[:-1]]], 1)
+    assert len(told) == steps.taken > 8
+    np.testing.assert_allclose(np.array(told), expected, rtol=1e-6)
+    assert steps.top == pytest.approx(tops[-1])
+
+
+def test_a_direction_whose_square_is_no_number() -> None:
+    a, b = torch.tensor([1, 1e-200, 1e200], dtype=F64), torch.tensor([1, 1e-100, 1e-90], dtype=F64)
+    steps = single_cg(lambda v: a * v, torch.zeros(3, dtype=F64), b, 1e-300, 5, lambda *_: False)
+    assert steps.taken == 5 and max(steps.shares) > 1e160
+
+
 def test_a_product_may_return_its_argument_or_a_buffer() -> None:
     b, buffer, a = torch.linspace(1, 2, 6, dtype=F64), torch.empty(6, dtype=F64), matrix(np.linspace(1, 3, 6))
     assert torch.equal(CG(max_steps=5, rtol=1e-9).solve(lambda v: v, b).value, b)
@@ -180,3 +209,11 @@ def test_newton_cg_of_a_fixed_number_of_steps(name: str, monkeypatch: pytest.Mon
     assert one.codes == masked.codes and one.steps == masked.steps
     assert one.negative_curvature == masked.negative_curvature and one.num_matvecs <= masked.num_matvecs
     assert torch.allclose(one.value, masked.value, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_unit_of_a_number_is_that_of_a_tensor(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    numbers = [0.0, 1.0, 0.75, 3.0, 1e-30, 1e30, info.tiny, info.tiny / 8, info.max, torch.inf, torch.nan]
+    for number in torch.tensor(numbers, dtype=dtype):
+        assert unit_of_number(float(number), info.tiny) == float(unit_of(number))
