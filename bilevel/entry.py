@@ -68,6 +68,17 @@ class Call:
             pieces.append(Call(self.flat, tensors, self.levels, (len(phi),), phi, u, self.programs))
         return pieces
 
+    def not_finite(self) -> list[str]:
+        """Which leaves of theta and data hold numbers that are none, and how many of them."""
+        names = [f"theta{path}" for path in self.flat.theta.paths()]
+        names += [
+            f"data{path}"
+            for path, leaf in zip(self.flat.data.paths(), self.flat.data_static, strict=True)
+            if leaf is TENSOR
+        ]
+        counts = ((name, int((~x.isfinite()).sum()), x.numel()) for name, x in zip(names, self.tensors, strict=True))
+        return [f"{name} holds NaN or infinity ({bad} of {of} numbers)" for name, bad, of in counts if bad]
+
     def objective(self, *, trusting: bool = True) -> Objective:
         """G over the tasks of this call. ``trusting``: with what was recorded, and what the problem says of itself, in its place."""
         if not trusting and not isinstance(self.flat, RootFlat):

@@ -132,6 +132,12 @@ NOTES = (
 """Words of PyTorch's, and what they mean here."""
 
 
+def locate(error: Exception, where: str) -> None:
+    """Let the error say where it was raised, if nothing better is known of it when it leaves the library."""
+    if not hasattr(error, "_bilevel_where"):
+        error._bilevel_where = where  # type: ignore[attr-defined]
+
+
 def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which ``torch.compile`` does not look into, and in which the caller's autocast and inference mode are off.
 
@@ -143,10 +149,14 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return inner(*args, **kwargs)
-        except RuntimeError as error:
-            for words, note in NOTES:
-                if note not in getattr(error, "__notes__", ()) and any(part in str(error) for part in words):
-                    error.add_note(note)  # once, of a call within a call too
+        except Exception as error:
+            if isinstance(error, RuntimeError):
+                for words, note in NOTES:
+                    if note not in getattr(error, "__notes__", ()) and any(part in str(error) for part in words):
+                        error.add_note(note)  # once, of a call within a call too
+            where = getattr(error, "_bilevel_where", None)
+            if where is not None and not getattr(error, "__notes__", ()):  # of what nobody knows more
+                error.add_note(where)
             raise
 
     @functools.wraps(function)

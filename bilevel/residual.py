@@ -62,7 +62,11 @@ class RootFlat(Flat):
     def given(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """The user's function ``(d,)``."""
         assert isinstance(self.problem, Condition)
-        value = self.problem(self.phi.unravel(phi), *self.trees(tensors))
+        try:
+            value = self.problem(self.phi.unravel(phi), *self.trees(tensors))
+        except Exception as error:
+            self._locate(error, self.source, tensors)
+            raise
         leaves, structure = flatten(value)
         if structure != self.phi.structure:
             raise ValueError(

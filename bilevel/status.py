@@ -51,8 +51,8 @@ class Status(IntEnum):
         2,
         False,
         "no step along the search direction lowers the objective any more; the best point found is returned. Usual "
-        "causes: the rounding floor (loosen tol or use float64), or an objective that is not a deterministic smooth "
-        "function.",
+        "causes: the rounding floor (give a tol, which is 0 by default, loosen it, or use float64), or an objective that is not a "
+        "deterministic smooth function.",
     )
     STOPPED_AT_NEGATIVE_CURVATURE = (
         3,
@@ -170,13 +170,26 @@ def describe(codes: Tensor, steps: Tensor, residual: Tensor, what: str) -> str:
         if status is Status.MAX_STEPS and int(steps) == 0 and bool(residual.isnan()):
             message = "took no step, and measured nothing: Identity() solves no system. CG does."
         return f"{what}: {status.name} after {int(steps)} steps, residual {float(residual):.3e}: {message}"
-    lines = [f"{what}: {codes.numel()} problems, {int(failed(codes).sum())} failed:"]
+    lines = [f"{what}: {codes.numel()} problem{'s' * (codes.numel() != 1)}, {int(failed(codes).sum())} failed:"]
     for status in Status:
         hit = codes == int(status)
         if hit.any():
             worst = float(torch.nan_to_num(residual[hit], nan=float("inf")).max())
             lines.append(
-                f"  {int(hit.sum())} x {status.name} (at most {int(steps[hit].max())} steps, largest "
+                f"  {int(hit.sum())} x {status.name} ({_which(hit) if status.failed else ''}at most {int(steps[hit].max())} steps, largest "
                 f"residual {worst:.3e}): {status.message}"
             )
     return "\n".join(lines)
+
+
+FEW = 5
+"""So many indices are named."""
+
+
+def _which(hit: Tensor) -> str:
+    """The first indices at which the mask is set; nothing where that is everywhere."""
+    if bool(hit.all()):
+        return ""
+    found = hit.nonzero().tolist()
+    names = [str(one[0]) if len(one) == 1 else str(tuple(one)) for one in found[:FEW]]
+    return f"{'index' if len(found) == 1 else 'indices'} {', '.join(names)}{', ...' * (len(found) > FEW)}; "

@@ -1191,6 +1191,27 @@ def test_explain_for_a_batch():
     assert condition == pytest.approx((values[:, -1] / values[:, 0]).max(), rel=0.1)  # of one task, not across tasks
 
 
+def test_explain_names_the_leaves_that_hold_no_numbers():
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            0.5 * (data["x"] @ phi).square().sum() + 0.5 * (theta["t"].exp() * phi.square()).sum() - phi.sum()
+        ),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta["t"]),
+    )
+    x, theta = torch.ones(3, 20, 4, dtype=F64), {"t": torch.zeros(4, dtype=F64)}
+    x[1, 2, 3], x[1, 0, 0] = torch.nan, torch.inf
+    options = {"solver": NewtonCG(max_steps=5, tol=1e-9), "linsys": CG(max_steps=5), "batched": True}
+    lines = bilevel.hypergradient(problem, theta, {"x": x, "n": 3}, **options).explain().splitlines()
+    assert "- data['x'] holds NaN or infinity (2 of 240 numbers)." in lines
+    assert sum("met NaN or infinity" in line for line in lines) == 1  # and not of the linear solve again
+    bad = {"t": torch.tensor([0, torch.nan, 0, 0], dtype=F64)}
+    text = bilevel.hypergradient(problem, bad, {"x": torch.ones(3, 20, 4, dtype=F64)}, **options).explain()
+    assert "- theta['t'] holds NaN or infinity (1 of 4 numbers)." in text and "data" not in text.replace("bad data", "")
+    fine = bilevel.hypergradient(problem, theta, {"x": torch.ones(3, 20, 4, dtype=F64)}, **options).explain()
+    assert "holds NaN" not in fine
+
+
 def test_explain_when_the_condition_of_lemma_3_fails():
     text = at(proximal_cubic(2.0, 1.5, 1.2), 0.0, 0.0, Exact()).explain()
     assert (

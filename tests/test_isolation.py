@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -714,3 +714,71 @@ def test_a_note_is_given_once_of_a_call_within_a_call() -> None:
     with pytest.raises(RuntimeError) as caught:
         isolated(lambda: isolated(failing)())()
     assert len(caught.value.__notes__) == 1
+
+
+class TestWhereAnErrorWasRaised:
+    """The errors of PyTorch within the functions of the user do not say of which shapes."""
+
+    DATA: ClassVar[dict[str, Any]] = {
+        "x": torch.ones(20, 4),
+        "labels": torch.zeros(20, dtype=torch.int64),
+        "name": "tables",
+    }
+
+    @staticmethod
+    def problem(**other: Any) -> bilevel.BilevelProblem:
+        functions = {
+            "inner": lambda phi, theta, data: (data["x"] @ phi["w"]).square().mean() + (theta * phi["w"] ** 2).sum(),
+            "outer": lambda phi, theta, data: phi["w"].sum(),
+        } | other
+        return bilevel.BilevelProblem.from_functions(
+            functions["inner"], functions["outer"], lambda theta, data: {"w": torch.zeros(4)}
+        )
+
+    @pytest.mark.parametrize("compile", [False, True])
+    def test_in_the_inner_objective(self, compile: bool) -> None:
+        with pytest.raises(RuntimeError, match="size of tensor") as caught:
+            bilevel.hypergradient(
+                self.problem(), torch.ones(3), self.DATA, solver=NewtonCG(), linsys=CG(max_steps=2), compile=compile
+            )
+        (note,) = caught.value.__notes__
+        assert note == (
+            "bilevel: raised in inner_objective, for one task with phi['w'] (4,), theta (3,) float32, data['labels'] (20,) int64, "
+            "data['x'] (20, 4) float32."
+        )
+
+    def test_in_the_outer_loss_of_a_batch(self) -> None:
+        problem = self.problem(outer=lambda phi, theta, data: (phi["w"] @ data["missing"]).sum())
+        data = {"x": torch.ones(5, 20, 4)}
+        with pytest.raises(KeyError) as caught:
+            bilevel.hypergradient(problem, torch.ones(4), data, solver=NewtonCG(), linsys=CG(max_steps=2), batched=True)
+        (note,) = caught.value.__notes__
+        assert note.startswith(
+            "bilevel: raised in outer_loss, for one task with phi['w'] (4,), theta (4,) float32, data['x'] (20, 4)"
+        )
+
+    def test_in_a_condition(self) -> None:
+        with pytest.raises(RuntimeError) as caught:
+            bilevel.fixed_point(
+                lambda z, p, x: torch.tanh(p @ z + x),
+                torch.eye(3),
+                torch.ones(4),
+                init=torch.zeros(4),
+                solver=Anderson(max_steps=5),
+                linsys=GMRES(max_steps=5),
+            )
+        (note,) = caught.value.__notes__
+        assert note == "bilevel: raised in T, for one task with phi (4,), theta (3, 3) float32, data (4,) float32."
+
+    def test_not_where_more_is_known(self) -> None:
+        problem = self.problem(inner=lambda phi, theta, data: (phi["w"] * torch.rand(4)).sum())
+        with pytest.raises(RuntimeError) as caught:
+            bilevel.hypergradient(
+                problem,
+                torch.ones(4),
+                {"x": torch.ones(5, 2, 4)},
+                solver=NewtonCG(),
+                linsys=CG(max_steps=2),
+                batched=True,
+            )
+        assert ["raised in" in note for note in caught.value.__notes__] == [False]

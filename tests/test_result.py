@@ -202,6 +202,18 @@ def test_unwrap_of_a_batch_counts_per_status() -> None:
         and "inf" in by_name["NON_FINITE"]
     )
     assert by_name["DIVERGED"].startswith("  1 x ") and Status.DIVERGED.message in by_name["DIVERGED"]
+    assert (
+        "(index (1, 0); at most" in by_name["DIVERGED"] and "(indices (0, 1), (0, 2); at most" in by_name["NON_FINITE"]
+    )
+    assert "ind" not in by_name["CONVERGED"].split(":")[0]
+
+
+def test_which_of_a_batch_failed() -> None:
+    codes = torch.zeros(100, dtype=torch.int64)
+    codes[[37, 41, 5, 77, 78, 90]] = int(Status.DIVERGED)
+    assert "  6 x DIVERGED (indices 5, 37, 41, 77, 78, ...; at most 7 steps" in result(codes.tolist()).describe()
+    assert "  2 x DIVERGED (at most 7 steps" in result([int(Status.DIVERGED)] * 2).describe()  # all of them
+    assert result([0]).describe().startswith("solve: 1 problem, 0 failed:")
 
 
 def test_describe_names_what_it_describes() -> None:

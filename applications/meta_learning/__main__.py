@@ -1,6 +1,7 @@
 """The program `imaml`, also as `python -m applications.meta_learning`."""
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -18,7 +19,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names of files may be no text, and a terminal may lack the letters
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = _plainly  # type: ignore[assignment]  # of the arguments only the first is looked at
     app()
+
+
+def _plainly(message: object, *_: object) -> str:
+    """A warning as a user of the command reads it: without file, line and source."""
+    return f"Warning: {message}\n"
 
 
 if __name__ == "__main__":

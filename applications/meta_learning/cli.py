@@ -34,6 +34,7 @@ from applications.meta_learning.evaluate import (
     Protocol,
 )
 from applications.meta_learning.experiments import EXPERIMENTS
+from applications.meta_learning.experiments.base import read_numbers
 from applications.meta_learning.info import (
     counts_table,
     print_checkpoint,
@@ -250,7 +251,12 @@ def _train(
         run = Run(trainer, folder, data_dir=data_dir, log=log, display=display)
         run.start()
         for note in filter(
-            None, [log.note, *(f"{option_name(c['setting'])}: {c['from']} -> {c['to']}" for c in changes)]
+            None,
+            [
+                log.note,
+                *(f"{option_name(c['setting'])}: {c['from']} -> {c['to']}" for c in changes),
+                trainer.changed_rate(changes),
+            ],
         ):
             out.print(note, highlight=False)
         if changes:
@@ -612,4 +618,6 @@ def experiment(
             path = one.record(
                 folder, quick=quick, seed=seed, data_dir=data_dir_for("omniglot", data_dir), only=only, console=out
             )
+            if read_numbers(path)["result"].get("dataset") == "glyphs":
+                out.print("These are generated characters, not Omniglot: --data-dir names its folder.", highlight=False)
             out.print(f"{path}, and beside it the figure (.png) and the page (.md)", markup=False, highlight=False)

@@ -179,7 +179,9 @@ class Config:
     )
     eval_interval: int = setting(100, RUN, "meta-steps between evaluations on held-out classes; 0: none", at_least=0)
     eval_tasks: int = setting(100, RUN, "tasks of such an evaluation", at_least=2)
-    log_interval: int = setting(10, RUN, "meta-steps between lines of the log", at_least=1)
+    log_interval: int = setting(
+        10, RUN, "meta-steps between lines of the log; without a terminal one in half a minute is shown", at_least=1
+    )
     checkpoint_interval: int = setting(100, RUN, "meta-steps between checkpoints", at_least=1)
 
     def __post_init__(self) -> None:

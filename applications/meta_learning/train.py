@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -296,6 +297,15 @@ class Trainer:
             raise CheckpointError(f"this checkpoint does not fit the run: {error}") from error
         self.progress.skipped_in_a_row = 0
         self._set_outer_options()
+
+    def changed_rate(self, changes: Sequence[Mapping[str, Any]]) -> str:
+        """What changed settings make of the rate that the schedule had come to; nothing where they change nothing."""
+        before = replace(self.config, **{change["setting"]: change["from"] for change in changes})
+        then, now = (c.outer_rate * _rate_factor(c)(self.schedule.last_epoch) for c in (before, self.config))
+        if then == now:
+            return ""
+        schedule = f"{self.config.schedule} over {self.config.outer_steps} steps"
+        return f"outer rate at this step: {then:.3g} -> {now:.3g} (schedule: {schedule})"
 
     def _set_outer_options(self) -> None:
         """The loaded state has the old rate and epsilon in it; a resumed run may have been given others."""

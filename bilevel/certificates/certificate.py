@@ -161,7 +161,9 @@ class Certificate:
 
     def explain(self, result: Hypergradient) -> str:
         """See :meth:`bilevel.Hypergradient.explain`."""
-        return explain(result, self.call.flat.problem, self.spectrum, self.solves, self.doubts, self.kinks)
+        return explain(
+            result, self.call.flat.problem, self.spectrum, self.solves, self.doubts, self.kinks, self.call.not_finite()
+        )
 
     @isolated
     @without_checkpoints()

@@ -56,9 +56,17 @@ class Spectrum(NamedTuple):
 
 
 def explain(
-    result: Hypergradient, problem: BilevelProblem, spectrum: Spectrum, solves: bool, doubts: Doubts, kinks: Tensor
+    result: Hypergradient,
+    problem: BilevelProblem,
+    spectrum: Spectrum,
+    solves: bool,
+    doubts: Doubts,
+    kinks: Tensor,
+    not_finite: list[str],
 ) -> str:
-    """The sentences of :meth:`bilevel.Hypergradient.explain`. ``kinks``: the tasks that are at one ``(*batch,)``."""
+    """The sentences of :meth:`bilevel.Hypergradient.explain`. ``kinks``: the tasks that are at one ``(*batch,)``; ``not_finite``: the
+    leaves of theta and data that hold NaN or infinity.
+    """
     found = result.diagnose()
     lines = [] if result.inner is None else [_solve("Inner solve", result.inner, "|dG/dphi|")]
     lines += [
@@ -67,6 +75,7 @@ def explain(
         *_eigenvalues(result, spectrum),
     ]
     advice = [
+        *(f"{leaf}." for leaf in not_finite),
         *_failures(result),
         *_nothing_to_solve(result),
         *_negative_curvature(result, spectrum, problem),
@@ -161,8 +170,16 @@ def _failures(result: Hypergradient) -> list[str]:
         for what, solve in solves
         if solve is not None
         for status in _statuses(solve.codes)
-        if status.failed and status is not Status.NEGATIVE_CURVATURE
+        if status.failed and status is not Status.NEGATIVE_CURVATURE and not _follows(result, what, status)
     ]
+
+
+def _follows(result: Hypergradient, what: str, status: Status) -> bool:
+    """Whether a linear solve has met no more than the NaN of the inner solves before it."""
+    if what == "inner solve" or status is not Status.NON_FINITE or result.inner is None:
+        return False
+    here, before = (part.codes == int(Status.NON_FINITE) for part in (result.linear, result.inner))
+    return not bool((here & ~before).any())
 
 
 def _nothing_to_solve(result: Hypergradient) -> list[str]:

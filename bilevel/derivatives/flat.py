@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel.curvature import HessianProduct
+from bilevel.isolation import locate
 from bilevel.problem import BilevelProblem
 from bilevel.trees import Layout, Structure, Tree, flatten, unflatten
 
@@ -58,12 +59,20 @@ class Flat:
 
     def inner(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """G, 0-d."""
-        value = self.problem.inner_objective(self.phi.unravel(phi), *self.trees(tensors))
+        try:
+            value = self.problem.inner_objective(self.phi.unravel(phi), *self.trees(tensors))
+        except Exception as error:
+            self._locate(error, "inner_objective", tensors)
+            raise
         return _scalar(value, "inner_objective", phi)
 
     def outer(self, phi: Tensor, *tensors: Tensor) -> Tensor:
         """L, 0-d."""
-        value = self.problem.outer_loss(self.phi.unravel(phi), *self.trees(tensors))
+        try:
+            value = self.problem.outer_loss(self.phi.unravel(phi), *self.trees(tensors))
+        except Exception as error:
+            self._locate(error, "outer_loss", tensors)
+            raise
         return _scalar(value, "outer_loss", phi)
 
     def remainder(self, phi: Tensor, *tensors: Tensor) -> Tensor:
@@ -71,7 +80,12 @@ class Flat:
         if self.problem.split is None:
             return self.inner(phi, *tensors)
         remainder, _ = self.problem.split
-        return _scalar(remainder(self.phi.unravel(phi), *self.trees(tensors)), "inner_objective", phi)
+        try:
+            value = remainder(self.phi.unravel(phi), *self.trees(tensors))
+        except Exception as error:
+            self._locate(error, "inner_objective", tensors)
+            raise
+        return _scalar(value, "inner_objective", phi)
 
     def centre(self, *tensors: Tensor) -> Tensor:
         """Where the quadratic part is smallest ``(d,)``."""
@@ -117,6 +131,19 @@ class Flat:
     def curvature_inverse(self, damping: float, v: Tensor, *theta: Tensor) -> Tensor:
         """(known part of the Hessian + damping I)^{-1} v, for one vector ``(d,)`` and the leaves of theta."""
         return self._known(lambda tree: self.problem.curvature_inverse(tree, unflatten(self.theta, theta), damping), v)
+
+    def _locate(self, error: Exception, name: str, tensors: Sequence[Tensor]) -> None:
+        """Let an error of a function of the user's know where it was raised, and for which shapes."""
+        data = [path for path, leaf in zip(self.data.paths(), self.data_static, strict=True) if leaf is TENSOR]
+        names = [*(f"theta{path}" for path in self.theta.paths()), *(f"data{path}" for path in data)]
+        leaves = [
+            f"phi{path} {tuple(shape)}" for path, shape in zip(self.phi.structure.paths(), self.phi.shapes, strict=True)
+        ]
+        leaves += [
+            f"{name} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            for name, x in zip(names, tensors, strict=True)
+        ]
+        locate(error, f"bilevel: raised in {name}, for one task with {', '.join(leaves)}.")
 
     def _known(self, fn: Callable[[Tree], Tree], v: Tensor) -> Tensor:
         return self.phi.ravel(flatten(fn(self.phi.unravel(v)))[0])

@@ -97,6 +97,7 @@ def check_hypergradient(
         _refuse_another_composition(problem, start, theta, own)
         report = _examine(_Task(problem, theta, own, start, found, index), Choices(linsys, curvature, damping), rtol)
         if not report.ok:
+            __tracebackhide__ = True  # pytest shows the caller's lines and the report, and not these
             raise CheckFailed(report)
         reports.append(report)
     worst = max(reports, key=lambda report: report["hypergradient"].error)

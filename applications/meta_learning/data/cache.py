@@ -33,7 +33,7 @@ def cached(path: Path, key: str, shape: tuple[int, ...] | None, build: Callable[
     except OSError as error:
         warnings.warn(
             f"{path}: could not be written ({error}); going on without a cache, so the next start decodes again. "
-            "Name a folder that can be written with cache_dir",
+            "Name one that can be written: XDG_CACHE_HOME in the environment (in Python, cache_dir)",
             stacklevel=3,
         )
     return classes

@@ -42,9 +42,9 @@ class Contents:
             DataError: too many are in two parts.
         """
         if len(self._in_two_parts) > self._few * self._images:
-            more = len(self._in_two_parts) - 1
+            more = f" ({count} more)" if (count := len(self._in_two_parts) - 1) else ""
             raise DataError(
-                f"{self._in_two_parts[0]} ({more} more); one could be trained on and the other one held out. Take one of them out (of a "
+                f"{self._in_two_parts[0]}{more}; one could be trained on and the other one held out. Take one of them out (of a "
                 "folder that is there twice: the folder)"
             )
         if self._in_two_parts:
@@ -56,6 +56,6 @@ class Contents:
             first, second = self._twice[0]
             warnings.warn(
                 f"{second} is the same image as {first}; it could be support and query of one task, which makes the accuracy too high. "
-                f"Take it out (and {len(self._twice) - 1} more)",
+                f"Take it out{f', and {count} more' if (count := len(self._twice) - 1) else ''}",
                 stacklevel=2,
             )

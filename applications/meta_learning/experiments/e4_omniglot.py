@@ -228,6 +228,8 @@ class Table2(Experiment):
         if not runs:
             return ["No run is measured yet.", ""]
         lines = [*self._conditions(result), ""]
+        if result["dataset"] == "glyphs":
+            lines = ["**These are generated characters, not Omniglot:** `--data-dir` names its folder.", "", *lines]
         for column in dict.fromkeys(run["column"] for run in runs):
             for split in dict.fromkeys(run["split"] for run in runs if run["column"] == column):
                 group = [run for run in runs if (run["column"], run["split"]) == (column, split)]
@@ -237,7 +239,7 @@ class Table2(Experiment):
                     *_accuracies(group, column, result),
                     "",
                     *_comparison(group, result),
-                    *_beside_the_paper(group, column),
+                    *([] if result["dataset"] == "glyphs" else _beside_the_paper(group, column)),
                 ]
         lines += ["## What the runs met", "", *_met(runs), "", *_failures(runs)]
         missing = result["expected"] - len(runs)
