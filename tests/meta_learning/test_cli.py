@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -563,6 +564,30 @@ def test_a_run_that_is_complete_says_how_to_go_on(finished: Path, tmp_path: Path
     assert result.exit_code == 0 and "Nothing was left to do" in result.output
     assert f"imaml train --resume --out '{folder}' --no-final-test --no-tensorboard --outer-steps 12" in result.output
     assert f"Next: imaml evaluate '{folder}'" in result.output
+
+
+def test_more_steps_than_planned_say_what_becomes_of_the_rate(finished: Path, tmp_path: Path) -> None:
+    """It had gone down to zero, and now it goes on: 6 of 12 steps on a line from 0.001 to 0."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    rate = json.loads((folder / "config.json").read_text())["outer_rate"]
+    options = ("--resume", "--out", folder, "--no-final-test", "--no-tensorboard", "--outer-steps", "12")
+    result = imaml("train", *options, "--schedule", "linear")
+    assert result.exit_code == 0 and "--outer-steps: 6 -> 12" in result.output
+    told = f"outer rate at this step: {rate:.3g} -> {rate / 2:.3g} (schedule: linear over 12 steps)"
+    assert told in squeezed(result.output)
+
+
+def test_warnings_are_shown_without_file_and_source(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr("applications.meta_learning.cli.app", lambda: warnings.warn("the disk is slow", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        monkeypatch.setattr(warnings, "showwarning", lambda *a: sys.stderr.write(warnings.formatwarning(*a)))
+        main()
+    assert capsys.readouterr().err == "Warning: the disk is slow\n"
 
 
 def test_version_and_short_help() -> None:

@@ -255,3 +255,20 @@ def test_a_whole_table_is_published_cell_by_cell(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         table.record(tmp_path, quick=False, seed=0)
     assert seen == [0, 1, 2]
+
+
+def test_generated_characters_are_called_that_and_not_compared_with_the_paper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody who leaves --data-dir out may take the numbers for those of Omniglot."""
+    monkeypatch.delenv("BILEVEL_OMNIGLOT", raising=False)
+    name, table = "5w1s-gd-random-0", e4.E4CPU()
+    done = RUNNER.invoke(app, ["experiment", table.name, "--quick", "--only", name, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "These are generated characters, not Omniglot: --data-dir names its folder." in done.output
+    page, stored = ((tmp_path / f"{table.name}.{kind}").read_text() for kind in ("md", "json"))
+    words = "**These are generated characters, not Omniglot:**"
+    assert words in page and "Beside the paper" not in page
+    real = json.loads(stored)["result"] | {"dataset": "omniglot"}
+    other = "\n".join(table.findings(real))
+    assert words not in other and "Beside the paper" in other
