@@ -279,7 +279,8 @@ def _check_variable(name: str, leaves: Sequence[Any], paths: Sequence[str], like
         first = leaf if first is None else first
         if leaf.dtype != first.dtype:
             raise TypeError(
-                f"{name}{path}: expected one dtype for theta and phi, got {leaf.dtype} beside {first.dtype}."
+                f"{name}{path}: expected one dtype for theta and phi, got {leaf.dtype} beside {first.dtype}"
+                f"{'' if like is None else ' of theta'}. Convert one of them with .to(dtype)."
             )
         if leaf.device != first.device:
             raise ValueError(

@@ -12,7 +12,7 @@ from bilevel.composition import Composition, Loss, ModelLoss, composition_of
 from bilevel.problem import require_functions_of
 from bilevel.regularisation import Kind, described_layout
 from bilevel.regularised_problem import RegularisedProblem
-from bilevel.trees import Tree, flatten, layout_of, tree_map
+from bilevel.trees import Tree, flatten, how_to_tree, layout_of, tree_map
 
 
 class LearnedProximalProblem(RegularisedProblem):
@@ -97,7 +97,7 @@ class LearnedProximalProblem(RegularisedProblem):
             raise ValueError("centre: expected at least one tensor, got an empty tree.")
         for path, leaf in zip(structure.paths(), leaves, strict=True):
             if not isinstance(leaf, Tensor) or leaf.dtype not in (torch.float32, torch.float64):
-                got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                got = leaf.dtype if isinstance(leaf, Tensor) else f"{type(leaf).__name__}{how_to_tree(leaf)}"
                 raise TypeError(f"centre{path}: expected a float32 or float64 tensor, got {got}.")
         raw = self.kind.initial(lam, layout_of(centre)[0], leaves[0].detach())
         learned = any(leaf.requires_grad for leaf in leaves)

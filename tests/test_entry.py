@@ -101,7 +101,7 @@ def test_the_problem(name: str, wrong: Any) -> None:
         ),
         pytest.param(
             {"a": ONES, "b": ONES.float()},
-            r"theta\['b'\]: expected one dtype for theta and phi, got torch.float32 beside torch.float64",
+            r"theta\['b'\]: expected one dtype for theta and phi, got torch.float32 beside torch.float64\. Convert",
             id="mixed",
         ),
         pytest.param(
@@ -212,7 +212,7 @@ def test_no_start(name: str) -> None:
         pytest.param(
             ONES.float(),
             TypeError,
-            "expected one dtype for theta and phi, got torch.float32 beside torch.float64",
+            r"got torch.float32 beside torch.float64 of theta\. Convert one of them with \.to\(dtype\)\.",
             id="float32",
         ),
         pytest.param([ONES, ONES.float()], TypeError, "expected one dtype for theta and phi", id="mixed"),

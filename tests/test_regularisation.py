@@ -812,6 +812,11 @@ def test_the_range_of_lambda_is_that_of_the_dtype() -> None:
             "centre: expected a float32 or float64 tensor, got torch.float16",
         ),
         (
+            lambda: LearnedProximalProblem(train, test, Scalar()).initial_theta(torch.nn.Linear(2, 1)),
+            TypeError,
+            r"centre: .*, got Linear; of a module it is dict\(module\.named_parameters\(\)\)",
+        ),
+        (
             lambda: LearnedProximalProblem(train, test, Scalar()).initial_theta({}),
             ValueError,
             "centre: expected at least one tensor",
