@@ -479,7 +479,12 @@ def predict_command(
         try:
             found = predict(checkpoint, support, [*images, *(more_images or [])], settings=settings)
         except bilevel.SolverError as error:
-            err.print(f"[bold red]Adaptation failed:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            err.print(
+                f"[bold red]Adaptation failed:[/bold red] {escape(str(error))}\n"
+                "Its options here: --inner-step-size (0 finds one), --inner-steps, --lam.",
+                highlight=False,
+                soft_wrap=True,
+            )
             raise typer.Exit(1) from error
     if as_json:
         print(to_json(_prediction_report(found)))

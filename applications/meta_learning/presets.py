@@ -153,6 +153,7 @@ def preset(name: str) -> Config:
     """
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=3) or [DEFAULT_PRESET["glyphs"]]
+        near = [DEFAULT_PRESET[name]] if name in DEFAULT_PRESET else near  # a data set
         raise ConfigError(f"there is no preset {name!r}; did you mean {' or '.join(near)}? imaml info lists all")
     return PRESETS[name]
 

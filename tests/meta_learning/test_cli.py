@@ -444,6 +444,7 @@ def test_a_run_that_cannot_go_on_says_what_to_change(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         (["--preset", "omniglot-5w1s"], "no preset 'omniglot-5w1s'; did you mean omniglot-5w1s-.*imaml info lists all"),
+        (["--preset", "omniglot"], "no preset 'omniglot'; did you mean omniglot-5w1s-cpu\\?"),
         (["--preset", "zzz"], "no preset 'zzz'; did you mean glyphs.*imaml info lists all"),
         (["--lam", "-1"], "--lam: expected at least 0"),
         (["--resume"], "nothing to resume"),

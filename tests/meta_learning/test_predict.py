@@ -345,6 +345,7 @@ def test_a_failed_adaptation_predicts_nothing(run: Path, task: tuple[Path, Path]
         predict(run, support, [images], settings={"inner_step_size": 1e30})
     result = imaml("predict", run, "--support", support, "--images", images, "--inner-step-size", "1e30")
     assert result.exit_code == 1 and not result.stdout and "Adaptation failed" in result.stderr
+    assert "--inner-step-size (0 finds one)" in result.stderr
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
