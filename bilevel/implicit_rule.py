@@ -167,12 +167,15 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mapped = inputs[0]
+        ctx.set_materialize_grads(False)  # no tangent is not a tangent of zero: 0 times an infinite derivative is NaN
         ctx.save_for_backward(output, *inputs[2:])
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
     @isolated
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
+        if cotangent is None:
+            return (None,) * len(ctx.needs_input_grad)
         phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
         levels = mapped.at_solution
@@ -239,12 +242,15 @@ class _LinearSolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.mapped = inputs[0]
+        ctx.set_materialize_grads(False)  # no tangent is not a tangent of zero: 0 times an infinite derivative is NaN
         ctx.save_for_backward(output, *inputs[2:])
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
     @isolated
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple[Any, ...]:
+        if cotangent is None:
+            return (None,) * len(ctx.needs_input_grad)
         u, phi, *tensors = ctx.saved_tensors
         mapped = ctx.mapped
         levels = mapped.at_solution

@@ -155,7 +155,8 @@ def _as_weight(lam: Any) -> float | Tensor:
                 "LearnedProximalProblem; to keep it fixed, pass lam.detach()."
             )
         if lam.is_floating_point():
-            return float(lam) if lam.ndim == 0 else lam.clone()
+            with torch.inference_mode(False):  # where the copy could be in no graph
+                return float(lam) if lam.ndim == 0 else lam.clone()
     elif isinstance(lam, Real) and not isinstance(lam, bool):
         return float(lam)
     raise TypeError(f"lam: expected positive numbers or real floating tensors, got {type(lam).__name__} {lam!r}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import bilevel
 from bilevel.curvature import ForwardOverReverse, Hessian
-from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Neumann
-from bilevel.solvers import LBFGS, GradientDescent, NewtonCG
+from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Jacobi, Neumann, NystromPreconditioner
+from bilevel.solvers import LBFGS, GradientDescent, Newton, NewtonCG
 
 F64 = torch.float64
 A = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64)
@@ -183,3 +183,82 @@ def test_a_phi_without_entries_is_refused() -> None:
     )
     with pytest.raises(ValueError, match="initial_phi: expected at least one number, got tensors without entries"):
         bilevel.hypergradient(problem, THETA, **SOLVERS)
+
+
+class TestWhatIsNotDifferentiated:
+    """Nobody moves the data, so that their derivatives, infinite or missing, are not to be seen."""
+
+    X = torch.tensor([0.0, 1.0, 4.0], dtype=torch.float64)
+    EXACT: ClassVar[dict[str, Any]] = {"solver": NewtonCG(max_steps=30, cg_steps=20, tol=1e-12), "linsys": Exact()}
+
+    def layer(self, of_data: Callable[[Tensor], Tensor], *, as_theta: bool = False) -> Callable[[Tensor], Tensor]:
+        """phi + s + 0.4 phi^3 = theta, with s made of the data or of a leaf of theta."""
+        problem = bilevel.BilevelProblem.from_functions(
+            lambda phi, theta, data: (
+                0.5 * (phi - theta["t"]).square().sum()
+                + (of_data(theta["x"] if data is None else data) * phi).sum()
+                + 0.1 * phi.pow(4).sum()
+            ),
+            lambda phi, theta, data: phi.sum(),
+            lambda theta, data: torch.zeros_like(theta["t"]),
+        )
+        if as_theta:
+            return lambda t: bilevel.argmin(problem, {"t": t, "x": self.X}, None, **self.EXACT)
+        return lambda t: bilevel.argmin(problem, {"t": t}, self.X, **self.EXACT)
+
+    @pytest.mark.parametrize("as_theta", [False, True], ids=["data", "theta"])
+    def test_infinite_derivatives(self, as_theta: bool) -> None:
+        f, t = self.layer(torch.sqrt, as_theta=as_theta), torch.ones(3, dtype=torch.float64)
+        phi = f(t)
+        torch.testing.assert_close(phi + 0.4 * phi**3, t - self.X.sqrt(), rtol=1e-10, atol=1e-12)
+        first = 1 / (1 + 1.2 * phi**2)
+        second = -2.4 * phi * first**3
+        for way in (jacfwd, jacrev):
+            torch.testing.assert_close(way(f)(t), torch.diag(first), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(jvp(f, (t,), (torch.ones_like(t),))[1], first, rtol=1e-9, atol=1e-12)
+
+        def total(t: Tensor) -> Tensor:
+            return f(t).sum()
+
+        for both in (hessian, lambda g: jacrev(jacfwd(g)), lambda g: jacrev(jacrev(g))):
+            torch.testing.assert_close(both(total)(t), torch.diag(second), rtol=1e-8, atol=1e-10)
+        mapped = vmap(hessian(total))(torch.stack([t, 2 * t]))
+        torch.testing.assert_close(mapped[0], torch.diag(second), rtol=1e-8, atol=1e-10)
+
+    def test_an_operator_without_forward_mode(self) -> None:
+        f = self.layer(lambda x: torch.cdist(x[:, None], x[:, None]).sum(0))
+        t = torch.ones(3, dtype=torch.float64)
+        torch.testing.assert_close(jacfwd(f)(t), jacrev(f)(t), rtol=1e-9, atol=1e-12)
+
+    def test_of_a_root(self) -> None:
+        def f(t: Tensor) -> Tensor:
+            return bilevel.root(
+                lambda p, t, x: p - t + x.sqrt() + 0.4 * p**3,
+                t,
+                self.X,
+                init=torch.zeros_like(t),
+                solver=Newton(max_steps=30, tol=1e-12),
+                linsys=Exact(),
+            )
+
+        t = torch.ones(3, dtype=torch.float64)
+        torch.testing.assert_close(jacfwd(f)(t), torch.diag(1 / (1 + 1.2 * f(t) ** 2)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("preconditioner", [NystromPreconditioner(rank=3), Jacobi(num_probes=4)], ids=repr)
+def test_seeded_preconditioners_forwards(preconditioner: Any) -> None:
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: (
+            0.5 * phi.square().sum() + 0.2 * phi.sum() ** 2 - (phi * theta).sum() + 0.1 * phi.pow(4).sum()
+        ),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: torch.zeros_like(theta),
+    )
+    theta = torch.linspace(-1, 2, 6, dtype=torch.float64)
+    solver = NewtonCG(max_steps=30, cg_steps=20, tol=1e-11, preconditioner=preconditioner)
+    forwards, backwards = (
+        bilevel.unrolled(problem, theta, solver=solver, forward_mode=mode).unwrap() for mode in (True, False)
+    )
+    exact = bilevel.hypergradient(problem, theta, solver=solver, linsys=Exact()).unwrap()
+    torch.testing.assert_close(forwards, backwards, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(forwards, exact, rtol=1e-8, atol=1e-10)

@@ -147,6 +147,9 @@ class Objective:
 
     def singles(self) -> Iterator[Objective]:
         """The objective of each task alone, with the batch shape ``()``, in the order of the flattened batch."""
+        if not self.sizes:  # nor is there anything to cut, as sparse tensors could not be
+            yield self._like((), self.tensors, ())
+            return
         for index in itertools.product(*map(range, self.sizes)):
             own = []
             for i, tensor in enumerate(self.tensors):

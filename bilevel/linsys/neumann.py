@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_count, check_number, check_rtol, keep_python_numbers
+from bilevel.isolation import precise
 from bilevel.linsys.base import (
     LinearSolver,
     Matvec,
@@ -61,6 +62,7 @@ class Neumann(LinearSolver):
             check_number("step_size", self.step_size, positive=True)
         keep_python_numbers(self)
 
+    @precise
     def solve(
         self, matvec: Matvec, b: Tensor, init: Tensor | None = None, preconditioner: Matvec | None = None
     ) -> Result:

@@ -92,6 +92,7 @@ def _buffers(modules: dict[int, nn.Module]) -> dict[_Key, Tensor]:
 
 def same_entries(a: Tensor, b: Tensor) -> Tensor:
     """Entry by entry, NaN like NaN."""
+    a, b = (x.to_dense() if x.layout is not torch.strided else x for x in (a, b))
     return (a == b) | ((a != a) & (b != b))
 
 
