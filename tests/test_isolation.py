@@ -813,3 +813,12 @@ class TestWhereAnErrorWasRaised:
                 batched=True,
             )
         assert ["raised in" in note for note in caught.value.__notes__] == [False]
+
+
+def test_inference_mode_around_a_transform_is_named_as_the_cause() -> None:
+    """Of a theta made outside. The solve is then in no graph, whatever the functions do."""
+    problem, theta, data = small_ridge()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"is torch\.inference_mode\(\) on around a transform"):
+        torch.func.jacrev(
+            lambda theta: bilevel.argmin(problem, theta, data, solver=NewtonCG(max_steps=9, tol=1e-4), linsys=Exact())
+        )(theta)

@@ -334,6 +334,7 @@ class Linearisation:
 def _of_phi(grad: Tensor | None) -> Tensor:
     if grad is None:
         raise ValueError(
-            "inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached?"
+            "inner_objective: expected a function of phi, but the graph shows no dependence on it. Was phi detached? Or is "
+            "torch.inference_mode() on around a transform of torch.func? torch.no_grad() takes its place."
         )
     return grad
