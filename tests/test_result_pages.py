@@ -243,3 +243,11 @@ def test_the_words_of_the_readme_beside_other_libraries_are_those_of_the_numbers
     assert 1.35 < times("logistic", compiled, hand) < 1.65
     for page, jax in (("quadratic", "JAXopt, jitted"), ("logistic", "jaxopt")):
         assert 4.5 < times(page, compiled, jax) < 22.5
+
+
+def test_a_page_names_the_peers_that_took_part(publish: ModuleType) -> None:
+    pages = publish.peers_page
+    assert pages.versions(["bilevel, compile=True", "PyTorch by hand", "JAXopt, jitted"]).startswith("Peers: jax 0.")
+    found = pages.versions(["higher (MAML's gradient)", "TorchOpt, loop"])
+    assert "higher" in found and "torchopt" in found and "jax" not in found and "betty" not in found
+    assert "betty-ml" in pages.versions(["Betty"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ HOW = (
 )
 
 
-def versions() -> str:
-    """Of the peers, as pyproject.toml pins them for these environments."""
+def versions(methods: Iterable[str]) -> str:
+    """Of the peers among these methods, as pyproject.toml pins them for their environments."""
+    names = {method.lower().split(",")[0].split(" ")[0] for method in methods}
+    names |= {"jax"} if "jaxopt" in names else set()
     extras = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    pinned = [name for extra in ("peers", "peers-jax") for name in extras[extra] if "==" in name]
-    return (
-        f"Peers: {', '.join(sorted(pinned)).replace('==', ' ')}, and betty-ml 0.1.1, whose conjugate gradients take the next "
-        "direction from the old residual and are wrong after one step."
-    )
+    pinned = [name for extra in ("peers", "peers-jax") for name in extras[extra] if name.split("==")[0] in names]
+    words = f"Peers: {', '.join(sorted(pinned)).replace('==', ' ')}"
+    if "betty" not in names:
+        return f"{words}."
+    return f"{words}, and betty-ml 0.1.1, whose conjugate gradients take the next direction from the old residual and are wrong after one step."
 
 
 WHERE = "[What the time is spent on](shares.md), [what a meta-gradient takes at least](floor.md)."
@@ -55,7 +58,7 @@ def quadratic(result: dict[str, Any]) -> str:
         *_wrong(rows),
         WHERE,
         "",
-        versions(),
+        versions(rows),
         "",
         _from(result, f"{options['repeats']} repetitions"),
         "",
@@ -90,7 +93,8 @@ def batch(result: dict[str, Any]) -> str:
             _from(result, f"{found['repeats']} repetitions", found.get("environment")),
             "",
         ]
-    return "\n".join([*lines, versions(), ""])
+    methods = [method for found in result["works"].values() for method in found["rows"]]
+    return "\n".join([*lines, versions(methods), ""])
 
 
 def few_shot(result: dict[str, Any]) -> str:
@@ -131,7 +135,7 @@ def few_shot(result: dict[str, Any]) -> str:
         "",
         WHERE,
         "",
-        versions(),
+        versions([method for found in result["works"].values() for method in found["rows"]]),
         "",
     ]
     return "\n".join(lines)
@@ -314,6 +318,7 @@ def _from(result: dict[str, Any], repeats: str, environment: dict[str, Any] | No
     """Where the numbers come from. Works that are measured one by one have environments of their own."""
     environment, options = environment or result["environment"], result["options"]
     command = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", environment["command"])  # without folders
-    parts = [repeats, f"{options['threads']} thread" + "s" * (options["threads"] > 1)]
+    seed = f"seed {options['seed']}" if "seed" in options else ""
+    parts = [repeats, f"{options['threads']} thread" + "s" * (options["threads"] > 1), seed]
     facts = provenance({**environment, "threads": options["threads"]})
     return f"{', '.join(part for part in parts if part)}. Command: `{command}`. {facts}."

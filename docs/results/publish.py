@@ -216,10 +216,10 @@ def logistic_page(name: str, result: dict[str, Any]) -> str:
         f"{_reached(bool(torch_peers) and 3 * ours <= min(torch_peers))}; and level with jitted JAXopt, "
         f"{_reached('jaxopt' in peers and ours <= peers['jaxopt'])}. [What the time is spent on](shares.md).",
         "",
-        peers_page.versions(),
+        peers_page.versions(rows),
         "",
-        f"{options['repeats']} repetitions, {options['threads']} threads. Command: `{public(environment['command'])}`. "
-        f"{provenance(environment)}.",
+        f"{options['repeats']} repetitions, {options['threads']} threads, seed {options['seed']}. Command: "
+        f"`{public(environment['command'])}`. {provenance(environment)}.",
         "",
     ]
     return "\n".join(lines) + note(name)
