@@ -19,6 +19,9 @@ HOW = (
 )
 
 
+BETTY = "betty-ml 0.1.1, whose conjugate gradients take the next direction from the old residual and are wrong after one step."
+
+
 def versions(methods: Iterable[str]) -> str:
     """Of the peers among these methods, as pyproject.toml pins them for their environments."""
     names = {method.lower().split(",")[0].split(" ")[0] for method in methods}
@@ -30,7 +33,7 @@ def versions(methods: Iterable[str]) -> str:
     words = f"Peers: {', '.join(sorted(pinned)).replace('==', ' ')}"
     if "betty" not in names:
         return f"{words}."
-    return f"{words}, and betty-ml 0.1.1, whose conjugate gradients take the next direction from the old residual and are wrong after one step."
+    return f"{words}, and {BETTY}"
 
 
 WHERE = "[What the time is spent on](shares.md), [what a meta-gradient takes at least](floor.md)."
