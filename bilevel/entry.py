@@ -76,7 +76,7 @@ class Call:
             for path, leaf in zip(self.flat.data.paths(), self.flat.data_static, strict=True)
             if leaf is TENSOR
         ]
-        stored = (x.coalesce().values() if x.layout is torch.sparse_coo else x for x in self.tensors)
+        stored = (x.coalesce().values() if x.layout is torch.sparse_coo else x.to_dense() for x in self.tensors)
         counts = ((name, int((~x.isfinite()).sum()), x.numel()) for name, x in zip(names, stored, strict=True))
         return [f"{name} holds NaN or infinity ({bad} of {of} numbers)" for name, bad, of in counts if bad]
 

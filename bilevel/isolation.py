@@ -97,6 +97,7 @@ def precise(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True  # of pytest: these frames say nothing to its reader
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():
                 return call(*args, **kwargs)
@@ -147,6 +148,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def explained(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True
         try:
             return inner(*args, **kwargs)
         except Exception as error:
@@ -161,6 +163,7 @@ def isolated(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        __tracebackhide__ = True
         if "torch._dynamo" not in sys.modules:  # importing it takes seconds
             return explained(*args, **kwargs)
         # made anew each time: what is kept between calls would be guarded by the compiler, and make it compile again

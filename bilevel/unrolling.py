@@ -194,7 +194,7 @@ def _forwards(path: _Path, theta: Sequence[Tensor], slope: Tensor) -> list[Tenso
 
             return dot(alike(*jvp(moved, (leaf,), (direction.expand_as(leaf),))), slope)
 
-        columns = torch.func.vmap(along, chunk_size=DIRECTIONS, randomness="same")(basis)  # (size, *batch)
+        columns = torch.func.vmap(along, chunk_size=DIRECTIONS)(basis)  # (size, *batch)
         grads.append(columns.movedim(0, -1).reshape(leaf.shape))
     return grads
 

@@ -12,7 +12,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import bilevel
 from bilevel.curvature import ForwardOverReverse, Hessian
-from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Jacobi, Neumann, NystromPreconditioner
+from bilevel.linsys import CG, GMRES, MINRES, BiCGStab, Exact, Jacobi, Neumann, Nystrom, NystromPreconditioner
 from bilevel.solvers import LBFGS, GradientDescent, Newton, NewtonCG
 
 F64 = torch.float64
@@ -262,3 +262,30 @@ def test_seeded_preconditioners_forwards(preconditioner: Any) -> None:
     exact = bilevel.hypergradient(problem, theta, solver=solver, linsys=Exact()).unwrap()
     torch.testing.assert_close(forwards, backwards, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(forwards, exact, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "linsys", [Nystrom(rank=4, shift=1.0), CG(max_steps=6, rtol=0.0, preconditioner=Jacobi(num_probes=4))], ids=repr
+)
+def test_seeded_linear_solvers_under_vmap(linsys: Any) -> None:
+    """Their numbers are the same each time, and no chance, which vmap refuses."""
+    q = torch.linalg.qr(torch.arange(36.0, dtype=torch.float64).reshape(6, 6).sin())[0]
+    a = q @ torch.diag(torch.tensor([1.0, 1, 1, 2, 5, 9], dtype=torch.float64)) @ q.T
+    b = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(3, 6)
+    found = vmap(lambda b: linsys.solve(lambda v: v @ a, b).value)(b)
+    torch.testing.assert_close(found, torch.linalg.solve(a, b.T).T, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("where", ["inner", "start"])
+def test_chance_in_an_unrolled_path_is_refused_forwards(where: str) -> None:
+    """Its directions are taken in chunks, each along a path of its own."""
+    noise = {
+        name: (lambda x: x + torch.rand_like(x)) if name == where else (lambda x: x) for name in ("inner", "start")
+    }
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda phi, theta, data: 0.5 * (phi - noise["inner"](theta)).square().sum(),
+        lambda phi, theta, data: phi.square().sum(),
+        lambda theta, data: noise["start"](torch.zeros_like(theta)),
+    )
+    with pytest.raises(RuntimeError, match="random"):
+        bilevel.unrolled(problem, torch.ones(3), solver=GradientDescent(step_size=0.5, max_steps=2), forward_mode=True)

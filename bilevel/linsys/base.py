@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 
 from bilevel.result import Result
 from bilevel.status import Status
@@ -166,6 +168,13 @@ def some_direction(b: Tensor) -> Tensor:
     k = (k ^ (k >> 30)) * -0x40A7B892E31B1A47
     k = (k ^ (k >> 27)) * -0x6B2FB644ECCEEE15
     return ((k ^ (k >> 31)) % 2**24).to(b.dtype) / 2**23 - 1
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Within it, no transform of ``torch.func`` is seen: what a generator of one's own draws is the same each time, and under ``vmap``
+    PyTorch refuses all that is drawn.
+    """
+    return pyfunctorch.temporarily_clear_interpreter_stack()
 
 
 def unit_of_matrix(v: Tensor, av: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bilevel.checks import check_count, keep_python_numbers
-from bilevel.linsys.base import Matvec, Operator, batch_of
+from bilevel.linsys.base import Matvec, Operator, batch_of, outside_transforms
 from bilevel.linsys.preconditioner import Preconditioner
 
 
@@ -43,7 +43,9 @@ class Jacobi(Preconditioner):
             probes = torch.eye(d, dtype=b.dtype, device=b.device)
         else:
             generator = torch.Generator().manual_seed(self.seed)
-            probes = (2 * torch.randint(0, 2, (self.num_probes, d), generator=generator, device="cpu") - 1).to(b)
+            with outside_transforms():
+                signs = 2 * torch.randint(0, 2, (self.num_probes, d), generator=generator, device="cpu") - 1
+            probes = signs.to(b)
         probes = probes.reshape(len(probes), *(1,) * len(batch), d).expand(len(probes), *batch, d)
         samples = probes * operator(probes)  # (k, *batch, d)
         if self.num_probes is None:

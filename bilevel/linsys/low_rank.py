@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel.linsys.base import Operator, batch_of, from_columns, to_columns
+from bilevel.linsys.base import Operator, batch_of, from_columns, outside_transforms, to_columns
 
 CUTOFF = 10  # eigenvalues below this multiple of eps |A| are rounding
 
@@ -60,7 +60,9 @@ def nystrom_approximation(operator: Operator, b: Tensor, rank: int, shift: float
     batch, d = batch_of(operator, b), b.shape[-1]
     k = min(rank, d)
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64, device="cpu")).Q.to(b)
+    with outside_transforms():
+        omega = torch.linalg.qr(torch.randn(d, k, generator=generator, dtype=torch.float64, device="cpu")).Q
+    omega = omega.to(b)
     rows = omega.mT.reshape(k, *(1,) * len(batch), d).expand(k, *batch, d)
     product = operator(rows).movedim(0, -1)  # A Omega, (*batch, d, k)
     finite = product.isfinite().all(-1).all(-1)

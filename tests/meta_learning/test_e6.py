@@ -272,7 +272,12 @@ def test_the_verdict_is_that_of_the_last_lengthening(factors: tuple[float, ...],
         for n, error in zip((1, 2, 4), errors, strict=True)
     ]
     other = [{**made_up(row, seed, (9.0, 1.0)), "shots": 10} for row in e6.ROWS for seed in range(len(factors))]
-    (line,) = (line for line in e6._verdict({"runs": runs + other}) if line.startswith("- K"))
+    longest = [
+        {**made_up(row, 0, (9.0, 0.25), e6.LONGEST), "shots": 10} for row in e6.ROWS
+    ]  # 1 before, of the same seed
+    line, last = (line for line in e6._verdict({"runs": runs + other, "longest": longest}) if line.startswith("- K"))
+    assert last.startswith("- K = 10, from 10 to 160 outer steps: the error is 0.25 times that after")
+    assert last.endswith("(geometric mean, one seed): the only one that says whether 10 were enough, and of one seed.")
     mean = np.exp(np.log(factors).mean())
     assert line.startswith(f"- K = 5, from 20 to 40 outer steps: the error is {mean:.2f} times that after")
     assert line.endswith(f": {verdict}.")
@@ -297,6 +302,8 @@ def test_a_run_without_end_says_with_which_power_the_error_falls() -> None:
     runs, longest = (
         [{**run, "shots": 10} for run in some] for some in (runs, [made_up("hf", 0, (9.0, 0.5), e6.LONGEST)])
     )
+    result = {"runs": [run for run in runs if run["row"] == "hf"], "longest": longest}
+    assert e6._logarithms_of_longest(result) == [[pytest.approx(np.log(0.5 / 1.0))]]
     lines = e6._longest({"runs": runs, "settings": settings, "longest": longest})
     absent = "MAML, first-order MAML, Reptile, iMAML, gradient descent"
     words = f"one seed, 160 outer steps ({absent}: not run so long); the error after 10 inner steps."

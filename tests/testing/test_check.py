@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -952,3 +953,28 @@ def test_second_derivatives_of_a_first_one_that_is_unclear_are_not_blamed() -> N
         problem, torch.zeros(1, dtype=F64), solver=GradientDescent(step_size=0.1, max_steps=50), linsys=Exact()
     )
     assert not any(name.startswith("d2G") for name in report.at_fault)
+
+
+def test_pytest_shows_the_lines_of_the_user_and_the_report(tmp_path: Path) -> None:
+    """And not those of the library between them."""
+    (tmp_path / "test_mine.py").write_text(
+        """
+import torch, bilevel
+from bilevel.linsys import CG
+from bilevel.solvers import GradientDescent
+from bilevel.testing import check_hypergradient
+
+def test_mine():
+    problem = bilevel.BilevelProblem.from_functions(
+        lambda p, t, d: (p - t).square().sum(), lambda p, t, d: p.square().sum(), lambda t, d: torch.zeros_like(t))
+    few = GradientDescent(step_size=0.1, max_steps=1)
+    check_hypergradient(problem, torch.ones(2, dtype=torch.float64), solver=few, linsys=CG(max_steps=5))
+"""
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stdout
+    assert ">       check_hypergradient(problem" in shown or ">   check_hypergradient(problem" in shown, shown
+    assert "FAILED, at fault: inner solve" in shown
+    assert (
+        "def check_hypergradient" not in shown and "return explained(" not in shown and "return function(" not in shown
+    )

@@ -421,7 +421,9 @@ def _verdict(result: Numbers) -> list[str]:
         run = result["longest"][-1]
         before = select(result, run["row"], run["shots"])[run["seed"]]["outer_steps"]
         words = f"from {before} to {run['outer_steps']} outer steps: the error is {_times(longest)}"
-        lines.append(f"- K = {run['shots']}, {words}. This is what says whether {before} were enough.")
+        lines.append(
+            f"- K = {run['shots']}, {words}: the only one that says whether {before} were enough, and of one seed."
+        )
     title = "**Had it converged?** All algorithms and seeds together, the last time that training was made longer:"
     return [title, "", *lines, ""]
 
